@@ -1,0 +1,44 @@
+"""The plain engine: one `jax.lax.scan` over `Cell.transition`. The oracle for all others."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float
+
+from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.precision import Precision, make_dot
+
+
+def scan(
+    cell: Cell,
+    params: Params,
+    xs: Float[Array, "T B D"],
+    initial: Carry,
+    mask: Bool[Array, "T B"] | None,
+    resets: Bool[Array, "T B"] | None,
+    reverse: bool,
+    precision: Precision,
+) -> tuple[Float[Array, "T B H"], Carry]:
+    """Run ``cell`` over time; see `lstmjax.recurrence.unroll` for what the arguments mean.
+
+    Differentiable any number of times, forward and backward. Memory of the gradient: every
+    intermediate of every step.
+    """
+    dot = make_dot(precision)
+    start = cell.initial_carry(xs.shape[1], xs.dtype)
+
+    def body(carry: Carry, inputs: tuple[Array, Array | None, Array | None]) -> tuple[Carry, Array]:
+        x, valid, reset = inputs
+        if reset is not None:
+            carry = _select(reset, start, carry)
+        new = cell.transition(params, x, carry, dot)
+        if valid is None:
+            return new, new.h
+        return _select(valid, new, carry), jnp.where(valid[:, None], new.h, 0)
+
+    final, hs = lax.scan(body, initial, (xs, mask, resets), reverse=reverse)
+    return hs, final
+
+
+def _select(rows: Bool[Array, " B"], yes: Carry, no: Carry) -> Carry:
+    return jax.tree.map(lambda a, b: jnp.where(rows[:, None], a, b), yes, no)

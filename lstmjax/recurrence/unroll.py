@@ -1,0 +1,141 @@
+"""The one entry to the recurrence: layouts, lengths, masks, resets, direction, engine."""
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.precision import Precision
+from lstmjax.recurrence.scan import scan
+
+Engine = Callable[..., tuple[Array, Carry]]
+"""``(cell, params, xs (T, B, D), initial, mask, resets, reverse, precision) -> (hs, final)``;
+masked inputs are already zero, resets already follow the direction."""
+
+ENGINES: Mapping[str, Engine] = {"scan": scan}
+
+
+def choose_engine(cell: Cell, name: str | None = None) -> tuple[str, str]:
+    """Which engine serves ``cell``, and why.
+
+    Args:
+        cell: the cell to run.
+        name: an engine asked for by name, or None to choose.
+
+    Returns:
+        The engine's name and the reason for the choice.
+
+    Raises:
+        ValueError: no engine of that name. An engine asked for never falls back silently.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> choose_engine(LSTM(8))
+        ('scan', 'the only engine')
+    """
+    if name is None:
+        return "scan", "the only engine"
+    if name not in ENGINES:
+        raise ValueError(f"no engine {name!r}; there are: {', '.join(ENGINES)}")
+    return name, "asked for by name"
+
+
+def unroll(
+    cell: Cell,
+    params: Params,
+    x: Float[Array, "B T D"],
+    initial: Carry | None = None,
+    *,
+    lengths: Int[Array, " rows"] | None = None,
+    padding: Literal["left", "right"] = "right",
+    mask: Bool[Array, "B T"] | None = None,
+    resets: Bool[Array, "B T"] | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    precision: Precision = "float32",
+    engine: str | None = None,
+) -> tuple[Float[Array, "B T H"], Carry]:
+    """Run ``cell`` over every time step of a batch.
+
+    A masked step passes the carry on unchanged, outputs zeros, and has no influence on any
+    value or gradient, whatever its input holds.
+
+    Args:
+        cell: the recurrence.
+        params: what ``cell.init`` drew.
+        x: inputs ``(B, T, D)``.
+        initial: carry before the first step, arrays ``(B, H)``; the cell's own by default.
+        lengths: valid steps of each row, ``(B,)``; 0 is legal.
+        padding: the side on which rows are padded, for ``lengths``.
+        mask: True where a step is valid, ``(B, T)``; combined with ``lengths`` by "and".
+        resets: True where a new sequence begins: the row's carry is replaced by
+            ``cell.initial_carry`` on the way into it, in either direction, also on a masked step.
+        reverse: run from the last step to the first; outputs keep their places.
+        time_major: ``x``, ``mask``, ``resets`` and the outputs are ``(T, B, ...)``.
+        precision: ``"float32"``, or ``"bfloat16"`` products with wide accumulation and state.
+        engine: an engine by name, or None to let `choose_engine` decide.
+
+    Returns:
+        Hidden states ``(B, T, H)`` and the carry after the last step processed.
+
+    Raises:
+        ValueError: shapes that do not fit, or an engine that does not exist.
+
+    Example:
+        >>> from lstmjax.cells import GRU
+        >>> cell = GRU(5)
+        >>> params = cell.init(jax.random.key(0), input_size=3)
+        >>> x = jnp.ones((2, 4, 3))
+        >>> hs, final = unroll(cell, params, x, lengths=jnp.array([4, 2]))
+        >>> bool(jnp.all(hs[1, 2:] == 0)), bool(jnp.all(hs[1, 1] == final.h[1]))
+        (True, True)
+    """
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (B, T, D), or (T, B, D) if time_major; got {x.shape}")
+    xs, mask, resets = (
+        a if a is None or time_major else a.swapaxes(0, 1) for a in (x, mask, resets)
+    )
+    steps, batch, features = xs.shape
+    for name, a in (("mask", mask), ("resets", resets)):
+        if a is not None and a.shape != (steps, batch):
+            raise ValueError(f"{name} must cover {batch} rows x {steps} steps, as x {x.shape} does")
+    if lengths is not None:
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths must have shape ({batch},), got {lengths.shape}")
+        valid = length_mask(lengths, steps, padding).T
+        mask = valid if mask is None else mask & valid
+    if "kernel" in params and params["kernel"].shape[0] != features:
+        raise ValueError(
+            f"x has {features} features, the cell's kernel takes {params['kernel'].shape[0]}"
+        )
+    if mask is not None:
+        xs = jnp.where(mask[..., None], xs, 0)
+    if resets is not None and reverse:
+        # Step t is entered from step t + 1, so the boundary in front of t + 1 lies between them.
+        resets = jnp.roll(resets, -1, axis=0).at[-1:].set(False)
+    if initial is None:
+        initial = cell.initial_carry(batch, xs.dtype)
+    name, _ = choose_engine(cell, engine)
+    hs, final = ENGINES[name](cell, params, xs, initial, mask, resets, reverse, precision)
+    return (hs if time_major else hs.swapaxes(0, 1)), final
+
+
+def length_mask(
+    lengths: Int[Array, " B"], steps: int, padding: Literal["left", "right"] = "right"
+) -> Bool[Array, "B T"]:
+    """True on each row's valid steps.
+
+    Example:
+        >>> length_mask(jnp.array([1, 3]), 3, "left").tolist()
+        [[False, False, True], [True, True, True]]
+    """
+    t = jnp.arange(steps)[None]
+    if padding == "right":
+        return t < lengths[:, None]
+    if padding == "left":
+        return t >= steps - lengths[:, None]
+    raise ValueError(f'padding must be "left" or "right", got {padding!r}')

@@ -1,0 +1,25 @@
+"""Training: devices, the compiled step, the loop, checkpoints and the run folder."""
+
+from lstmjax.training.devices import Accelerator, accelerator_name, make_mesh, replicated, sharded
+from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
+from lstmjax.training.report import RunFolder, as_dict, draw_curves, versions
+from lstmjax.training.step import OptimizerConfig, make_optimizer, make_steps
+
+__all__ = [
+    "Accelerator",
+    "Interrupted",
+    "NonFiniteLossError",
+    "OptimizerConfig",
+    "RunFolder",
+    "accelerator_name",
+    "as_dict",
+    "draw_curves",
+    "evaluate",
+    "fit",
+    "make_mesh",
+    "make_optimizer",
+    "make_steps",
+    "replicated",
+    "sharded",
+    "versions",
+]

@@ -1,0 +1,102 @@
+"""Checkpoints by Orbax: the train state and the place in the data, enough to go on bit for bit."""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+
+from lstmjax.training.step import Sums, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where in the run a state stands: ``batch`` batches of ``epoch`` are done.
+
+    ``sums`` and ``seconds`` are the epoch's totals so far.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    sums: Sums = Sums()
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The two newest checkpoints in a folder, written as a whole or not at all."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at length
+        self._args = ocp.args
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state: TrainState, position: Position) -> None:
+        """Write ``state``; nothing happens if this step is already there."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=self._args.Composite(
+                state=self._args.StandardSave(jax.tree.leaves(state)),
+                position=self._args.JsonSave(dataclasses.asdict(position)),
+            ),
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Position] | None:
+        """The newest state, laid out over devices as ``like`` is, or None if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        leaves, tree = jax.tree.flatten(like)
+        saved = self._manager.restore(
+            step,
+            args=self._args.Composite(
+                state=self._args.StandardRestore(leaves), position=self._args.JsonRestore()
+            ),
+        )
+        place: dict[str, Any] = dict(saved["position"])
+        place["sums"] = Sums(*place["sums"])
+        return jax.tree.unflatten(tree, saved["state"]), Position(**place)
+
+    def latest(self) -> int | None:
+        """Number of steps done in the newest checkpoint."""
+        step = self._manager.latest_step()
+        return None if step is None else int(step)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._manager.close()
+
+
+class Interruption:
+    """Remembers that SIGINT or SIGTERM arrived; its number is in ``signal``, else 0."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __bool__(self) -> bool:
+        return self.signal != 0
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator["Interruption"]:
+        """Catch both signals inside the block, so that the step in flight can finish."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self.signal = number
+
+        watched = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, remember) for number in watched]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(watched, before, strict=True):
+                signal.signal(number, handler)

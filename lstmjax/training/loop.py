@@ -1,0 +1,243 @@
+"""The training loop: epochs, progress, evaluation, checkpoints, going on after an interruption."""
+
+import collections
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lstmjax.data import Batch, Batches
+from lstmjax.errors import UserError
+from lstmjax.training.checkpoint import Checkpoints, Interruption, Position
+from lstmjax.training.devices import sharded
+from lstmjax.training.report import RunFolder
+from lstmjax.training.step import Steps, Sums, TrainState
+
+IN_FLIGHT = 4
+"""Steps handed to the device ahead of the newest one whose loss has been looked at."""
+
+LOG_EVERY = 10
+"""Steps that one line of ``metrics.jsonl`` covers."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss of a step is not a finite number."""
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """The run was told to stop; its state is saved.
+
+    Attributes:
+        signal: number of the signal that said so.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
+def on_device(batches: Iterable[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Batch]:
+    """The batches, each put on the devices ``ahead`` batches before it is used."""
+    placed = (jax.device_put(batch, sharded(mesh)) for batch in batches)
+    waiting = collections.deque(itertools.islice(placed, ahead))
+    while waiting:
+        yield waiting.popleft()
+        waiting.extend(itertools.islice(placed, 1))
+
+
+def fit(
+    steps: Steps,
+    train: Batches,
+    evaluations: dict[str, Batches],
+    run: RunFolder,
+    mesh: Mesh,
+    *,
+    epochs: int,
+    seed: int,
+    resume: bool = False,
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Train for ``epochs`` epochs, evaluating after each.
+
+    Every epoch's end is checkpointed, and so is the place where SIGINT or SIGTERM arrives.
+
+    Args:
+        steps: the compiled functions.
+        train: training batches; their order is a function of ``(seed, epoch)``.
+        evaluations: what to measure after each epoch, by name.
+        run: where everything is written.
+        mesh: the devices.
+        epochs: passes over the training data.
+        seed: of the order of batches and of dropout.
+        resume: go on from the newest checkpoint in ``run``, if there is one.
+
+    Returns:
+        The final state and one record an epoch: ``epoch`` (from 1), ``step``, ``train_loss``,
+        ``train_accuracy``, ``seconds`` (training alone), ``<name>_loss``, ``<name>_accuracy``.
+
+    Raises:
+        NonFiniteLossError: naming step and epoch; the last good checkpoint is kept.
+        Interrupted: after a signal, once the state is saved.
+    """
+    checkpoints = Checkpoints(run.checkpoints)
+    state, position = steps.init, Position()
+    restored = checkpoints.restore(state) if resume else None
+    if restored is not None:
+        state, position = restored
+    history = run.rewind(int(state.step), position.epoch + 1)
+    key = jax.random.key(seed)
+    try:
+        with Interruption().watching() as stop:
+            for epoch in range(position.epoch, epochs):
+                at = position if epoch == position.epoch else Position(epoch)
+                epoch_run = _Epoch(steps, train, run, mesh, epochs, stop)
+                state, at = epoch_run.train(state, at, seed, key, checkpoints.latest())
+                checkpoints.save(state, at)
+                _raise_if(stop)
+                record = _record(at, int(state.step), len(train))
+                for name, batches in evaluations.items():
+                    sums = evaluate(steps, state.params, batches, mesh, name, stop)
+                    record[f"{name}_loss"] = sums.loss / sums.rows
+                    record[f"{name}_accuracy"] = sums.correct / sums.rows
+                history.append(record)
+                run.log(record)
+    finally:
+        checkpoints.close()
+    return state, history
+
+
+def evaluate(
+    steps: Steps,
+    params: Any,
+    batches: Batches,
+    mesh: Mesh,
+    name: str = "",
+    stop: Interruption | None = None,
+) -> Sums:
+    """Sums over every row of ``batches``, each row once.
+
+    Raises:
+        Interrupted: a signal arrived.
+    """
+    from tqdm import tqdm
+
+    pending: collections.deque[Sums] = collections.deque()
+    total = Sums()
+    bar = tqdm(
+        on_device(batches.in_order(), mesh), f"  {name}", len(batches), leave=False, unit="batch"
+    )
+    with bar:
+        for batch in bar:
+            if stop is not None:
+                _raise_if(stop)
+            pending.append(steps.evaluate(params, batch))
+            if len(pending) > IN_FLIGHT:
+                total = _add(total, pending.popleft())
+    for sums in pending:
+        total = _add(total, sums)
+    return total
+
+
+class _Epoch:
+    """One pass over the training data, or the rest of one."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        train: Batches,
+        run: RunFolder,
+        mesh: Mesh,
+        epochs: int,
+        stop: Interruption,
+    ) -> None:
+        self.steps, self.batches, self.run, self.mesh = steps, train, run, mesh
+        self.epochs, self.stop = epochs, stop
+
+    def train(
+        self, state: TrainState, at: Position, seed: int, key: Any, checkpoint: int | None
+    ) -> tuple[TrainState, Position]:
+        """Train to the epoch's end or to the step at which a signal was noticed."""
+        from tqdm import tqdm
+
+        first = int(state.step)
+        self.total, self.since, self.checkpoint = at.sums, Sums(), checkpoint
+        batches = on_device(self.batches.epoch(seed, at.epoch, start=at.batch), self.mesh)
+        pending: collections.deque[tuple[int, Sums]] = collections.deque()
+        done, started = at.batch, time.perf_counter()
+        with tqdm(
+            desc=f"epoch {at.epoch + 1}/{self.epochs}",
+            total=len(self.batches),
+            initial=at.batch,
+            unit="step",
+            dynamic_ncols=True,
+        ) as bar:
+            self.bar, self.before, self.started = bar, at.sums.tokens, started
+            for batch in batches:
+                state, sums = self.steps.train(state, batch, key)
+                done += 1
+                pending.append((first + done - at.batch, sums))
+                if len(pending) > IN_FLIGHT:
+                    self._account(at.epoch, *pending.popleft())
+                if self.stop:
+                    break
+            while pending:
+                self._account(at.epoch, *pending.popleft())
+        seconds = at.seconds + time.perf_counter() - started
+        return state, Position(at.epoch, done, self.total, seconds)
+
+    def _account(self, epoch: int, step: int, sums: Sums) -> None:
+        """Take in the sums of a finished step: check, add up, show, log."""
+        sums = jax.device_get(sums)
+        if not math.isfinite(sums.loss):
+            kept = (
+                "no checkpoint was written yet"
+                if self.checkpoint is None
+                else f"the checkpoint of step {self.checkpoint} is kept"
+            )
+            raise NonFiniteLossError(
+                f"loss is {sums.loss} at step {step} of epoch {epoch + 1}; {kept}. "
+                "Lower --learning-rate, or set --clip-norm 1"
+            )
+        self.total, self.since = _add(self.total, sums), _add(self.since, sums)
+        rate = (self.total.tokens - self.before) / (time.perf_counter() - self.started)
+        self.bar.set_postfix_str(
+            f"loss {self.total.loss / self.total.rows:.3f} "
+            f"acc {self.total.correct / self.total.rows:.3f} {rate / 1e3:.0f}k tok/s",
+            refresh=False,
+        )
+        self.bar.update()
+        if step % LOG_EVERY == 0:
+            self.run.log(
+                {
+                    "kind": "step",
+                    "step": step,
+                    "epoch": epoch + 1,
+                    "loss": self.since.loss / self.since.rows,
+                    "accuracy": self.since.correct / self.since.rows,
+                }
+            )
+            self.since = Sums()
+
+
+def _record(at: Position, step: int, batches: int) -> dict[str, Any]:
+    assert at.batch == batches, "an epoch is recorded once it is complete"
+    return {
+        "kind": "epoch",
+        "epoch": at.epoch + 1,
+        "step": step,
+        "train_loss": at.sums.loss / at.sums.rows,
+        "train_accuracy": at.sums.correct / at.sums.rows,
+        "seconds": at.seconds,
+    }
+
+
+def _add(total: Sums, more: Sums) -> Sums:
+    return Sums(*(a + float(b) for a, b in zip(total, jax.device_get(more), strict=True)))
+
+
+def _raise_if(stop: Interruption) -> None:
+    if stop:
+        raise Interrupted(stop.signal)

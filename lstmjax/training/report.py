@@ -1,0 +1,179 @@
+"""What a run leaves behind: config, environment, metrics as they come, curves, the result."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lstmjax.errors import UserError
+
+_PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        found[name] = importlib.metadata.version(name)
+    return found
+
+
+class RunFolder:
+    """One run's folder.
+
+    Attributes:
+        path: the folder.
+        checkpoints: where the checkpoints go.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = RunFolder.create(pathlib.Path(folder) / "a", {"seed": 0})
+        ...     run.log({"step": 1, "loss": 0.5})
+        ...     run.records()
+        [{'step': 1, 'loss': 0.5}]
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, path: pathlib.Path, config: Mapping[str, Any]) -> "RunFolder":
+        """A new run's folder.
+
+        Raises:
+            UserError: a run is there already.
+        """
+        if (path / "config.json").exists():
+            raise UserError(
+                f"{path} already holds a run; go on with it by --resume, or name another --run-dir"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run folder {path}: {error.strerror}; name another --run-dir"
+            ) from error
+        run = cls(path)
+        run.write("config.json", config)
+        run.write(
+            "environment.json",
+            {"versions": versions(), "machine": platform.machine(), "cores": os.cpu_count()},
+        )
+        return run
+
+    @classmethod
+    def reopen(cls, path: pathlib.Path, config: Mapping[str, Any]) -> "RunFolder":
+        """The folder of a run to go on with.
+
+        Raises:
+            UserError: there is no run, or it had another config; the message names the fields.
+        """
+        try:
+            before = json.loads((path / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"nothing to resume in {path}: no readable config.json; start without --resume"
+            ) from error
+        now = json.loads(json.dumps(config))
+        differing = _differences(before, now)
+        if differing:
+            raise UserError(
+                f"{path} was run with another config ({'; '.join(differing)}); "
+                "resume with the same settings, or start anew with another --run-dir"
+            )
+        return cls(path)
+
+    def write(self, name: str, value: Any) -> None:
+        """Write ``value`` as JSON, as a whole or not at all."""
+        text = json.dumps(value, indent=2, default=str) + "\n"
+        with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False) as file:
+            file.write(text)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.path / name)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines of ``metrics.jsonl``."""
+        if not self._metrics.exists():
+            return []
+        lines = self._metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, step: int, epoch: int) -> list[dict[str, Any]]:
+        """Drop what was logged after ``step`` or in later epochs; returns the epochs' records."""
+        records = self.records()
+        kept = [
+            r for r in records if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)
+        ]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        self._metrics.write_text(text)
+        return [record for record in kept if record["kind"] == "epoch"]
+
+    def draw_curves(self, title: str) -> None:
+        """Draw ``curves.png``: training loss by step, accuracy by epoch."""
+        records = self.records()
+        steps = [r for r in records if r["kind"] == "step"]
+        epochs = [r for r in records if r["kind"] == "epoch"]
+        draw_curves(self.path / "curves.png", title, steps, epochs)
+
+
+def draw_curves(
+    path: pathlib.Path,
+    title: str,
+    steps: Sequence[Mapping[str, Any]],
+    epochs: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Draw the training loss by step and, where there are epochs, accuracies by epoch.
+
+    Args:
+        path: PNG file to write.
+        title: what was run.
+        steps: records with ``step`` and ``loss``.
+        epochs: records with ``step`` and any of the keys that end in ``_accuracy``.
+    """
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title)
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="tab:blue", lw=1)
+    left.set(xlabel="step", ylabel="training loss (mean since the last point)")
+    curves = epochs or steps
+    names = sorted({name for r in curves for name in r if name.endswith("accuracy")})
+    for name in names:
+        points = [(r["step"], 100 * r[name]) for r in curves if name in r]
+        marker = "o" if epochs else None
+        right.plot(*zip(*points, strict=True), marker=marker, lw=1, label=name.replace("_", " "))
+    right.set(xlabel="step", ylabel="accuracy (%)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON-ready values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), now.get(key), key.replace("_", "-"))
+        ]
+    return [] if before == now else [f"{name}: {before} there, {now} here"]

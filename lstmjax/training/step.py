@@ -1,0 +1,136 @@
+"""The compiled training and evaluation steps, the batch spread over a mesh.
+
+The gradient is taken device by device and summed once a step: left to the compiler, a recurrence
+over a sharded batch would sum its weight gradient over the devices at every time step.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PRNGKeyArray
+
+from lstmjax.data import Batch
+from lstmjax.layers import row_keys
+from lstmjax.recurrence import length_mask
+from lstmjax.training.devices import BATCH, replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam (Kingma & Ba 2015) and what surrounds it."""
+
+    learning_rate: float = 1e-3
+    """Learning rate; the peak of it under one-cycle."""
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    """one-cycle: up over the first quarter, then down to almost 0 (Smith & Topin 2017)."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient (Pascanu et al. 2013); 0 does not clip."""
+
+
+class TrainState(NamedTuple):
+    """What a step changes: parameters, optimizer state, number of steps done."""
+
+    params: Any
+    opt_state: Any
+    step: Array
+
+
+class Sums(NamedTuple):
+    """Sums over the real rows of a batch: loss, correct answers, rows, valid time steps."""
+
+    loss: Any = 0.0
+    correct: Any = 0.0
+    rows: Any = 0.0
+    tokens: Any = 0.0
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Adam with epsilon 1e-7, as in Keras, under the schedule and the clipping asked for."""
+    rate: Any = config.learning_rate
+    if config.schedule == "one-cycle":
+        rate = optax.cosine_onecycle_schedule(max(total_steps, 4), rate, pct_start=0.25)
+    adam = optax.adam(rate, eps=1e-7)
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+    return adam
+
+
+class Steps(NamedTuple):
+    """The compiled functions of a run.
+
+    Attributes:
+        init: the state before the first step.
+        train: ``(state, batch, key) -> (state, sums)``; the state's buffers are donated.
+        evaluate: ``(params, batch) -> sums``.
+    """
+
+    init: TrainState
+    train: Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
+    evaluate: Callable[[Any, Batch], Sums]
+
+
+def make_steps(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    padding: Literal["left", "right"] = "right",
+    masked: bool = True,
+) -> Steps:
+    """Compile binary classification of padded id sequences for ``model``.
+
+    Args:
+        model: ``model(ids, mask, keys) -> logits (B,)``.
+        optimizer: what turns gradients into updates.
+        mesh: the devices; the number of rows must be a multiple of theirs.
+        padding: side on which the batches are padded.
+        masked: hide the padding from the model; else it sees zeros as words.
+    """
+    graphdef, params = nnx.split(model, nnx.Param)
+    rows, whole = PartitionSpec(BATCH), PartitionSpec()
+
+    def sums(params: Any, batch: Batch, keys: Array | None) -> tuple[Array, Sums]:
+        mask = length_mask(batch.lengths, batch.ids.shape[1], padding) if masked else None
+        logits = nnx.merge(graphdef, params)(batch.ids, mask, keys)
+        targets = batch.labels.astype(logits.dtype)
+        loss = (optax.sigmoid_binary_cross_entropy(logits, targets) * batch.weights).sum()
+        correct = (((logits > 0) == (batch.labels == 1)) * batch.weights).sum()
+        tokens = batch.lengths.sum().astype(loss.dtype)
+        return loss, Sums(loss, correct, batch.weights.sum(), tokens)
+
+    def local_gradient(params: Any, batch: Batch, keys: Array) -> tuple[Any, Sums]:
+        gradient, totals = jax.grad(sums, has_aux=True)(params, batch, keys)
+        return lax.psum((gradient, totals), BATCH)
+
+    def local_evaluation(params: Any, batch: Batch) -> Sums:
+        return lax.psum(sums(params, batch, None)[1], BATCH)
+
+    # check_vma=False: with it, replicated parameters get their sum inside the time loop.
+    gradient_of = jax.shard_map(
+        local_gradient, mesh=mesh, in_specs=(whole, rows, rows), out_specs=whole, check_vma=False
+    )
+    evaluation_of = jax.shard_map(
+        local_evaluation, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False
+    )
+
+    def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
+        keys = row_keys(jax.random.fold_in(key, state.step), batch.ids.shape[0])
+        gradient, totals = gradient_of(state.params, batch, keys)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.rows, 1), gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), totals
+
+    init = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return Steps(
+        jax.device_put(init, replicated(mesh)),
+        jax.jit(train, donate_argnums=0),
+        jax.jit(evaluation_of),
+    )
