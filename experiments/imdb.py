@@ -128,17 +128,14 @@ def open_run(config: Config) -> RunFolder:
 
     cell = config.cell.rpartition(":")[2]
     name = f"imdb-{config.recipe}-{config.data.data}-{cell}-seed{config.seed}"
-    numbered = [pathlib.Path("runs") / name]
-    while numbered[-1].exists():
-        numbered.append(pathlib.Path("runs") / f"{name}-{len(numbered) + 1}")
     settings = as_dict(config)
     for here_only in ("run_dir", "resume", "accelerator"):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
     if config.resume:
-        return RunFolder.reopen(config.run_dir or numbered[max(len(numbered) - 2, 0)], settings)
-    return RunFolder.create(config.run_dir or numbered[-1], settings)
+        return RunFolder.reopen(config.run_dir or RunFolder.newest(name), settings)
+    return RunFolder.create(config.run_dir or RunFolder.free(name), settings)
 
 
 def load(config: Config, split: Literal["train", "test"]) -> Dataset:

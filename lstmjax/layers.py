@@ -55,6 +55,11 @@ def fold_keys(keys: RowKeys | None, number: int) -> RowKeys | None:
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(cell: Cell, key: PRNGKeyArray, input_size: int) -> Params:
+    return cell.init(key, input_size)
+
+
 class Recurrent(nnx.Module):
     """One cell run over time.
 
@@ -80,7 +85,7 @@ class Recurrent(nnx.Module):
         self.reverse = reverse
         self.precision = precision
         self.engine = engine
-        self.params = nnx.data(jax.tree.map(nnx.Param, cell.init(rngs.params(), input_size)))
+        self.params = nnx.data(jax.tree.map(nnx.Param, _init(cell, rngs.params(), input_size)))
 
     @property
     def output_size(self) -> int:

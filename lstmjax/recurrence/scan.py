@@ -21,8 +21,8 @@ def scan(
 ) -> tuple[Float[Array, "T B H"], Carry]:
     """Run ``cell`` over time; see `lstmjax.recurrence.unroll` for what the arguments mean.
 
-    Differentiable any number of times, forward and backward. Memory of the gradient: every
-    intermediate of every step.
+    Differentiable any number of times, forward and backward. The gradient keeps each step's carry
+    and recomputes the rest, which costs less here than reading every intermediate back.
     """
     dot = make_dot(precision)
     start = cell.initial_carry(xs.shape[1], xs.dtype)
@@ -36,7 +36,8 @@ def scan(
             return new, new.h
         return _select(valid, new, carry), jnp.where(valid[:, None], new.h, 0)
 
-    final, hs = lax.scan(body, initial, (xs, mask, resets), reverse=reverse)
+    step = jax.checkpoint(body, prevent_cse=False)
+    final, hs = lax.scan(step, initial, (xs, mask, resets), reverse=reverse)
     return hs, final
 
 

@@ -44,6 +44,24 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
 
+    @staticmethod
+    def free(name: str) -> pathlib.Path:
+        """``runs/<name>``, numbered from 2 on where earlier runs are in the way."""
+        return RunFolder._numbered(name)[-1]
+
+    @staticmethod
+    def newest(name: str) -> pathlib.Path:
+        """The folder that `free` gave out last under this name."""
+        numbered = RunFolder._numbered(name)
+        return numbered[-2] if len(numbered) > 1 else numbered[-1]
+
+    @staticmethod
+    def _numbered(name: str) -> list[pathlib.Path]:
+        folders = [pathlib.Path("runs") / name]
+        while folders[-1].exists():
+            folders.append(pathlib.Path("runs") / f"{name}-{len(folders) + 1}")
+        return folders
+
     @classmethod
     def create(cls, path: pathlib.Path, config: Mapping[str, Any]) -> "RunFolder":
         """A new run's folder.

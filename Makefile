@@ -1,0 +1,48 @@
+# Every target sets up .venv first when it is missing. Python 3.11 or newer, pip and make are enough.
+PYTHON ?= python3
+RUN := .venv/bin/python
+ARGS ?=
+
+.PHONY: demo imdb test lint format lock clean
+
+demo: .venv/ready  ## train on the built-in corpus: no network beyond pip
+	$(RUN) experiments/imdb.py --data demo $(ARGS)
+
+imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
+	$(RUN) experiments/imdb.py $(ARGS)
+
+test: .venv/ready-test  ## all tests that this machine can run
+	$(RUN) -m pytest $(ARGS)
+
+lint: .venv/ready-lint  ## style, format, types
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+format: .venv/ready-lint
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+lock: .venv/ready  ## pin what is installed; host names never enter the file
+	$(RUN) -m pip install --quiet uv
+	.venv/bin/uv pip compile pyproject.toml --extra test --extra lint --python-version 3.11 --quiet \
+		--no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.lock
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lstmjax needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/ready: pyproject.toml requirements.lock | .venv/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	touch $@
+
+.venv/ready-test: .venv/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
+	touch $@
+
+.venv/ready-lint: .venv/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test,lint]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

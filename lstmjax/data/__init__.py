@@ -1,0 +1,19 @@
+"""Data sets, their vocabulary, and batches."""
+
+from lstmjax.data.batches import Batch, Batches, bucket_boundaries, hold_out
+from lstmjax.data.cumsum import sample_cumsum
+from lstmjax.data.demo import load_demo
+from lstmjax.data.imdb import load_imdb
+from lstmjax.data.vocabulary import Dataset, Vocabulary
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Dataset",
+    "Vocabulary",
+    "bucket_boundaries",
+    "hold_out",
+    "load_demo",
+    "load_imdb",
+    "sample_cumsum",
+]

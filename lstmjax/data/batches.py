@@ -1,0 +1,225 @@
+"""Batches of few shapes with little padding, in an order that is a function of (seed, epoch)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32
+
+from lstmjax.data.vocabulary import PAD, Dataset
+from lstmjax.errors import UserError
+
+
+class Batch(NamedTuple):
+    """One batch; rows that only fill it up have length 0, label 0 and weight 0.
+
+    Attributes:
+        ids: (batch, steps), padded with 0.
+        lengths: (batch,), the number of ids that are not padding.
+        labels: (batch,).
+        weights: (batch,), 1 for a row of the data set, 0 for a filler row.
+    """
+
+    ids: Int32[np.ndarray, "batch steps"]
+    lengths: Int32[np.ndarray, " batch"]
+    labels: Int32[np.ndarray, " batch"]
+    weights: Float32[np.ndarray, " batch"]
+
+
+def _generator(*seed: int) -> np.random.Generator:
+    if min(seed) < 0:
+        raise UserError(f"seed {min(seed)} is negative: give 0 or more")
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+
+
+class Batches:
+    """A data set cut into batches of ``batch_size`` rows, rows of similar length together.
+
+    A row goes to the first of the boundaries that it fits in, its bucket. Batches are cut from the
+    rows in the order of their buckets, so rows that do not fill a batch of their bucket move up to
+    the next larger one, and an epoch has ceil(rows / batch_size) batches whatever the order. Filler
+    rows are in one batch only, that of the shortest rows, where they cost least.
+
+    >>> from lstmjax.data import load_demo
+    >>> batches = Batches(load_demo("test"), 64, boundaries=(64, 128, 500))
+    >>> len(batches), batches.shapes
+    (16, ((64, 64), (64, 128), (64, 500)))
+    >>> next(batches.epoch(seed=0, epoch=3)).lengths.shape
+    (64,)
+
+    Args:
+        dataset: what to cut; it must have rows.
+        batch_size: rows of every batch.
+        boundaries: lengths of the batches, rising; of longer rows the last ids are kept.
+        padding: the side of the ids that is padded.
+
+    Raises:
+        UserError: no rows, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        boundaries: Sequence[int],
+        padding: Literal["right", "left"] = "right",
+    ) -> None:
+        self.batch_size = batch_size
+        self.boundaries = tuple(int(length) for length in boundaries)
+        self.padding = padding
+        self._check(len(dataset.sequences))
+        ends = np.cumsum([len(row) for row in dataset.sequences])
+        lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])
+        self._ids = np.concatenate([*dataset.sequences, np.zeros(1, np.int32)])
+        # One empty row more, at index -1: the filler.
+        self._starts = np.append(ends - lengths, 0)
+        self._lengths = np.append(lengths, 0).astype(np.int32)
+        self._labels = np.append(dataset.labels, 0).astype(np.int32)
+
+    def _check(self, rows: int) -> None:
+        limits = (0, *self.boundaries)
+        if not self.boundaries or any(a >= b for a, b in zip(limits, limits[1:], strict=False)):
+            raise UserError(f"boundaries {self.boundaries} are not positive and rising: sort them")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}: give at least 1")
+        if self.padding not in ("right", "left"):
+            raise UserError(f"padding is {self.padding!r}: choose right or left")
+        if rows == 0:
+            raise UserError("the data set has 0 rows: give at least one")
+
+    def __len__(self) -> int:
+        return -(-(len(self._lengths) - 1) // self.batch_size)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """All (batch, steps) that can occur."""
+        return tuple((self.batch_size, steps) for steps in self.boundaries)
+
+    @property
+    def padding_share(self) -> float:
+        """The share of steps that is padding or filler in one pass of :meth:`in_order`."""
+        rows = self._plan(np.arange(len(self._lengths) - 1))
+        steps = self.batch_size * sum(self._steps(batch) for batch in rows)
+        return 1.0 - float(self._lengths.sum()) / steps
+
+    def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches of one epoch in random order.
+
+        Args:
+            seed: the order is a function of ``seed`` and ``epoch`` alone.
+            epoch: number of the epoch, from 0.
+            start: number of the first batch wanted; those before it are not built.
+
+        Raises:
+            UserError: a number is negative.
+        """
+        if start < 0:
+            raise UserError(f"start is {start}: give the number of a batch, 0 or more")
+        generator = _generator(seed, epoch)
+        rows = self._plan(generator.permutation(len(self._lengths) - 1))
+        return map(self._batch, rows[generator.permutation(len(rows))][start:])
+
+    def in_order(self) -> Iterator[Batch]:
+        """Iterate over all rows once, bucket by bucket, each in the order of the data set."""
+        return map(self._batch, self._plan(np.arange(len(self._lengths) - 1)))
+
+    def _plan(self, order: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "batches batch"]:
+        """Return the rows of each batch; -1 is a filler row."""
+        buckets = np.searchsorted(self.boundaries, self._lengths[order])
+        rows = order[np.argsort(buckets, kind="stable")]
+        filler = np.full(-len(rows) % self.batch_size, -1)
+        first = self.batch_size - len(filler)
+        return np.concatenate([rows[:first], filler, rows[first:]]).reshape(-1, self.batch_size)
+
+    def _steps(self, rows: Int[np.ndarray, " batch"]) -> int:
+        return self.boundaries[np.searchsorted(self.boundaries, self._lengths[rows].max())]
+
+    def _batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
+        steps = self._steps(rows)
+        lengths = self._lengths[rows]
+        position = np.broadcast_to(np.arange(steps), (self.batch_size, steps))
+        if self.padding == "left":
+            position = position - (steps - lengths)[:, None]
+        inside = (position >= 0) & (position < lengths[:, None])
+        index = np.where(inside, self._starts[rows][:, None] + position, -1)
+        ids = np.where(inside, self._ids[index], np.int32(PAD))
+        return Batch(ids, lengths, self._labels[rows], (rows >= 0).astype(np.float32))
+
+
+def bucket_boundaries(
+    lengths: Sequence[int] | Int[np.ndarray, " rows"], count: int = 10, multiple: int = 8
+) -> tuple[int, ...]:
+    """Choose the bucket lengths that pad these rows least, by dynamic programming.
+
+    >>> bucket_boundaries([3, 3, 7, 30], count=2, multiple=4)
+    (8, 30)
+
+    Args:
+        lengths: length of each row.
+        count: return at most this many.
+        multiple: each is a multiple of this, except that the last is the longest length.
+
+    Raises:
+        UserError: no lengths, or a number below 1.
+    """
+    if len(lengths) == 0 or min(count, multiple, np.max(lengths)) < 1:
+        raise UserError(
+            f"cannot choose {count} buckets in multiples of {multiple} for {len(lengths)} lengths: "
+            "all three must be at least 1"
+        )
+    longest = int(np.max(lengths))
+    ends = np.append(np.arange(multiple, longest, multiple), longest)
+    rows = np.searchsorted(np.sort(lengths), ends, side="right")  # rows that fit each end
+    # cost[j, k]: steps of a bucket for the rows that fit ends[k] and do not fit ends[j]
+    cost = np.where(
+        np.tri(len(ends), dtype=bool), np.inf, (rows[None, :] - rows[:, None]) * ends[None, :]
+    )
+    best = [(rows * ends).astype(float)]
+    previous = []
+    for _ in range(min(count, len(ends)) - 1):
+        total = best[-1][:, None] + cost
+        previous.append(total.argmin(axis=0))
+        best.append(total.min(axis=0))
+    used = int(np.argmin([steps[-1] for steps in best]))
+    chosen = [len(ends) - 1]
+    for step in reversed(previous[:used]):
+        chosen.append(int(step[chosen[-1]]))
+    return tuple(int(ends[k]) for k in reversed(chosen))
+
+
+def hold_out(dataset: Dataset, fraction: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Split off rows at random for validation; identical rows stay together.
+
+    Args:
+        dataset: the data set to split.
+        fraction: share of rows for the second part; it never gets more.
+        seed: the split is a function of the data and ``seed``.
+
+    Returns:
+        The rest and the part held out, both in the order of ``dataset``.
+
+    Raises:
+        UserError: one of the parts would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"fraction is {fraction:g}: give a number between 0 and 1")
+    numbers: dict[bytes, int] = {}
+    group = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in dataset.sequences],
+                     dtype=np.int64)
+    order = _generator(seed).permutation(len(numbers))
+    size = np.bincount(group, minlength=len(numbers))
+    held = np.empty(len(numbers), bool)
+    held[order] = np.cumsum(size[order]) <= fraction * len(group)
+    chosen = held[group]
+    if not chosen.any():
+        raise UserError(
+            f"a fraction of {fraction:g} of {len(group)} rows holds out none: give a larger one"
+        )
+
+    def part(keep: np.ndarray) -> Dataset:
+        rows = np.flatnonzero(keep)
+        sequences = [dataset.sequences[row] for row in rows]
+        return Dataset(sequences, dataset.labels[rows], dataset.vocabulary)
+
+    return part(~chosen), part(chosen)

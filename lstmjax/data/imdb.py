@@ -1,0 +1,273 @@
+"""The IMDB reviews of Maas et al. (2011), by way of TensorFlow Datasets but without TensorFlow."""
+
+import hashlib
+import os
+import tempfile
+import threading
+import urllib.request
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from lstmjax.data import archive as archives
+from lstmjax.data.vocabulary import UNKNOWN, Dataset, Vocabulary, check_limits
+from lstmjax.errors import UserError
+
+URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+_NAME = "imdb_reviews/plain_text:1.0.0"
+_FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")
+_ENCODING = 1  # raise it when tokenize or the ids change: older caches are then ignored
+_SPLITS = ("train", "test")
+
+
+class _Encoded(NamedTuple):
+    """One split with all its words, rows end to end; row r is ids[offsets[r] : offsets[r + 1]]."""
+
+    ids: Int32[np.ndarray, " steps"]
+    offsets: Int64[np.ndarray, " rows_and_one"]
+    labels: Int32[np.ndarray, " rows"]
+
+
+def load_imdb(
+    split: Literal["train", "test"],
+    top_words: int = 5000,
+    max_length: int = 500,
+    data_dir: str | os.PathLike[str] | None = None,
+    archive: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """Load 25,000 labelled reviews; the first call prepares and encodes them.
+
+    Args:
+        split: "train" or "test".
+        top_words: ids from here on become ``UNKNOWN``.
+        max_length: only the last ``max_length`` ids of a review are kept.
+        data_dir: TFDS folder. Default: ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``. It is
+            only written to if IMDB has not been prepared in it.
+        archive: the archive of reviews on disk, used instead of the download when IMDB has not
+            been prepared in ``data_dir``; see docs/data.md.
+        progress: show progress bars.
+
+    Raises:
+        UserError: the data cannot be had (no network, a bad archive, a folder that cannot be
+            written or read), or an argument is out of range.
+    """
+    if split not in _SPLITS:
+        raise UserError(f"there is no split {split!r}: choose train or test")
+    check_limits(top_words, max_length)
+    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    root = Path(folder).expanduser()
+    if not _is_prepared(root):
+        _prepare(root, Path(archive).expanduser() if archive else None, progress)
+    cache = _cache_file(root)
+    loaded = _read_cache(cache, split)
+    if loaded is None:
+        splits, vocabulary = _encode(root, progress)
+        _write_cache(cache, splits, vocabulary)
+        loaded = splits[split], vocabulary
+    encoded, vocabulary = loaded
+    return Dataset(_cut(encoded, top_words, max_length), encoded.labels, vocabulary)
+
+
+def _cut(encoded: _Encoded, top_words: int, max_length: int) -> list[np.ndarray]:
+    ids = np.where(encoded.ids < top_words, encoded.ids, np.int32(UNKNOWN))
+    ends = encoded.offsets[1:]
+    starts = np.maximum(encoded.offsets[:-1], ends - max_length)
+    return [ids[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+# Preparing
+
+
+def _record_files(root: Path, split: str) -> list[Path]:
+    return sorted((root / _FOLDER).glob(f"imdb_reviews-{split}.array_record-*"))
+
+
+def _is_prepared(root: Path) -> bool:
+    if not (root / _FOLDER / "dataset_info.json").is_file():
+        return False
+    if all(_record_files(root, split) for split in _SPLITS):
+        return True
+    raise UserError(
+        f"{root / _FOLDER} holds IMDB, but not as ArrayRecord, the only form that can be read "
+        "without TensorFlow: give another folder with --data-dir, to prepare it there"
+    )
+
+
+def _prepare(
+    root: Path,
+    archive: Path | None,
+    progress: bool,
+    reviews: Mapping[str, int] = archives.REVIEWS,
+) -> None:
+    """Prepare IMDB in ``root``: beside its place first, then moved there, so all or nothing."""
+    if archive is None:
+        _check_host()
+    else:
+        archives.check_archive(archive, progress, reviews)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".lstmjax-preparing-") as temporary:
+            _run_tfds(Path(temporary), archive, progress)
+            (root / _FOLDER).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.rename(Path(temporary, _FOLDER), root / _FOLDER)
+            except OSError:
+                if not _is_prepared(root):  # else another process has been faster
+                    raise
+    except OSError as error:
+        raise UserError(
+            f"cannot prepare IMDB in {root}: {error}; give a folder with room that can be written "
+            "with --data-dir"
+        ) from error
+
+
+def _check_host(seconds: float = 5.0) -> None:
+    """Find out in seconds what TFDS would find out in minutes: that there is no network."""
+    problem = f"no answer within {seconds:g} s"
+
+    def ask() -> None:
+        nonlocal problem
+        try:
+            request = urllib.request.Request(URL, method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
+            problem = ""
+        except Exception as error:
+            problem = str(error)
+
+    # A thread, for no timeout bounds the name look-up.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if problem:
+        raise UserError(
+            f"IMDB is not prepared and {URL} cannot be reached ({problem}): name a prepared TFDS "
+            f"folder with --data-dir or a copy of {archives.ORIGINAL_NAME} with --archive, or use "
+            "the synthetic corpus with --data demo"
+        )
+
+
+def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
+    """Let the TFDS builder prepare IMDB in ``root`` as ArrayRecord."""
+    import requests
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+    from tensorflow_datasets.core.download.util import DownloadError
+    from tensorflow_datasets.core.utils import tqdm_utils
+
+    builder = tfds.builder(_NAME, data_dir=root)
+    make_manager = builder._make_download_manager
+
+    def make_manager_without_tensorflow(**arguments: Any) -> Any:
+        manager = make_manager(**arguments)
+        manager.iter_archive = archives.iter_archive  # TFDS opens the archive with TensorFlow
+        if archive is not None:
+            manager.download = lambda url: archive
+        return manager
+
+    builder._make_download_manager = make_manager_without_tensorflow
+    bars_were_on = tqdm_utils._active
+    tfds.display_progress_bar(progress)
+    try:
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    except (DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
+        raise UserError(
+            f"the download of {URL} failed ({' '.join(str(error).split())}): try again, or name a "
+            f"copy of {archives.ORIGINAL_NAME} with --archive"
+        ) from error
+    finally:
+        tfds.display_progress_bar(bars_were_on)
+
+
+# Encoding
+
+
+def _read_texts(root: Path, split: str, progress: bool) -> tuple[list[str], np.ndarray]:
+    import tensorflow_datasets as tfds
+    from tqdm import tqdm
+
+    texts: list[str] = []
+    labels: list[int] = []
+    try:
+        source = tfds.builder(_NAME, data_dir=root).as_data_source(split)
+        with tqdm(
+            total=len(source), desc=f"Reading {split}", unit=" reviews", disable=not progress
+        ) as bar:
+            for start in range(0, len(source), 1000):
+                rows = source.__getitems__(range(start, min(start + 1000, len(source))))
+                texts += [row["text"].decode("utf-8", "replace") for row in rows]
+                labels += [row["label"] for row in rows]
+                bar.update(len(rows))
+    except Exception as error:  # the readers raise whatever a damaged file makes them stumble over
+        raise UserError(
+            f"cannot read IMDB in {root / _FOLDER} ({' '.join(str(error).split())}): delete that "
+            "folder to prepare it again, or give another with --data-dir"
+        ) from error
+    return texts, np.array(labels, np.int32)
+
+
+def _encode(root: Path, progress: bool) -> tuple[dict[str, _Encoded], Vocabulary]:
+    from tqdm import tqdm
+
+    def bar(rows: list[str], what: str) -> Iterable[str]:
+        return tqdm(rows, desc=what, unit=" reviews", disable=not progress)
+
+    read = {split: _read_texts(root, split, progress) for split in _SPLITS}
+    vocabulary = Vocabulary.from_texts(bar(read["train"][0], "Counting words"))
+    splits = {}
+    for split, (texts, labels) in read.items():
+        rows = [vocabulary.encode(text) for text in bar(texts, f"Encoding {split}")]
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        splits[split] = _Encoded(np.concatenate(rows), offsets, labels)
+    return splits, vocabulary
+
+
+def _cache_file(root: Path) -> Path:
+    """Return the file that holds the encoding of what is in ``root``, named by its content."""
+    key = hashlib.sha256(f"{_NAME} {_ENCODING}".encode())
+    for split in _SPLITS:
+        for path in _record_files(root, split):
+            with path.open("rb") as file:
+                key.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    base = os.environ.get("LSTMJAX_CACHE_DIR")
+    if base is None:
+        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lstmjax")
+    return Path(base).expanduser() / f"imdb-{key.hexdigest()[:16]}.npz"
+
+
+def _read_cache(path: Path, split: str) -> tuple[_Encoded, Vocabulary] | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            encoded = _Encoded(*(file[f"{split}_{field}"] for field in _Encoded._fields))
+            words = file["words"].tobytes().decode().split("\n")
+        if encoded.offsets[-1] == len(encoded.ids) and len(encoded.labels) == len(encoded.offsets) - 1:
+            return encoded, Vocabulary(tuple(words))
+    except Exception:  # absent, or damaged in whatever way: it is rebuilt
+        pass
+    return None
+
+
+def _write_cache(path: Path, splits: Mapping[str, _Encoded], vocabulary: Vocabulary) -> None:
+    arrays = {f"{split}_{name}": array for split, encoded in splits.items()
+              for name, array in encoded._asdict().items()}
+    words = np.frombuffer("\n".join(vocabulary.words).encode(), np.uint8)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, words=words, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"cannot write the cache {path} ({error}): the next run encodes again",
+                      stacklevel=3)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,527 @@
+"""Every cell, values and all gradients, against the float64 NumPy reference.
+
+`Outsider` is a cell that the library has never seen, written here as a user would write it. It goes
+through every test that the library's own cells go through.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
+from lstmjax.recurrence import unroll
+from tests import numpy_reference as reference
+from tests.tolerances import assert_close, recurrence_terms
+
+B, T, D, H = 3, 7, 2, 5
+
+
+# --- A cell of one's own -------------------------------------------------------------------------
+
+
+class Outsider(Cell):
+    """Coupled gates, one peephole, a leaky output: a hyper-parameter, a unit parameter and h_{t-1}.
+
+    f = σ(a_f),   c_t = f c_{t-1} + (1 - f) tanh(a_g)
+    h_t = (1 - leak) σ(a_o + p_o c_t) tanh(c_t) + leak h_{t-1}
+    """
+
+    gates = ("f", "g", "o")
+    unit_params = {"p_o": 0.0}
+    uses_h = True
+    leak: float = 0.25
+
+    class State(NamedTuple):
+        c: jax.Array
+
+    def step(self, pre, state, params, h):
+        f = jax.nn.sigmoid(pre.f)
+        c = f * state.c + (1 - f) * jnp.tanh(pre.g)
+        o = jax.nn.sigmoid(pre.o + params.p_o * c)
+        return (1 - self.leak) * o * jnp.tanh(c) + self.leak * h, self.State(c)
+
+
+LEAK = 0.375
+
+
+def outsider_step(params, x, h_prev, state):
+    (c_prev,) = state
+    a = x @ params["kernel"] + h_prev @ params["recurrent_kernel"] + params["bias"]
+    a_f, a_g, a_o = np.split(a, 3, axis=-1)
+    f = reference.sigmoid(a_f)
+    c = f * c_prev + (1 - f) * np.tanh(a_g)
+    o = reference.sigmoid(a_o + params["units"]["p_o"] * c)
+    return (1 - LEAK) * o * np.tanh(c) + LEAK * h_prev, (c,), {}
+
+
+REFERENCES = {
+    **reference.REFERENCES,
+    "Outsider": reference.Reference(outsider_step, None, gates=3, states=1, units=("p_o",)),
+}
+CELLS = {
+    "LSTM": LSTM(H),
+    "PeepholeLSTM": PeepholeLSTM(H),
+    "GRU": GRU(H),
+    "Outsider": Outsider(H, leak=LEAK),
+}
+every_cell = pytest.mark.parametrize("name", CELLS)
+both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+
+
+# --- Cases ---------------------------------------------------------------------------------------
+
+# Row 1 has a reset on a masked step, row 2 one on the first step.
+MASK = np.array([[1, 1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 1, 1], [1, 0, 1, 0, 1, 1, 1]], bool)
+RESETS = np.array([[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 1, 0]], bool)
+LENGTHS = np.array([4, 7, 1])
+WITH_AN_EMPTY_ROW = np.array([7, 0, 2])
+
+CASES = {
+    "plain": {},
+    "initial": {"initial": True},
+    "right": {"initial": True, "lengths": LENGTHS},
+    "left": {"initial": True, "lengths": LENGTHS, "padding": "left"},
+    "zero length": {"initial": True, "lengths": WITH_AN_EMPTY_ROW},
+    "mask": {"initial": True, "mask": MASK},
+    "resets": {"initial": True, "resets": RESETS},
+    "mask and resets": {"initial": True, "mask": MASK, "resets": RESETS},
+    "resets from zero": {"resets": RESETS},
+    "reverse": {"initial": True, "reverse": True},
+    "reverse, lengths and resets": {
+        "initial": True,
+        "reverse": True,
+        "lengths": LENGTHS,
+        "resets": RESETS,
+    },
+    "reverse, left": {"reverse": True, "lengths": LENGTHS, "padding": "left"},
+    "reverse, mask and resets": {"initial": True, "reverse": True, "mask": MASK, "resets": RESETS},
+    "time major": {"initial": True, "time_major": True, "mask": MASK, "resets": RESETS},
+    "time major, lengths": {"time_major": True, "reverse": True, "lengths": LENGTHS},
+    "one step": {"initial": True, "time": 1},
+    "one step, reset": {"initial": True, "time": 1, "resets": RESETS[:, :1]},
+    "one row": {"initial": True, "batch": 1},
+    "one row, mask and resets": {
+        "initial": True,
+        "batch": 1,
+        "mask": MASK[1:2],
+        "resets": RESETS[1:2],
+    },
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+class Problem(NamedTuple):
+    """One comparison in float64 NumPy: inputs, cotangents and the options of `unroll`."""
+
+    params: dict
+    x: np.ndarray
+    initial: Carry | None
+    d_hs: np.ndarray
+    d_final: Carry
+    options: dict
+
+    @property
+    def states(self):
+        return len(self.d_final.state)
+
+
+def make_problem(name, *, batch=B, time=T, initial=False, dtype="float32", seed=0, **options):
+    """Draw a problem whose numbers are all representable in `dtype`."""
+    cell = REFERENCES[name]
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.normal(0, 1, shape).astype(dtype).astype(np.float64)
+
+    def draw_carry():
+        return Carry(draw(batch, H), tuple(draw(batch, H) for _ in range(cell.states)))
+
+    params = reference.random_params(cell, rng, D, H)
+    params = reference.tree_map(lambda p: p.astype(dtype).astype(np.float64), params)
+    return Problem(
+        params,
+        draw(batch, time, D),
+        draw_carry() if initial else None,
+        draw(batch, time, H),
+        draw_carry(),
+        options,
+    )
+
+
+def complex_step_gradients(cell, p, h0, state0, how):
+    """Im L(p + iε) / ε = ∂L/∂p + O(ε²), with no difference taken, so exact at ε = 1e-30."""
+    leaves = {"x": p.x, "h": h0, "state": {str(k): s for k, s in enumerate(state0)}} | {
+        "params": p.params
+    }
+    leaves = reference.tree_map(lambda a: a.astype(complex), leaves)
+
+    def loss():
+        state = tuple(leaves["state"].values())
+        out = reference.forward(cell, leaves["params"], leaves["x"], leaves["h"], state, **how)
+        return (
+            np.sum(p.d_hs * out.hs)
+            + np.sum(p.d_final.h * out.h)
+            + sum(np.sum(d * s) for d, s in zip(p.d_final.state, out.state, strict=True))
+        )
+
+    def derivative(array):
+        gradient = np.zeros(array.shape)
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            array[index] = kept + 1e-30j
+            gradient[index] = loss().imag / 1e-30
+            array[index] = kept
+        return gradient
+
+    g = reference.tree_map(derivative, leaves)
+    return reference.Gradients(g["x"], g["h"], tuple(g["state"].values()), g["params"])
+
+
+def solve(name, p):
+    """The reference's outputs and gradients."""
+    cell = REFERENCES[name]
+    batch, time, _ = p.x.shape
+    how = {key: p.options.get(key) for key in ("mask", "resets")}
+    how["reverse"] = p.options.get("reverse", False)
+    if "lengths" in p.options:
+        padding = p.options.get("padding", "right")
+        how["mask"] = reference.mask_from_lengths(p.options["lengths"], time, padding)
+    zeros = np.zeros((batch, H))
+    h0, state0 = p.initial or Carry(zeros, (zeros,) * cell.states)
+    out = reference.forward(cell, p.params, p.x, h0, state0, **how)
+    if cell.step_backward is None:
+        return out, complex_step_gradients(cell, p, h0, state0, how)
+    gradients = reference.backward(
+        cell, p.params, p.x, out, p.d_hs, p.d_final.h, p.d_final.state, **how
+    )
+    return out, gradients
+
+
+# --- The library on a problem --------------------------------------------------------------------
+
+STATIC = ("padding", "reverse", "time_major", "precision")
+
+
+def values_and_gradients(cell, params, x, initial, d_hs, d_final, **options):
+    """((hs, final), (d_params, d_x, d_initial)); d_initial is None where no carry was given."""
+
+    def run(params, x, initial):
+        return unroll(cell, params, x, initial, **options)
+
+    out, pull_back = jax.vjp(run, params, x, initial)
+    return out, pull_back((d_hs, d_final))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
+def jitted(cell, *args, **options):
+    return values_and_gradients(cell, *args, **options)
+
+
+def as_jax(cell, p, dtype):
+    """The problem's arrays as the library takes them: positional arguments and options."""
+    time_major = p.options.get("time_major", False)
+
+    def swap(a):
+        return np.swapaxes(a, 0, 1) if time_major else a
+
+    def cast(a):
+        return jnp.asarray(a, dtype)
+
+    def cast_carry(carry):
+        return Carry(cast(carry.h), cell.State(*map(cast, carry.state)))
+
+    args = (
+        jax.tree.map(cast, p.params),
+        cast(swap(p.x)),
+        None if p.initial is None else cast_carry(p.initial),
+        cast(swap(p.d_hs)),
+        cast_carry(p.d_final),
+    )
+    options = {
+        key: jnp.asarray(swap(value) if key in ("mask", "resets") else value)
+        if isinstance(value, np.ndarray)
+        else value
+        for key, value in p.options.items()
+    }
+    return args, options
+
+
+def compare(name, p, dtype, *, rule=None, run=jitted, **further):
+    """Compare every output and every gradient of the library with the reference."""
+    cell = CELLS[name]
+    args, options = as_jax(cell, p, dtype)
+    (hs, final), (d_params, d_x, d_initial) = run(cell, *args, **options, **further)
+    if p.options.get("time_major"):
+        hs, d_x = jnp.swapaxes(hs, 0, 1), jnp.swapaxes(d_x, 0, 1)
+    out, gradients = solve(name, p)
+    batch, time, _ = p.x.shape
+
+    def close(what, actual, expected, gradient):
+        terms = recurrence_terms(batch, time, D, H, len(cell.gates), gradient=gradient)
+        assert actual.dtype == jnp.dtype(dtype), what
+        assert_close(actual, expected, reduction=terms, dtype=rule or dtype, what=what)
+
+    close("hs", hs, out.hs, False)
+    close("final h", final.h, out.h, False)
+    for field, actual, expected in zip(cell.State._fields, final.state, out.state, strict=True):
+        close(f"final {field}", actual, expected, False)
+    close("d x", d_x, gradients.x, True)
+    if p.initial is not None:
+        close("d initial h", d_initial.h, gradients.h, True)
+        for field, actual, expected in zip(
+            cell.State._fields, d_initial.state, gradients.state, strict=True
+        ):
+            close(f"d initial {field}", actual, expected, True)
+    d_params, expected_params = dict(d_params), dict(gradients.params)
+    units, expected_units = d_params.pop("units", {}), expected_params.pop("units", {})
+    for actuals, expecteds in ((d_params, expected_params), (units, expected_units)):
+        assert actuals.keys() == expecteds.keys()
+        for key, expected in expecteds.items():
+            assert np.any(expected), f"the case says nothing about d {key}"
+            close(f"d {key}", actuals[key], expected, True)
+
+
+@every_case
+@every_cell
+def test_float64_agrees_with_the_reference(name, case):
+    with jax.enable_x64(True):
+        compare(name, make_problem(name, dtype="float64", **CASES[case]), "float64")
+
+
+@every_case
+@every_cell
+def test_float32_agrees_with_the_reference(name, case):
+    compare(name, make_problem(name, **CASES[case]), "float32")
+
+
+@pytest.mark.parametrize("case", ["initial", "reverse, mask and resets"])
+@every_cell
+def test_bfloat16_products_agree_with_the_reference(name, case):
+    p = make_problem(name, **CASES[case])
+    compare(name, p, "float32", rule="bfloat16", precision="bfloat16")
+
+
+@pytest.mark.parametrize("case", ["initial", "reverse, mask and resets"])
+@every_cell
+def test_without_jit_agrees_with_the_reference(name, case):
+    with jax.enable_x64(True):
+        p = make_problem(name, dtype="float64", **CASES[case])
+        compare(name, p, "float64", run=values_and_gradients)
+
+
+@every_cell
+def test_init_draws_the_layout_of_the_reference(name):
+    params = CELLS[name].init(jax.random.key(0), D)
+    drawn = reference.random_params(REFERENCES[name], np.random.default_rng(0), D, H)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(np.shape, drawn)
+    assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_the_hyper_parameter_is_no_constant():
+    """The leak reaches the outputs, through a jitted function that has seen another value."""
+    args, _ = as_jax(CELLS["Outsider"], make_problem("Outsider"), "float32")
+    (one, _), _ = jitted(Outsider(H, leak=0.0), *args)
+    (other, _), _ = jitted(Outsider(H, leak=0.5), *args)
+    assert not np.allclose(one, other)
+
+
+# --- Transformations -----------------------------------------------------------------------------
+
+
+@every_cell
+def test_vmap_over_parameters_is_the_loop(name):
+    with jax.enable_x64(True):
+        cell = CELLS[name]
+        case = CASES["mask and resets"]
+        problems = [make_problem(name, dtype="float64", seed=seed, **case) for seed in range(3)]
+        sets = [as_jax(cell, p, "float64")[0][0] for p in problems]
+        (_, *rest), options = as_jax(cell, problems[0], "float64")
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *sets)
+
+        @jax.jit
+        @jax.vmap
+        def together(params):
+            return values_and_gradients(cell, params, *rest, **options)
+
+        got = together(stacked)
+        terms = recurrence_terms(B, T, D, H, len(cell.gates), gradient=True)
+        for k, params in enumerate(sets):
+            apart = jitted(cell, params, *rest, **options)
+            one = jax.tree.map(lambda a, k=k: a[k], got)
+            assert jax.tree.structure(one) == jax.tree.structure(apart)
+            jax.tree.map(lambda a, b: assert_close(a, b, reduction=terms), one, apart)
+
+
+# --- Masks and lengths ---------------------------------------------------------------------------
+
+
+def assert_same(got, expected):
+    """Bit for bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30], ids=str)
+@both_directions
+@every_cell
+def test_what_is_masked_has_no_influence(name, reverse, garbage):
+    """Garbage on masked steps, a row of nothing else included: all finite, and the same bits."""
+    cell = CELLS[name]
+    mask = MASK.copy()
+    mask[1] = False
+    p = make_problem(name, initial=True, mask=mask, resets=RESETS, reverse=reverse)
+    clean, options = as_jax(cell, p, "float32")
+    spoilt, _ = as_jax(cell, p._replace(x=np.where(mask[..., None], p.x, garbage)), "float32")
+    expected = jitted(cell, *clean, **options)
+    got = jitted(cell, *spoilt, **options)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
+    assert_same(got, expected)
+    (hs, _), (_, d_x, _) = got
+    assert not np.any(np.asarray(hs)[~mask])
+    assert not np.any(np.asarray(d_x)[~mask])
+    assert np.all(np.any(np.asarray(d_x)[mask], axis=-1))
+
+
+@both_directions
+@every_cell
+def test_a_row_without_a_valid_step_keeps_its_initial_carry(name, reverse):
+    cell = CELLS[name]
+    p = make_problem(name, initial=True, lengths=np.zeros(B, int), reverse=reverse)
+    args, options = as_jax(cell, p, "float32")
+    (hs, final), (d_params, d_x, d_initial) = jitted(cell, *args, **options)
+    assert_same(final, args[2])
+    assert_same(d_initial, args[4])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((hs, d_params, d_x)))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@both_directions
+@every_cell
+def test_lengths_are_their_mask(name, reverse, padding):
+    cell = CELLS[name]
+    p = make_problem(name, initial=True, reverse=reverse)
+    args, options = as_jax(cell, p, "float32")
+    mask = jnp.asarray(reference.mask_from_lengths(WITH_AN_EMPTY_ROW, T, padding))
+    by_mask = jitted(cell, *args, mask=mask, **options)
+    lengths = jnp.asarray(WITH_AN_EMPTY_ROW)
+    by_lengths = jitted(cell, *args, lengths=lengths, padding=padding, **options)
+    assert_same(by_lengths, by_mask)
+
+
+@both_directions
+@every_cell
+def test_padding_changes_nothing_on_either_side(name, reverse):
+    """Each row of a padded batch against that row alone, at its true length."""
+    with jax.enable_x64(True):
+        cell = CELLS[name]
+        p = make_problem(name, dtype="float64", initial=True, reverse=reverse)
+        (params, x, initial, _, _), options = as_jax(cell, p, "float64")
+        run = jax.jit(functools.partial(unroll, cell), static_argnames=STATIC)
+        for padding in ("right", "left"):
+            hs, final = run(
+                params, x, initial, lengths=jnp.asarray(LENGTHS), padding=padding, **options
+            )
+            for b, length in enumerate(LENGTHS):
+                valid = slice(0, length) if padding == "right" else slice(T - length, T)
+                row = slice(b, b + 1)
+                first = jax.tree.map(lambda a, row=row: a[row], initial)
+                alone, alone_final = run(params, x[row, valid], first, **options)
+                assert_close(hs[row, valid], alone, what="hs")
+                jax.tree.map(
+                    lambda a, e, row=row: assert_close(a[row], e, what="final"), final, alone_final
+                )
+
+
+@both_directions
+@every_cell
+def test_time_major_only_swaps_axes(name, reverse):
+    cell = CELLS[name]
+    p = make_problem(name, initial=True, mask=MASK, resets=RESETS, reverse=reverse)
+    args, options = as_jax(cell, p, "float32")
+    (hs, final), (d_params, d_x, d_initial) = jitted(cell, *args, **options)
+    swapped = p._replace(options={**p.options, "time_major": True})
+    args, options = as_jax(cell, swapped, "float32")
+    (hs_t, final_t), (d_params_t, d_x_t, d_initial_t) = jitted(cell, *args, **options)
+    assert_same(
+        (jnp.swapaxes(hs_t, 0, 1), final_t, jnp.swapaxes(d_x_t, 0, 1), d_initial_t),
+        (hs, final, d_x, d_initial),
+    )
+    terms = recurrence_terms(B, T, D, H, len(cell.gates), gradient=True)
+    jax.tree.map(lambda a, b: assert_close(a, b, reduction=terms), d_params_t, d_params)
+
+
+# --- Resets --------------------------------------------------------------------------------------
+
+
+@both_directions
+@every_cell
+def test_sequences_packed_by_resets_run_apart(name, reverse):
+    """Two sequences behind one another in each row: outputs, and gradients of both inputs."""
+    with jax.enable_x64(True):
+        cell = CELLS[name]
+        p = make_problem(name, dtype="float64")
+        (params, x, _, d_hs, d_final), _ = as_jax(cell, p, "float64")
+        border = 3
+        resets = jnp.zeros((B, T), bool).at[:, border].set(True)
+        (hs, final), (d_params, d_x, _) = jitted(
+            cell, params, x, None, d_hs, d_final, resets=resets, reverse=reverse
+        )
+        nothing = jax.tree.map(jnp.zeros_like, d_final)
+        parts = [slice(0, border), slice(border, T)]
+        last = 0 if reverse else 1  # the part that is processed last leaves the final carry
+        sums = jax.tree.map(jnp.zeros_like, d_params)
+        for k, part in enumerate(parts):
+            (part_hs, part_final), (part_d_params, part_d_x, _) = jitted(
+                cell,
+                params,
+                x[:, part],
+                None,
+                d_hs[:, part],
+                d_final if k == last else nothing,
+                reverse=reverse,
+            )
+            assert_close(hs[:, part], part_hs, what="hs")
+            assert_close(d_x[:, part], part_d_x, what="d x")
+            sums = jax.tree.map(jnp.add, sums, part_d_params)
+            if k == last:
+                jax.tree.map(lambda a, b: assert_close(a, b, what="final"), final, part_final)
+        jax.tree.map(lambda a, b: assert_close(a, b, what="d params"), d_params, sums)
+
+
+@every_cell
+def test_a_reset_on_the_first_step_discards_the_initial_carry(name):
+    cell = CELLS[name]
+    resets = np.zeros((B, T), bool)
+    resets[:, 0] = True
+    p = make_problem(name, initial=True, resets=resets)
+    args, options = as_jax(cell, p, "float32")
+    (hs, final), (_, _, d_initial) = jitted(cell, *args, **options)
+    (expected, expected_final), _ = jitted(cell, *args[:2], None, *args[3:])
+    terms = recurrence_terms(B, T, D, H, len(cell.gates), gradient=False)
+    jax.tree.map(
+        lambda a, b: assert_close(a, b, reduction=terms),
+        (hs, final),
+        (expected, expected_final),
+    )
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_initial))
+
+
+# --- Nothing to do -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "time"), [(0, T), (B, 0)], ids=["no rows", "no steps"])
+@every_cell
+def test_an_empty_batch_or_sequence(name, batch, time):
+    cell = CELLS[name]
+    p = make_problem(name, batch=batch, time=time, initial=True)
+    args, options = as_jax(cell, p, "float32")
+    (hs, final), (d_params, d_x, d_initial) = jitted(cell, *args, **options)
+    assert hs.shape == (batch, time, H)
+    assert_same(final, args[2])
+    assert_same(d_initial, args[4])
+    assert d_x.shape == (batch, time, D)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_params))
