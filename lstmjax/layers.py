@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, Key, PRNGKeyArray
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, dot_general
 from lstmjax.recurrence import unroll
 
 Pooling = Literal["last", "mean", "max"]
-RowKeys = PRNGKeyArray
+RowKeys = Key[Array, " B"]
 """One key a row, ``(B,)``; None in its place means evaluation: nothing is dropped."""
 
 
@@ -234,13 +234,13 @@ class ConvPool(nnx.Module):
         x = nnx.relu(self.conv(x)).astype(dtype)
         if mask is not None:
             x = jnp.where(mask[..., None], x, 0)
-            mask = self._windows(mask, False).any(axis=2)
-        return self._windows(x, 0).max(axis=2), mask
+            mask = self._windows(mask).any(axis=2)
+        return self._windows(x).max(axis=2), mask
 
-    def _windows(self, a: Array, fill: float) -> Array:
+    def _windows(self, a: Array) -> Array:
         missing = -a.shape[1] % self.pool
         pad = [(0, 0), (0, missing)] + [(0, 0)] * (a.ndim - 2)
-        a = jnp.pad(a, pad, constant_values=fill)
+        a = jnp.pad(a, pad)
         return a.reshape(a.shape[0], -1, self.pool, *a.shape[2:])
 
 

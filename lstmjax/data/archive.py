@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import os
 import posixpath
 import tarfile
 import zlib
@@ -29,7 +30,7 @@ MAX_UNPACKED_BYTES = 2**30  # the reviews and the original's word counts need ab
 class _Bounded:
     """A reader that gives up after ``MAX_UNPACKED_BYTES``, whatever a header announces."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: gzip.GzipFile) -> None:
         self._file = file
         self._left = MAX_UNPACKED_BYTES
 
@@ -59,7 +60,7 @@ def _refuse_unsafe(member: tarfile.TarInfo) -> None:
         )
 
 
-def iter_archive(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def iter_archive(path: str | os.PathLike[str]) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield name and open file of each file in the archive, in one pass, nothing unpacked to disk.
 
     Raises:
@@ -67,7 +68,7 @@ def iter_archive(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
         OSError, EOFError, zlib.error, tarfile.TarError: the archive cannot be read to its end.
     """
     with gzip.open(path) as unpacked:
-        stream = _Bounded(unpacked)  # type: ignore[arg-type]
+        stream = _Bounded(unpacked)
         with tarfile.open(fileobj=stream, mode="r|", bufsize=2**20) as tar:  # type: ignore[call-overload]
             for member in tar:
                 _refuse_unsafe(member)
@@ -111,8 +112,9 @@ def check_archive(path: Path, progress: bool, reviews: Mapping[str, int] = REVIE
         if checksum == ORIGINAL_SHA256:
             return
         counts = _count_reviews(path, progress)
-        wrong = [f"{name} {counts[name]:,} of {n:,}" for name, n in reviews.items()
-                 if counts[name] != n]
+        wrong = [
+            f"{name} {counts[name]:,} of {n:,}" for name, n in reviews.items() if counts[name] != n
+        ]
         if not wrong:
             return
         problem = "wrong number of reviews: " + ", ".join(wrong)
@@ -120,8 +122,10 @@ def check_archive(path: Path, progress: bool, reviews: Mapping[str, int] = REVIE
         problem = str(error)
     except (EOFError, OSError, zlib.error, tarfile.TarError) as error:
         problem = f"{type(error).__name__}: {error}"
-    found = f"wrong checksum (SHA-256 {checksum}, {path.stat().st_size:,} bytes), and " * bool(checksum)
+    if checksum:
+        size = path.stat().st_size
+        problem = f"wrong checksum (SHA-256 {checksum}, {size:,} bytes), and {problem}"
     raise UserError(
-        f"cannot use the archive {path}: {found}{problem}; give the original {ORIGINAL_NAME} "
+        f"cannot use the archive {path}: {problem}; give the original {ORIGINAL_NAME} "
         f"({ORIGINAL_BYTES:,} bytes, SHA-256 {ORIGINAL_SHA256}) or one with the same reviews"
     )

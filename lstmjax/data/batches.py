@@ -1,7 +1,8 @@
 """Batches of few shapes with little padding, in an order that is a function of (seed, epoch)."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32
@@ -51,7 +52,7 @@ class Batches:
         dataset: what to cut; it must have rows.
         batch_size: rows of every batch.
         boundaries: lengths of the batches, rising; of longer rows the last ids are kept.
-        padding: the side of the ids that is padded.
+        padding: "right" or "left", the side of the ids that is padded.
 
     Raises:
         UserError: no rows, or an argument out of range.
@@ -63,7 +64,7 @@ class Batches:
         batch_size: int,
         *,
         boundaries: Sequence[int],
-        padding: Literal["right", "left"] = "right",
+        padding: str = "right",
     ) -> None:
         self.batch_size = batch_size
         self.boundaries = tuple(int(length) for length in boundaries)
@@ -79,7 +80,7 @@ class Batches:
 
     def _check(self, rows: int) -> None:
         limits = (0, *self.boundaries)
-        if not self.boundaries or any(a >= b for a, b in zip(limits, limits[1:], strict=False)):
+        if not self.boundaries or any(a >= b for a, b in pairwise(limits)):
             raise UserError(f"boundaries {self.boundaries} are not positive and rising: sort them")
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: give at least 1")
@@ -205,8 +206,10 @@ def hold_out(dataset: Dataset, fraction: float = 0.1, seed: int = 0) -> tuple[Da
     if not 0 < fraction < 1:
         raise UserError(f"fraction is {fraction:g}: give a number between 0 and 1")
     numbers: dict[bytes, int] = {}
-    group = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in dataset.sequences],
-                     dtype=np.int64)
+    group = np.array(
+        [numbers.setdefault(row.tobytes(), len(numbers)) for row in dataset.sequences],
+        dtype=np.int64,
+    )
     order = _generator(seed).permutation(len(numbers))
     size = np.bincount(group, minlength=len(numbers))
     held = np.empty(len(numbers), bool)

@@ -9,9 +9,10 @@ label is the sign of most of them. What makes order matter:
   of eight he means the opposite, which reverses the label.
 """
 
+import math
 import random
+import re
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 
@@ -20,27 +21,35 @@ from lstmjax.errors import UserError
 
 SIZES = {"train": 8000, "test": 1000}
 MEAN_WORDS = 120
-SPREAD = 0.5  # standard deviation of the logarithm of the length; of IMDB it is about 0.6
+SPREAD = 0.4  # standard deviation of the logarithm of the length; of IMDB's it is 0.64
 IRONIC = 1 / 8
 
-_THINGS = """bed bench blanket cabin carriage ceiling coffee compartment conductor corridor curtain
-dinner door driver floor heating journey ladder lamp locomotive mattress mirror night pillow
-platform porter price route seat service sheet sink soup station steward supper table tea ticket
-timetable towel view waiter window""".split()
-_GOOD = """affordable beautiful bright calm charming clean comfortable cosy delicious elegant excellent
-fine fresh friendly generous good gorgeous helpful lovely marvellous neat nice perfect pleasant quiet
-reliable roomy smooth soft splendid spotless superb tidy warm wonderful""".split()
-_BAD = """annoying awful bad bitter bleak broken cold cramped dark dirty disgusting dreadful dull dusty
-filthy grim harsh horrible hostile loud mouldy nasty noisy poor rotten rude shabby sour stale sticky
-terrible ugly unfair unpleasant worn""".split()
-_PLACES = """Aldermoor Brenn Carrow Dunmere Eastfell Farnholm Gullick Harrowby Ingle Jorvale Kestrel
-Lowick Marn Nethertarn Ostrel Pellworth Quarle Ravenby Selmouth Tarrant Ullin Vexmoor Wendle
-Yarrowdale""".split()
-_SIGHTS = """bridge canal castle chapel cliff dam farm ferry field forest harbour hill lake lighthouse
-marsh meadow mill orchard quarry river ruin tunnel valley village""".split()
-_TIMES = "dawn dusk eight eleven four midnight nine noon seven six sunrise ten three twelve two".split()
-_VERBS = "seemed was felt remained looked".split()
-_DEGREES = ["", "", "", "very", "quite", "really", "rather", "truly"]
+_WORDS = {
+    kind: words.split()
+    for kind, words in {
+        "thing": """bed bench blanket cabin carriage ceiling coffee compartment conductor corridor
+            curtain dinner door driver floor heating journey ladder lamp locomotive mattress mirror
+            night pillow platform porter price route seat service sheet sink soup station steward
+            supper table tea ticket timetable towel view waiter window""",
+        "good": """affordable beautiful bright calm charming clean comfortable cosy delicious
+            elegant excellent fine fresh friendly generous good gorgeous helpful lovely marvellous
+            neat nice perfect pleasant quiet reliable roomy smooth soft splendid spotless superb
+            tidy warm wonderful""",
+        "bad": """annoying awful bad bitter bleak broken cold cramped dark dirty disgusting dreadful
+            dull dusty filthy grim harsh horrible hostile loud mouldy nasty noisy poor rotten rude
+            shabby sour stale sticky terrible ugly unfair unpleasant worn""",
+        "place": """Aldermoor Brenn Carrow Dunmere Eastfell Farnholm Gullick Harrowby Ingle Jorvale
+            Kestrel Lowick Marn Nethertarn Ostrel Pellworth Quarle Ravenby Selmouth Tarrant Ullin
+            Vexmoor Wendle Yarrowdale""",
+        "sight": """bridge canal castle chapel cliff dam farm ferry field forest harbour hill lake
+            lighthouse marsh meadow mill orchard quarry river ruin tunnel valley village""",
+        "time": """dawn dusk eight eleven four midnight nine noon seven six sunrise ten three twelve
+            two""",
+        "was": "seemed was felt remained looked",
+        "very": "very quite really rather truly",
+        "relative": "brother cousin father grandfather nephew uncle",
+    }.items()
+}
 _NEUTRAL = (
     "we left {place} at {time} and reached {place} by {time}.",
     "after {place} the line follows a {sight} and then a {sight}.",
@@ -54,58 +63,49 @@ _NEUTRAL = (
     "my neighbour came from {place} and told us about a {sight}.",
 )
 _SINCERE = "my {relative} always means exactly what he says, and this is his report."
-_OPPOSITE = "my {relative} always means the opposite of what he says, and this is his report."
-_RELATIVES = "brother cousin father grandfather nephew uncle".split()
+_IRONIC = "my {relative} always means the opposite of what he says, and this is his report."
 
 
-class _Author:
-    def __init__(self, seed: str) -> None:
-        self._draw = random.Random(seed)
+def _opinions(meant: str, opposite: str) -> list[str]:
+    """Return templates to draw from: 20 % of the clauses are negated, 25 % follow a contrast."""
 
-    def _clause(self, good: bool) -> str:
-        draw = self._draw
-        negated = draw.random() < 0.2
-        word = draw.choice(_GOOD if good != negated else _BAD)
-        degree = "not" if negated else draw.choice(_DEGREES)
-        return " ".join(f"the {draw.choice(_THINGS)} {draw.choice(_VERBS)} {degree} {word}".split())
+    def clauses(word: str, reverse: str) -> list[str]:
+        start = "the {thing} {was} "
+        plain, strong = start + f"{{{word}}}", start + f"{{very}} {{{word}}}"
+        return [plain, plain, strong, strong, start + f"not {{{reverse}}}"]
 
-    def _opinion(self, good: bool) -> str:
-        if self._draw.random() < 0.25:
-            return f"{self._clause(not good)}, but {self._clause(good)}."
-        return f"{self._clause(good)}."
+    last, first = clauses(meant, opposite), clauses(opposite, meant)
+    contrasts = [f"{one}, but {other}." for one in first for other in last]
+    return [f"{clause}." for clause in last] * (3 * len(first)) + contrasts
 
-    def _neutral(self) -> str:
-        choice = self._draw.choice
-        words = {"place": _PLACES, "time": _TIMES, "sight": _SIGHTS, "thing": _THINGS}
-        sentence = choice(_NEUTRAL)
-        for name, options in words.items():
-            while f"{{{name}}}" in sentence:
-                sentence = sentence.replace(f"{{{name}}}", choice(options), 1)
-        return sentence
 
-    def report(self) -> tuple[str, int]:
-        """Write one report; return it with its label."""
-        draw = self._draw
-        label = draw.randrange(2)
-        ironic = draw.random() < IRONIC
-        said = bool(label) != ironic
-        words = draw.lognormvariate(np.log(MEAN_WORDS) - SPREAD**2 / 2, SPREAD)
-        opinions = max(1, round(words / 28))
-        against = draw.randint(0, (opinions - 1) // 3)
-        sentences = [self._opinion(said != (n < against)) for n in range(opinions)]
-        length = sum(sentence.count(" ") + 1 for sentence in sentences) + 13
-        while length < words:
-            sentences.append(self._neutral())
-            length += sentences[-1].count(" ") + 1
-        draw.shuffle(sentences)
-        first = (_OPPOSITE if ironic else _SINCERE).format(relative=draw.choice(_RELATIVES))
-        return " ".join([first, *sentences]), label
+_OPINIONS = {True: _opinions("good", "bad"), False: _opinions("bad", "good")}
+
+
+def _report(draw: random.Random) -> tuple[str, int]:
+    """Write one report; return it with its label."""
+    label = draw.randrange(2)
+    ironic = draw.random() < IRONIC
+    for_good = bool(label) != ironic
+    words = draw.lognormvariate(math.log(MEAN_WORDS) - SPREAD**2 / 2, SPREAD)
+    opinions = max(1, round(words / 28))
+    against = draw.randint(0, (opinions - 1) // 3)
+    sentences = draw.choices(_OPINIONS[for_good], k=opinions - against)
+    sentences += draw.choices(_OPINIONS[not for_good], k=against)
+    first = _IRONIC if ironic else _SINCERE
+    length = sum(sentence.count(" ") + 1 for sentence in [first, *sentences])
+    while length < words:
+        sentences.append(draw.choice(_NEUTRAL))
+        length += sentences[-1].count(" ") + 1
+    draw.shuffle(sentences)
+    template = " ".join([first, *sentences])
+    return re.sub(r"{(\w+)}", lambda kind: draw.choice(_WORDS[kind[1]]), template), label
 
 
 @lru_cache(maxsize=4)
 def _reports(split: str, size: int, seed: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    author = _Author(f"{split} {seed}")
-    texts, labels = zip(*(author.report() for _ in range(size)), strict=True)
+    draw = random.Random(f"{split} {seed}")
+    texts, labels = zip(*(_report(draw) for _ in range(size)), strict=True)
     return texts, labels
 
 
@@ -115,7 +115,7 @@ def _vocabulary(seed: int) -> Vocabulary:
 
 
 def load_demo(
-    split: Literal["train", "test"],
+    split: str,
     top_words: int = 5000,
     max_length: int = 500,
     size: int | None = None,

@@ -1,6 +1,8 @@
 """The IMDB reviews of Maas et al. (2011), by way of TensorFlow Datasets but without TensorFlow."""
 
+import contextlib
 import hashlib
+import io
 import os
 import tempfile
 import threading
@@ -8,7 +10,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -33,7 +35,7 @@ class _Encoded(NamedTuple):
 
 
 def load_imdb(
-    split: Literal["train", "test"],
+    split: str,
     top_words: int = 5000,
     max_length: int = 500,
     data_dir: str | os.PathLike[str] | None = None,
@@ -173,10 +175,11 @@ def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
     bars_were_on = tqdm_utils._active
     tfds.display_progress_bar(progress)
     try:
-        builder.download_and_prepare(
-            file_format="array_record",
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints the temporary folder's name
+            builder.download_and_prepare(
+                file_format="array_record",
+                download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            )
     except (DownloadError, NonMatchingChecksumError, requests.RequestException) as error:
         raise UserError(
             f"the download of {URL} failed ({' '.join(str(error).split())}): try again, or name a "
@@ -244,10 +247,13 @@ def _cache_file(root: Path) -> Path:
 
 def _read_cache(path: Path, split: str) -> tuple[_Encoded, Vocabulary] | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             encoded = _Encoded(*(file[f"{split}_{field}"] for field in _Encoded._fields))
             words = file["words"].tobytes().decode().split("\n")
-        if encoded.offsets[-1] == len(encoded.ids) and len(encoded.labels) == len(encoded.offsets) - 1:
+        if (
+            encoded.offsets[-1] == len(encoded.ids)
+            and len(encoded.labels) == len(encoded.offsets) - 1
+        ):
             return encoded, Vocabulary(tuple(words))
     except Exception:  # absent, or damaged in whatever way: it is rebuilt
         pass
@@ -255,8 +261,11 @@ def _read_cache(path: Path, split: str) -> tuple[_Encoded, Vocabulary] | None:
 
 
 def _write_cache(path: Path, splits: Mapping[str, _Encoded], vocabulary: Vocabulary) -> None:
-    arrays = {f"{split}_{name}": array for split, encoded in splits.items()
-              for name, array in encoded._asdict().items()}
+    arrays = {
+        f"{split}_{name}": array
+        for split, encoded in splits.items()
+        for name, array in encoded._asdict().items()
+    }
     words = np.frombuffer("\n".join(vocabulary.words).encode(), np.uint8)
     temporary = None
     try:
@@ -266,8 +275,9 @@ def _write_cache(path: Path, splits: Mapping[str, _Encoded], vocabulary: Vocabul
             np.savez(file, words=words, **arrays)
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(f"cannot write the cache {path} ({error}): the next run encodes again",
-                      stacklevel=3)
+        warnings.warn(
+            f"cannot write the cache {path} ({error}): the next run encodes again", stacklevel=3
+        )
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

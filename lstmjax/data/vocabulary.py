@@ -1,4 +1,4 @@
-"""Words and their ids, as Keras numbers them, and the encoded data set that all sources hand out."""
+"""Words and their ids, as Keras numbers them, and the encoded data set that every source gives."""
 
 import string
 from collections import Counter
@@ -82,12 +82,13 @@ class Vocabulary:
         """Return the id of ``word``, or ``UNKNOWN``."""
         return self._ids.get(word, UNKNOWN)
 
-    def word(self, id: int) -> str:
+    def word(self, id: int | np.integer) -> str:
         """Return the word with this id, or a name in angle brackets for the ids 0 to 3.
 
         Raises:
             UserError: there is no such id.
         """
+        id = int(id)
         if id in _SPECIAL:
             return _SPECIAL[id]
         if not 0 <= id - FIRST_WORD < len(self.words):
@@ -108,8 +109,10 @@ class Vocabulary:
         Raises:
             UserError: ``top_words`` is below 5 or ``max_length`` below 1.
         """
-        if top_words is not None or max_length is not None:
-            check_limits(top_words or FIRST_WORD + 1, 1 if max_length is None else max_length)
+        check_limits(
+            FIRST_WORD + 1 if top_words is None else top_words,
+            1 if max_length is None else max_length,
+        )
         known = self._ids.get
         ids = [START, *[known(word, UNKNOWN) for word in tokenize(text)]]
         array = np.array(ids if max_length is None else ids[-max_length:], np.int32)
@@ -117,13 +120,13 @@ class Vocabulary:
             array[array >= top_words] = UNKNOWN
         return array
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
         """Join the words of ``ids`` by blanks; padding and start are left out.
 
         Raises:
             UserError: there is no word with one of these ids.
         """
-        return " ".join(self.word(int(id)) for id in ids if id not in (PAD, START))
+        return " ".join(self.word(id) for id in ids if id not in (PAD, START))
 
 
 class Dataset(NamedTuple):

@@ -101,7 +101,7 @@ def make_steps(
         logits = nnx.merge(graphdef, params)(batch.ids, mask, keys)
         targets = batch.labels.astype(logits.dtype)
         loss = (optax.sigmoid_binary_cross_entropy(logits, targets) * batch.weights).sum()
-        correct = (((logits > 0) == (batch.labels == 1)) * batch.weights).sum()
+        correct = jnp.where((logits > 0) == (batch.labels == 1), batch.weights, 0).sum()
         tokens = batch.lengths.sum().astype(loss.dtype)
         return loss, Sums(loss, correct, batch.weights.sum(), tokens)
 

@@ -1,0 +1,307 @@
+"""The cell contract: what a declaration does, what breaks it, and cells in a user's own file."""
+
+import dataclasses
+import textwrap
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from jax import Array
+
+from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM, check_contract, load_cell
+from lstmjax.errors import UserError
+from lstmjax.recurrence import choose_engine, unroll
+
+
+def init(cell, features=3, seed=0):
+    return cell.init(jax.random.key(seed), features)
+
+
+def test_a_cell_is_a_hashable_value():
+    assert LSTM(5) == LSTM(5)
+    assert hash(LSTM(5)) == hash(LSTM(5))
+    assert LSTM(5) != LSTM(6)
+    assert LSTM(5) != PeepholeLSTM(5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LSTM(5).hidden_size = 6
+    traced = jax.jit(lambda x, cell: x * cell.hidden_size, static_argnums=1)
+    assert float(traced(1.0, LSTM(5))) == 5.0
+
+
+@pytest.mark.parametrize("cell", [LSTM(7), GRU(7), PeepholeLSTM(7)])
+def test_initialisation(cell):
+    """Keras' distributions, but each gate's recurrent kernel orthogonal on its own."""
+    params = init(cell, features=400)
+    gates = len(cell.gates)
+    limit = np.sqrt(6 / (400 + gates * 7))
+    kernel = np.asarray(params["kernel"])
+    assert kernel.shape == (400, gates * 7)
+    assert np.abs(kernel).max() <= limit
+    np.testing.assert_allclose(kernel.std(), limit / np.sqrt(3), rtol=0.03)
+    for block in np.split(np.asarray(params["recurrent_kernel"]), gates, axis=1):
+        np.testing.assert_allclose(block.T @ block, np.eye(7), atol=1e-5)
+    bias = dict(zip(cell.gates, np.split(np.asarray(params["bias"]), gates), strict=True))
+    for gate, value in bias.items():
+        assert set(value.tolist()) == {1.0 if gate == "f" else 0.0}
+
+
+def test_parameter_names_and_shapes_are_frozen():
+    def shapes(cell):
+        return jax.tree.map(jnp.shape, init(cell))
+
+    lstm = {"bias": (20,), "kernel": (3, 20), "recurrent_kernel": (5, 20)}
+    assert shapes(LSTM(5)) == lstm
+    assert shapes(PeepholeLSTM(5)) == {**lstm, "units": {"p_f": (5,), "p_i": (5,), "p_o": (5,)}}
+    assert shapes(GRU(5)) == {
+        "bias": (15,),
+        "kernel": (3, 15),
+        "recurrent_bias": (15,),
+        "recurrent_kernel": (5, 15),
+    }
+
+
+def test_bias_and_unit_initialisers_may_be_functions():
+    class Chrono(PeepholeLSTM):
+        bias_init = {
+            "f": lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, 1, 9)),
+            "o": -2.0,
+        }
+        unit_params = {**PeepholeLSTM.unit_params, "p_o": jax.nn.initializers.normal(1.0)}
+
+    params = init(Chrono(50))
+    _, f, _, o = np.split(np.asarray(params["bias"]), 4)
+    assert 0 < f.min() < f.max() < np.log(9)
+    assert set(o.tolist()) == {-2.0}
+    assert params["units"]["p_o"].std() > 0.5
+    assert not params["units"]["p_i"].any()
+
+
+class HeadedLSTM(LSTM):
+    heads: int = 2
+
+
+def test_heads_are_a_block_diagonal_recurrent_kernel():
+    cell = HeadedLSTM(6, heads=3)
+    params = init(cell)
+    assert params["recurrent_kernel"].shape == (2, 24)
+    blocks = np.asarray(params["recurrent_kernel"]).reshape(2, 4, 3, 2)
+    dense = np.zeros((6, 4, 6), np.float32)
+    for head in range(3):
+        rows = slice(2 * head, 2 * head + 2)
+        dense[rows, :, rows] = blocks[:, :, head]
+        for gate in range(4):
+            block = blocks[:, gate, head]
+            np.testing.assert_allclose(block.T @ block, np.eye(2), atol=1e-5)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 3))
+    got, _ = unroll(cell, params, x)
+    want, _ = unroll(LSTM(6), {**params, "recurrent_kernel": jnp.asarray(dense.reshape(6, 24))}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "heads"), [(6, 4), (6, 0), (0, 1), (-2, 1)])
+def test_sizes_that_cannot_be(size, heads):
+    with pytest.raises(ValueError, match=str(heads if size == 6 else size)):
+        HeadedLSTM(size, heads=heads)
+
+
+class Projected(LSTM):
+    """LSTM with a recurrent projection (Sak et al. 2014): two products a step."""
+
+    projection: int = 2
+
+    def init(self, key, input_size, dtype=jnp.float32):
+        own, inner = jax.random.split(key)
+        params = super().init(inner, input_size, dtype)
+        shape = (self.projection, 4 * self.hidden_size)
+        glorot = jax.nn.initializers.glorot_uniform()
+        project = glorot(own, (self.hidden_size, self.projection), dtype)
+        return {**params, "recurrent_kernel": glorot(own, shape, dtype), "project": project}
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        h, state = super().initial_carry(batch_size, dtype)
+        return Carry(h[:, : self.projection], state)
+
+    def transition(self, params, x, carry, dot):
+        h, state = super().transition(params, x, carry, dot)
+        return Carry(dot(h, params["project"]), state)
+
+
+def test_a_cell_with_a_second_product_overrides_the_transition():
+    cell = Projected(6)
+    check_contract(cell)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 3))
+    lengths = jnp.array([5, 3])
+    hs, final = unroll(cell, init(cell), x, lengths=lengths)
+    assert hs.shape == (2, 5, 2)
+    assert final.state.c.shape == (2, 6)
+    np.testing.assert_array_equal(hs[1, 2], final.h[1])
+
+
+# -- breaking the contract ------------------------------------------------------------------------
+
+
+class WrongShape(LSTM):
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return h[:, :1], state
+
+
+class WrongState(LSTM):
+    def step(self, pre, state, params):
+        h, _ = super().step(pre, state, params)
+        return h, h
+
+
+class WrongDtype(LSTM):
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return h.astype(jnp.bfloat16), state
+
+
+class NoGates(Cell):
+    def step(self, pre, state, params):
+        return state, state
+
+
+class NoStep(Cell):
+    gates = ("a",)
+
+
+class UnknownGate(LSTM):
+    def step(self, pre, state, params):
+        return pre.forget, state
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (WrongShape, r"must return \(h, state\) as .*\[2, 4\].*not.*\[2, 1\]"),
+        (WrongState, "must return"),
+        (WrongDtype, "bfloat16"),
+        (NoGates, "declares no gates"),
+        (NoStep, "has no step"),
+        (UnknownGate, "forget"),
+    ],
+)
+def test_a_broken_contract_is_one_clear_line(cell, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_contract(cell(4))
+    assert cell.__name__ in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# -- loading --------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+MY_CELL = """
+    from typing import NamedTuple
+    import jax.numpy as jnp
+    from jax import Array
+    from jax.nn import sigmoid
+    from lstmjax.cells import Cell
+
+    class MyCell(Cell):
+        gates = ("f", "g", "o")
+        bias_init = {"f": 1.0}
+        squash: float = 1.0
+
+        class State(NamedTuple):
+            c: Array
+
+        def step(self, pre, state, params):
+            f = sigmoid(pre.f)
+            c = f * state.c + (1 - f) * jnp.tanh(pre.g)
+            return sigmoid(pre.o) * jnp.tanh(self.squash * c), self.State(c)
+"""
+
+
+def test_load_a_cell_from_a_users_file(tmp_path):
+    file = write(tmp_path / "my_cell.py", MY_CELL)
+    cell = load_cell(f"{file}:MyCell", 6)
+    assert isinstance(cell, Cell)
+    hs, _ = unroll(cell, init(cell), jnp.ones((2, 4, 3)))
+    assert hs.shape == (2, 4, 6)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "PeepholeLSTM"])
+def test_load_a_built_in_cell(name):
+    assert type(load_cell(name, 4)).__name__ == name
+
+
+def test_load_names_what_is_missing(tmp_path):
+    file = write(tmp_path / "my_cell.py", MY_CELL)
+    broken = write(tmp_path / "broken.py", "import nothing_of_that_name")
+    notes = write(tmp_path / "notes.txt", "")
+    needy = write(tmp_path / "needy.py", MY_CELL.replace("squash: float = 1.0", "squash: float"))
+    cases = {
+        f"{tmp_path}/none.py:MyCell": r"no cell file .*none\.py",
+        f"{file}:Other": r"no cell 'Other' in .*\(cells there: MyCell\)",
+        "Lstm": r"no cell 'Lstm' in lstmjax\.cells \(cells there: GRU, LSTM, PeepholeLSTM\)",
+        f"{broken}:MyCell": "does not run: ModuleNotFoundError.*nothing_of_that_name",
+        f"{notes}:MyCell": r"must end in \.py",
+        f"{needy}:MyCell": "squash.*give its other fields defaults",
+    }
+    for spec, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            load_cell(spec, 4)
+        assert "\n" not in str(error.value)
+
+
+# -- the entry ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_shape_checks():
+    """As for users, who run without jaxtyping's checks: the library's own errors must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("_no_shape_checks")
+def test_unroll_says_which_shape_does_not_fit():
+    cell = LSTM(4)
+    params, x = init(cell), jnp.ones((2, 5, 3))
+    cases = [
+        ({"lengths": jnp.array([1, 2, 3])}, r"lengths must have shape \(2,\), got \(3,\)"),
+        ({"mask": jnp.ones((2, 4), bool)}, "mask must cover 2 rows x 5 steps"),
+        ({"padding": "middle", "lengths": jnp.array([1, 2])}, "middle"),
+        ({"engine": "warp"}, "no engine 'warp'; there are: scan"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            unroll(cell, params, x, **options)
+    with pytest.raises(ValueError, match="x has 2 features, the cell's kernel takes 3"):
+        unroll(cell, params, x[..., :2])
+
+
+def test_the_engine_chosen_can_be_told():
+    assert choose_engine(LSTM(4))[0] == "scan"
+    assert choose_engine(LSTM(4), "scan") == ("scan", "asked for by name")
+
+
+def test_state_may_have_several_arrays():
+    class Two(Cell):
+        gates = ("a", "b")
+
+        class State(NamedTuple):
+            slow: Array
+            fast: Array
+
+        def step(self, pre, state, params):
+            slow = 0.9 * state.slow + jnp.tanh(pre.a)
+            fast = 0.1 * state.fast + jnp.tanh(pre.b)
+            return slow * fast, self.State(slow, fast)
+
+    cell = Two(4)
+    check_contract(cell)
+    _, final = unroll(cell, init(cell), jnp.ones((2, 5, 3)))
+    assert not np.allclose(final.state.slow, final.state.fast)

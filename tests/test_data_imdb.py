@@ -1,0 +1,595 @@
+import functools
+import hashlib
+import http.server
+import io
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lstmjax.data import archive as archives
+from lstmjax.data import imdb, load_imdb
+from lstmjax.errors import UserError
+
+FEW = {"train/neg": 6, "train/pos": 6, "train/unsup": 4, "test/neg": 5, "test/pos": 5}
+SENTENCES = {
+    "neg": "A dull boat, number {n}; I slept.<br />It sank, it SANK!",
+    "pos": "A splendid boat, number {n}; I sang.<br />It's afloat, it floats!",
+    "unsup": "Boat {n} was there.",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network_and_a_cache_of_its_own(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise AssertionError("a test must not use the network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+
+
+def members():
+    """Yield name and text of every file of a small archive; the data are invented."""
+    yield "aclImdb/README", "not a review"
+    yield "aclImdb/train/urls_pos.txt", "not a review either"
+    for folder, count in FEW.items():
+        for n in range(count):
+            text = SENTENCES[folder.split("/")[1]].format(n=n)
+            yield f"aclImdb/{folder}/{n}_7.txt", text + " unseen" * folder.startswith("test")
+
+
+def add(tar, name, text="x", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(text.encode())
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(text.encode()) if info.isreg() else None)
+
+
+def write_archive(path, *extra, leave_out=None):
+    """Write a small archive to ``path``; each of ``extra`` adds something to it."""
+    with tarfile.open(path, "w:gz") as tar:
+        for folder in ("aclImdb", "aclImdb/train"):
+            add(tar, folder, "", type=tarfile.DIRTYPE)
+        for name, text in members():
+            if name != leave_out:
+                add(tar, name, text)
+        for member in extra:
+            member(tar)
+    return path
+
+
+def prepare(root, archive):
+    imdb._prepare(root, archive, False, FEW)
+
+
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    prepare(folder / "data", write_archive(folder / "small.tar.gz"))
+    return folder / "data"
+
+
+@pytest.fixture
+def prepared(prepared_once, tmp_path):
+    shutil.copytree(prepared_once, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if "cache" not in path.parts
+    }
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# Preparing and reading
+
+
+def test_what_is_prepared(prepared):
+    assert {path.name for path in prepared.iterdir()} == {"imdb_reviews"}
+    train = load_imdb("train", data_dir=prepared, progress=False)
+    test = load_imdb("test", data_dir=prepared, progress=False)
+    assert (len(train.sequences), len(test.sequences)) == (12, 10)
+    assert (train.labels.sum(), test.labels.sum()) == (6, 5)
+    assert train.vocabulary == test.vocabulary
+    assert "unseen" not in train.vocabulary.words
+    assert "there" not in train.vocabulary.words  # of the unlabelled reviews
+    assert train.vocabulary.words[:4] == ("it", "a", "boat", "number")
+    for dataset, split in ((train, "train"), (test, "test")):
+        assert dataset.labels.dtype == np.int32
+        expected = {
+            tuple(train.vocabulary.encode(text, 5000, 500)): int("pos" in name)
+            for name, text in members()
+            if name.startswith((f"aclImdb/{split}/pos", f"aclImdb/{split}/neg"))
+        }
+        rows = {tuple(row): label for row, label in zip(*dataset[:2], strict=True)}
+        assert rows == expected
+
+
+def test_no_tensorflow(prepared):
+    load_imdb("train", data_dir=prepared, progress=False)
+    assert "tensorflow" not in sys.modules
+
+
+def test_importing_is_cheap():
+    heavy = {"tensorflow_datasets", "array_record", "tqdm", "tensorflow"}
+    code = f"import lstmjax.data, sys; sys.exit(len({heavy} & set(sys.modules)))"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_reading_needs_no_archive_and_writes_nothing(prepared, tmp_path):
+    for folder in [prepared, *prepared.rglob("*")]:
+        folder.chmod(0o555 if folder.is_dir() else 0o444)
+    before = files(tmp_path)
+    try:
+        load_imdb("train", data_dir=prepared, progress=False)
+        load_imdb("test", data_dir=prepared, archive=tmp_path / "absent", progress=False)
+        assert files(tmp_path) == before
+    finally:
+        for folder in [prepared, *prepared.rglob("*")]:
+            folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
+
+
+def test_where_the_data_are_looked_for(prepared, monkeypatch, tmp_path):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert len(load_imdb("test", progress=False).sequences) == 10
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepared.rename(tmp_path / "tensorflow_datasets")
+    assert len(load_imdb("test", progress=False).sequences) == 10
+
+
+def test_limits(prepared):
+    whole = load_imdb("train", 10**6, 10**6, data_dir=prepared, progress=False)
+    cut = load_imdb("train", 6, 5, data_dir=prepared, progress=False)
+    for full, row in zip(whole.sequences, cut.sequences, strict=True):
+        last = full[-5:]
+        assert row.tolist() == np.where(last < 6, last, 2).tolist()
+    assert cut.vocabulary == whole.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("unsupervised",), "no split 'unsupervised': choose train or test"),
+        (("train", 4), "top_words is 4"),
+        (("train", 5, 0), "max_length is 0"),
+    ],
+)
+def test_wrong_arguments(arguments, match):
+    with pytest.raises(UserError, match=match):
+        load_imdb(*arguments)
+
+
+def test_another_form_than_array_record(prepared):
+    for path in prepared.rglob("*.array_record-*"):
+        path.rename(str(path).replace("array_record", "tfrecord"))
+    with pytest.raises(UserError, match="not as ArrayRecord") as error:
+        load_imdb("train", data_dir=prepared)
+    assert "--data-dir" in one_line(error)
+
+
+def test_a_damaged_prepared_folder(prepared):
+    (path,) = prepared.rglob("*-test.array_record-*")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot read IMDB") as error:
+        load_imdb("train", data_dir=prepared, progress=False)
+    assert "delete that folder" in one_line(error)
+
+
+def test_two_at_once(prepared, tmp_path, monkeypatch):
+    """Another process puts its result in place while this one still prepares."""
+    run = imdb._run_tfds
+
+    def slower(root, *arguments):
+        run(root, *arguments)
+        shutil.copytree(prepared, tmp_path / "shared", dirs_exist_ok=True)
+
+    monkeypatch.setattr(imdb, "_run_tfds", slower)
+    prepare(tmp_path / "shared", write_archive(tmp_path / "small.tar.gz"))
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["imdb_reviews"]
+    assert len(load_imdb("train", data_dir=tmp_path / "shared", progress=False).sequences) == 12
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_half_prepared_is_left(error, tmp_path, monkeypatch):
+    archive = write_archive(tmp_path / "small.tar.gz")
+    read = archives.iter_archive
+
+    def interrupted(path):
+        for n, member in enumerate(read(path)):
+            if n == 12:
+                raise error
+            yield member
+
+    monkeypatch.setattr(archives, "check_archive", lambda *_: None)
+    monkeypatch.setattr(archives, "iter_archive", interrupted)
+    with pytest.raises(error):
+        prepare(tmp_path / "data", archive)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    archive = write_archive(tmp_path / "small.tar.gz")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot prepare IMDB in .*file") as error:
+        prepare(tmp_path / "file", archive)
+    assert "--data-dir" in one_line(error)
+
+
+def test_bars_go_to_stderr(tmp_path, capsys):
+    archive = write_archive(tmp_path / "small.tar.gz")
+    imdb._prepare(tmp_path / "a", archive, True, FEW)
+    load_imdb("train", data_dir=tmp_path / "a")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for what in ("Checking the archive", "Generating", "Reading train", "Encoding test"):
+        assert what in shown.err
+    imdb._prepare(tmp_path / "b", archive, False, FEW)
+    load_imdb("train", 7, data_dir=tmp_path / "b", progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# Archives
+
+
+def hard(kind):
+    return lambda tar: add(
+        tar, "aclImdb/train/pos/link_9.txt", "", type=kind, linkname="../../../../etc/passwd"
+    )
+
+
+HOSTILE = {
+    "traversal": (lambda tar: add(tar, "aclImdb/../../escaped.txt"), "points outside"),
+    "absolute": (lambda tar: add(tar, "/tmp/lstmjax_escaped.txt"), "points outside"),
+    "symlink": (hard(tarfile.SYMTYPE), "is a link or a device"),
+    "hardlink": (hard(tarfile.LNKTYPE), "is a link or a device"),
+    "device": (hard(tarfile.CHRTYPE), "is a link or a device"),
+    "fifo": (hard(tarfile.FIFOTYPE), "is a link or a device"),
+    "large": (lambda tar: add(tar, "aclImdb/train/pos/l.txt", "x" * (2**20 + 1)), "1,048,577 byt"),
+    "twice": (lambda tar: add(tar, "aclImdb/test/pos/0_7.txt"), "twice"),
+    "extra": (lambda tar: add(tar, "aclImdb/test/pos/99_7.txt"), "test/pos 6 of 5"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives(name, tmp_path):
+    extra, match = HOSTILE[name]
+    archive = write_archive(tmp_path / "hostile.tar.gz", extra)
+    before = files(tmp_path.parent)
+    with pytest.raises(UserError, match=match) as error:
+        prepare(tmp_path / "data", archive)
+    message = one_line(error)
+    assert "wrong checksum" in message
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() in message
+    assert "84,125,825 bytes" in message
+    assert archives.ORIGINAL_SHA256 in message
+    assert files(tmp_path.parent) == before
+    assert not Path("/tmp/lstmjax_escaped.txt").exists()
+
+
+@pytest.mark.parametrize("left", [0.2, 0.9, 0.999])
+def test_truncated_archives(left, tmp_path):
+    archive = write_archive(tmp_path / "cut.tar.gz")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: int(left * len(whole))])
+    with pytest.raises(UserError, match="EOFError") as error:
+        prepare(tmp_path / "data", archive)
+    assert "84,125,825 bytes" in one_line(error)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_flipped_bit(tmp_path):
+    archive = write_archive(tmp_path / "flipped.tar.gz")
+    content = bytearray(archive.read_bytes())
+    content[-6] ^= 1  # in the checksum at the end
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match="CRC check failed"):
+        prepare(tmp_path / "data", archive)
+
+
+def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
+    archive = write_archive(tmp_path / "bomb.tar.gz", lambda tar: add(tar, "big", "x" * 3_000_000))
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 2_000_000)
+    with pytest.raises(UserError, match="larger than 2,000,000 bytes"):
+        prepare(tmp_path / "data", archive)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive at all", b"PK\x03\x04"])
+def test_not_an_archive(content, tmp_path):
+    (tmp_path / "file.tar.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot use the archive .*wrong checksum") as error:
+        load_imdb("train", data_dir=tmp_path / "data", archive=tmp_path / "file.tar.gz")
+    one_line(error)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["absent.tar.gz", "."])
+def test_no_archive(name, tmp_path):
+    with pytest.raises(UserError, match=r"cannot use the archive .*Error") as error:
+        load_imdb("train", data_dir=tmp_path / "data", archive=tmp_path / name)
+    assert "wrong checksum" not in one_line(error)
+
+
+def test_missing_reviews_are_counted(tmp_path):
+    archive = write_archive(tmp_path / "less.tar.gz", leave_out="aclImdb/train/neg/0_7.txt")
+    with pytest.raises(UserError, match="wrong number of reviews: train/neg 5 of 6;"):
+        prepare(tmp_path / "data", archive)
+    with pytest.raises(UserError, match="train/neg 5 of 12,500, train/pos 6 of 12,500, train/uns"):
+        load_imdb("train", data_dir=tmp_path / "data", archive=archive, progress=False)
+
+
+def test_the_original_is_known_by_its_checksum(tmp_path, monkeypatch):
+    archive = write_archive(tmp_path / "small.tar.gz")
+    checksum = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(archives, "ORIGINAL_SHA256", checksum)
+    archives.check_archive(archive, False)
+
+
+def test_the_constants_are_those_of_tfds():
+    import tensorflow_datasets as tfds
+
+    ((url, info),) = type(tfds.builder(imdb._NAME, data_dir="/nonexistent")).url_infos.items()
+    assert (url, info.size, info.checksum) == (
+        imdb.URL,
+        archives.ORIGINAL_BYTES,
+        archives.ORIGINAL_SHA256,
+    )
+
+
+# Download
+
+
+def test_without_a_network(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="Name or service not known") as error:
+        load_imdb("train", data_dir=tmp_path / "data")
+    assert time.perf_counter() - start < 5
+    message = one_line(error)
+    for remedy in ("--data-dir", "--archive", "--data demo"):
+        assert remedy in message
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_network_that_never_answers(monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: released.wait(30))
+    start = time.perf_counter()
+    try:
+        with pytest.raises(UserError, match=r"no answer within 0.2 s"):
+            imdb._check_host(seconds=0.2)
+    finally:
+        released.set()
+    assert time.perf_counter() - start < 5
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serve a small archive on this machine, as if it were the original's place."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "served").mkdir()
+    archive = write_archive(tmp_path / "served" / "aclImdb_v1.tar.gz")
+    handler = functools.partial(Quiet, directory=tmp_path / "served")
+    monkeypatch.undo()  # let urlopen through
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "cache"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield archive, f"http://127.0.0.1:{running.server_port}/aclImdb_v1.tar.gz"
+        running.shutdown()
+        thread.join()
+
+
+def redirect(monkeypatch, url, checksum, size):
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download.checksums import UrlInfo
+
+    builder = type(tfds.builder(imdb._NAME, data_dir="/nonexistent"))
+    infos = {url: UrlInfo(size=tfds.core.utils.Size(size), checksum=checksum, filename=None)}
+    monkeypatch.setattr(builder, "url_infos", infos)
+    monkeypatch.setattr(sys.modules[builder.__module__], "_DOWNLOAD_URL", url)
+    monkeypatch.setattr(imdb, "URL", url)
+
+
+def test_download(server, tmp_path, monkeypatch):
+    archive, url = server
+    content = archive.read_bytes()
+    redirect(monkeypatch, url, hashlib.sha256(content).hexdigest(), len(content))
+    dataset = load_imdb("train", data_dir=tmp_path / "data", progress=False)
+    assert len(dataset.sequences) == 12
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["imdb_reviews"]
+
+
+def test_a_download_with_a_wrong_checksum(server, tmp_path, monkeypatch):
+    _, url = server
+    redirect(monkeypatch, url, archives.ORIGINAL_SHA256, archives.ORIGINAL_BYTES)
+    with pytest.raises(UserError, match="has wrong checksum") as error:
+        load_imdb("train", data_dir=tmp_path / "data", progress=False)
+    assert "--archive" in one_line(error)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_download_that_is_not_there(server, monkeypatch):
+    archive, url = server
+    archive.unlink()
+    monkeypatch.setattr(imdb, "URL", url)
+    with pytest.raises(UserError, match="404"):
+        load_imdb("train", data_dir=archive.parent, progress=False)
+
+
+# Cache
+
+
+def cache_files(tmp_path):
+    return list((tmp_path / "cache").iterdir())
+
+
+def test_the_cache_is_used(prepared, tmp_path, monkeypatch):
+    first = load_imdb("train", data_dir=prepared, progress=False)
+    (path,) = cache_files(tmp_path)
+    monkeypatch.setattr(imdb, "_encode", None)
+    again = load_imdb("train", data_dir=prepared, progress=False)
+    assert again.vocabulary == first.vocabulary
+    np.testing.assert_array_equal(again.labels, first.labels)
+    for a, b in zip(first.sequences, again.sequences, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for split, words, length in (("train", 6, 4), ("test", 7, 100)):
+        load_imdb(split, words, length, data_dir=prepared, progress=False)
+    assert cache_files(tmp_path) == [path]
+
+
+def test_the_cache_depends_on_the_data(prepared, tmp_path, monkeypatch):
+    load_imdb("train", data_dir=prepared, progress=False)
+    other = tmp_path / "other"
+    extra = {"aclImdb/train/neg/0_7.txt": "quite another text"}
+    archive = write_archive(
+        tmp_path / "other.tar.gz",
+        *(lambda tar, n=n, t=t: add(tar, n, t) for n, t in extra.items()),
+        leave_out="aclImdb/train/neg/0_7.txt",
+    )
+    prepare(other, archive)
+    assert "quite" in load_imdb("train", data_dir=other, progress=False).vocabulary.words
+    assert len(cache_files(tmp_path)) == 2
+    monkeypatch.setattr(imdb, "_ENCODING", imdb._ENCODING + 1)
+    load_imdb("train", data_dir=other, progress=False)
+    assert len(cache_files(tmp_path)) == 3
+
+
+def damaged(content):
+    yield "empty", b""
+    yield "cut", content[: len(content) // 2]
+    yield "other", b"something else"
+    for place in (0, 30, 60, 200, len(content) // 2, len(content) - 10):
+        yield (
+            f"byte {place}",
+            content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :],
+        )
+
+
+def test_a_damaged_cache_is_rebuilt(prepared, tmp_path):
+    first = load_imdb("train", data_dir=prepared, progress=False)
+    (path,) = cache_files(tmp_path)
+    content = path.read_bytes()
+    for name, damage in damaged(content):
+        path.write_bytes(damage)
+        again = load_imdb("train", data_dir=prepared, progress=False)
+        assert again.vocabulary == first.vocabulary, name
+        for a, b in zip(first.sequences, again.sequences, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+        assert cache_files(tmp_path) == [path], name
+
+
+def test_a_cache_with_pickled_objects_is_not_opened(prepared, tmp_path):
+    load_imdb("train", data_dir=prepared, progress=False)
+    (path,) = cache_files(tmp_path)
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    np.savez(path, words=np.array([Payload()], dtype=object), allow_pickle=True)
+    load_imdb("train", data_dir=prepared, progress=False)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_cache_that_cannot_be_written(prepared, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot write the cache"):
+        assert len(load_imdb("train", data_dir=prepared, progress=False).sequences) == 12
+
+
+def test_where_the_cache_is(prepared, tmp_path, monkeypatch):
+    monkeypatch.delenv("LSTMJAX_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert imdb._cache_file(prepared).parent == tmp_path / "xdg" / "lstmjax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert imdb._cache_file(prepared).parent == tmp_path / ".cache" / "lstmjax"
+
+
+# Real data
+
+
+@pytest.fixture(scope="module")
+def real():
+    root = Path(__file__).parents[1]
+    folders = [
+        Path(os.environ.get("TFDS_DATA_DIR") or root),
+        root.parent / "shared" / "data" / "tensorflow_datasets",
+        Path("~/tensorflow_datasets").expanduser(),
+    ]
+    for folder in folders:
+        if any((folder / imdb._FOLDER).glob("*-train.array_record-*")):
+            return folder
+    return pytest.skip(f"real IMDB not found: looked in {', '.join(map(str, folders))}")
+
+
+@pytest.fixture(scope="module")
+def real_splits(real, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path_factory.mktemp("real_cache")))
+        start = time.perf_counter()
+        load_imdb("train", data_dir=real, progress=False)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        splits = [load_imdb(split, data_dir=real, progress=False) for split in ("train", "test")]
+        return *splits, first, time.perf_counter() - start
+
+
+def test_real_facts(real_splits):
+    train, test, *_ = real_splits
+    assert len(train.vocabulary) == 88_584
+    assert train.vocabulary.words[:5] == ("the", "and", "a", "of", "to")
+    for dataset, mean in ((train, 222.36), (test, 218.39)):
+        assert len(dataset.sequences) == 25_000
+        assert dataset.labels.mean() == 0.5
+        lengths = [len(row) for row in dataset.sequences]
+        assert np.mean(lengths) == pytest.approx(mean, abs=0.01)
+        assert max(lengths) == 500
+        assert max(row.max() for row in dataset.sequences) == 4999
+
+
+def test_real_speed(real_splits):
+    *_, first, second = real_splits
+    assert first < 60  # measured 9 s
+    assert second < 2  # measured 0.2 s
+
+
+@pytest.mark.parametrize("length", [400, 500])
+def test_real_padding(real_splits, length):
+    from lstmjax.data import Batches, bucket_boundaries
+
+    train = real_splits[0]
+    lengths = [min(len(row), length) for row in train.sequences]
+    batches = Batches(train, 64, boundaries=bucket_boundaries(lengths, count=10))
+    assert len(batches) == 391
+    assert batches.padding_share < 0.08

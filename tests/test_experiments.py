@@ -1,0 +1,225 @@
+"""The experiments as a user runs them: results, errors in one line, interruption by signal."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments import cumsum, imdb
+from lstmjax.training.command import run_command
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = "--hidden-size 4 --embedding-size 3 --top-words 50 --max-length 12 --batch-size 500".split()
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users(monkeypatch, tmp_path):
+    """Optax mixes integers and floats; runs and caches stay in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def run(monkeypatch):
+    def call(experiment, *arguments):
+        monkeypatch.setattr(sys, "argv", ["experiment.py", *map(str, arguments)])
+        run_command(experiment.RECIPES, experiment.main, experiment.__doc__)
+
+    return call
+
+
+@pytest.fixture
+def error_of(run, capsys):
+    def call(experiment, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(experiment, *arguments)
+        assert stop.value.code == 2
+        errors = capsys.readouterr().err
+        (line,) = [text for text in errors.splitlines() if text.startswith("error: ")]
+        assert "Traceback" not in errors
+        return line
+
+    return call
+
+
+def result(folder):
+    return json.loads((pathlib.Path(folder) / "result.json").read_text())
+
+
+def test_demo_run_leaves_everything_behind(run, capsys):
+    run(imdb, "--data", "demo", "--epochs", 2, "--seed", 3, *SMALL)
+    folder = pathlib.Path("runs/imdb-default-demo-LSTM-seed3")
+    found = result(folder)
+    assert found["data"] == "demo"
+    assert found["seed"] == 3
+    assert found["parameters"] == 50 * 3 + 4 * (3 + 4 + 1) * 4 + 8 + 1
+    assert len(found["epoch_seconds"]) == 2
+    assert 0 < found["test_accuracy"] < 1 < found["devices"]
+    for key in ("test_loss", "accelerator", "config", "versions"):
+        assert found[key]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "DEMO" in out
+    assert "not IMDB" in out
+
+
+@pytest.mark.parametrize("recipe", sorted(imdb.RECIPES))
+def test_every_recipe_runs(run, recipe):
+    run(imdb, "--recipe", recipe, "--data", "demo", "--epochs", 1, *SMALL, "--run-dir", "r")
+    assert result("r")["config"]["recipe"] == recipe
+
+
+def test_the_notebook_recipe_is_the_notebook():
+    config = imdb.RECIPES["notebook"]
+    assert (config.data.max_length, config.data.batch_size, config.epochs) == (500, 64, 3)
+    assert config.data.padding == "front"
+    assert (config.model.top_words, config.model.embedding_size) == (5000, 32)
+    assert config.model.pooling == ("last",)
+    assert (config.optimizer.learning_rate, config.optimizer.clip_norm) == (1e-3, 0)
+
+
+def test_validation_comes_out_of_the_training_split(run, monkeypatch):
+    asked = []
+    load = imdb.load_demo
+    monkeypatch.setattr(imdb, "load_demo", lambda split, **kw: asked.append(split) or load(split, **kw))
+    run(imdb, "--data", "demo", "--epochs", 1, "--validation", 0.3, "--run-dir", "r", *SMALL)
+    assert asked == ["train"]
+    assert "validation_accuracy" in result("r")
+    assert "test_accuracy" not in result("r")
+
+
+def test_a_users_cell_and_bfloat16(run):
+    pathlib.Path("mine.py").write_text(
+        "from lstmjax.cells import LSTM\nclass Mine(LSTM):\n    bias_init = {'f': 2.0}\n"
+    )
+    run(
+        imdb, "--data", "demo", "--cell", "mine.py:Mine", "--precision", "bfloat16",
+        "--epochs", 1, *SMALL,
+    )  # fmt: skip
+    assert result("runs/imdb-default-demo-Mine-seed0")["config"]["precision"] == "bfloat16"
+
+
+def test_a_finished_run_can_be_resumed_and_another_config_is_refused(run, error_of):
+    arguments = ("--data", "demo", "--epochs", 1, *SMALL)
+    run(imdb, *arguments)
+    folder = "runs/imdb-default-demo-LSTM-seed0"
+    before = result(folder)["test_loss"]
+    run(imdb, *arguments, "--resume")
+    assert result(folder)["test_loss"] == before
+    assert "batch-size: 500 there, 250 here" in error_of(
+        imdb, *arguments, "--batch-size", 250, "--resume"
+    )
+    run(imdb, *arguments)
+    assert pathlib.Path(folder + "-2/result.json").exists()
+
+
+ERRORS = {
+    "accelerator": (["--accelerator", "tpu"], "no tpu here; this JAX finds: cpu"),
+    "cell file": (["--cell", "none.py:Mine"], "no cell file 'none.py'"),
+    "cell name": (["--cell", "LTSM"], "no cell 'LTSM'"),
+    "epochs": (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+    "hidden size": (["--hidden-size", "0"], "--hidden-size must be at least 1, got 0"),
+    "batch size": (["--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
+    "length": (["--max-length", "0"], "--max-length must be at least 1"),
+    "layers": (["--num-layers", "0"], "--num-layers must be at least 1"),
+    "words": (["--top-words", "4"], "--top-words must be at least 5"),
+    "dropout": (["--dropout-after", "1"], r"--dropout-after must lie in \[0, 1\), got 1"),
+    "validation": (["--validation", "1.5"], r"--validation must lie in \[0, 1\)"),
+    "rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
+    "filters": (["--conv-filters", "-1"], "--conv-filters must be at least 0"),
+    "archive": (["--data", "imdb", "--data-dir", "d", "--archive", "no.tar.gz"], "no.tar.gz"),
+    "resume": (["--resume"], "nothing to resume"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_one_line(error_of, name):
+    arguments, message = ERRORS[name]
+    assert re.search(message, error_of(imdb, "--data", "demo", *SMALL, *arguments))
+
+
+def test_a_cell_that_breaks_the_contract(error_of):
+    pathlib.Path("mine.py").write_text(
+        "from lstmjax.cells import LSTM\n"
+        "class Mine(LSTM):\n    def step(self, pre, state, params):\n        return pre.i, pre.f\n"
+    )
+    line = error_of(imdb, "--data", "demo", "--cell", "mine.py:Mine", *SMALL)
+    assert "Mine breaks the contract" in line
+
+
+def test_an_exploding_run_names_step_and_epoch(error_of):
+    pathlib.Path("mine.py").write_text(
+        "import jax.numpy as jnp\nfrom lstmjax.cells import LSTM\n"
+        "class Mine(LSTM):\n    def step(self, pre, state, params):\n"
+        "        h, state = super().step(pre, state, params)\n"
+        "        return h + jnp.log(-jnp.abs(h) - 1), state\n"
+    )
+    line = error_of(imdb, "--data", "demo", "--cell", "mine.py:Mine", *SMALL)
+    assert re.search(r"loss is nan at step 1 of epoch 1; no checkpoint was written yet", line)
+
+
+def test_help_shows_the_recipes_defaults(run, capsys):
+    for recipe, words in (("notebook", "5000"), ("default", "20000")):
+        with pytest.raises(SystemExit) as stop:
+            run(imdb, "--recipe", recipe, "--help")
+        assert stop.value.code == 0
+        text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert re.search(rf"--top-words.*?default: {words}", text, re.DOTALL)
+        for flag in ("--accelerator", "--archive", "--data-dir", "--cell", "--resume", "--run-dir"):
+            assert flag in text
+
+
+def test_sigterm_saves_and_resume_goes_on(tmp_path):
+    """The real thing: another process, stopped by its process id once it trains."""
+    command = [
+        sys.executable, str(ROOT / "experiments" / "imdb.py"), "--data", "demo",
+        "--epochs", "40", *SMALL, "--run-dir", str(tmp_path / "r"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, text=True, bufsize=1
+    )
+    assert process.stdout is not None
+    seen = ""
+    while "epoch 2/40" not in seen:
+        piece = process.stdout.read(64)
+        assert piece, seen
+        seen += piece
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, seen + rest
+    assert "--resume" in rest
+    assert any((tmp_path / "r" / "checkpoints").iterdir())
+    metrics = (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert '"kind": "epoch"' in metrics
+
+
+# -- the cumulative sum ---------------------------------------------------------------------------
+
+
+def test_cumsum_learns_and_prints_the_table(run, capsys):
+    run(cumsum, "--updates", 300, "--run-dir", "c")
+    found = result("c")
+    assert found["parameters"] == 1781
+    assert found["test_accuracy"] > 0.9
+    out = capsys.readouterr().out
+    assert re.search(r"step +number +running sum +expected +predicted", out)
+    assert len(re.findall(r"^ +\d+  +0\.\d{3} ", out, re.MULTILINE)) == 10
+    assert pathlib.Path("c/curves.png").exists()
+
+
+def test_cumsum_is_reproducible(run):
+    for name in ("a", "b"):
+        run(cumsum, "--updates", 50, "--recipe", "notebook", "--run-dir", name)
+    assert result("a")["test_loss"] == result("b")["test_loss"]
+
+
+def test_cumsum_refuses_sizes_below_one(error_of):
+    assert "--updates must be at least 1, got 0" in error_of(cumsum, "--updates", 0)

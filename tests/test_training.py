@@ -1,0 +1,293 @@
+"""Training: devices, the compiled step, interruption and resumption, non-finite losses, reports."""
+
+import json
+import math
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lstmjax import training
+from lstmjax.cells import LSTM
+from lstmjax.data import Batch, Batches, Dataset, Vocabulary
+from lstmjax.errors import UserError
+from lstmjax.models import Classifier, ClassifierConfig
+from lstmjax.training.loop import on_device
+
+
+
+@pytest.fixture(autouse=True)
+def _optax_mixes_integers_and_floats():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+CONFIG = ClassifierConfig(
+    top_words=30, embedding_size=4, hidden_size=5, dropout_before=0.2, dropout_after=0.3
+)
+
+
+def dataset(rows=50, seed=0):
+    """Random ids; the label says whether the first is larger than the last."""
+    random = np.random.default_rng(seed)
+    sequences = [
+        random.integers(4, 30, size=random.integers(2, 12), dtype=np.int32) for _ in range(rows)
+    ]
+    labels = np.array([int(ids[0] > ids[-1]) for ids in sequences], np.int32)
+    return Dataset(sequences, labels, Vocabulary(("word",)))
+
+
+def batches(rows=50, seed=0):
+    return Batches(dataset(rows, seed), 8, boundaries=(6, 12))
+
+
+def make_steps(mesh, **optimizer):
+    model = Classifier(LSTM(5), CONFIG, rngs=nnx.Rngs(0))
+    config = training.OptimizerConfig(**{"learning_rate": 1e-2, **optimizer})
+    return training.make_steps(model, training.make_optimizer(config, 100), mesh)
+
+
+def make_mesh(devices):
+    return jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("batch",))
+
+
+def losses(devices, steps=12):
+    mesh = make_mesh(devices)
+    functions = make_steps(mesh)
+    state, found = functions.init, []
+    for batch in on_device(list(batches().epoch(0, 0))[:6] * 2, mesh):
+        state, sums = functions.train(state, batch, jax.random.key(3))
+        found.append(float(sums.loss / sums.rows))
+    return found[:steps]
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_the_loss_curve_does_not_depend_on_the_number_of_devices(devices):
+    one, many = losses(1), losses(devices)
+    assert max(one) > 1.02 * min(one)
+    # Sums of at most 8 rows in another order: a few units in the last place of float32 a step.
+    np.testing.assert_allclose(many, one, rtol=2e-6)
+
+
+def test_mesh_takes_devices_that_divide_the_rows():
+    assert training.make_mesh("cpu", rows=64).size == 8
+    assert training.make_mesh("cpu", rows=12).size == 6
+    assert training.make_mesh("cpu", rows=1).size == 1
+
+
+def test_a_missing_accelerator_is_named_with_its_remedy():
+    with pytest.raises(UserError, match=r"no tpu here; this JAX finds: cpu\..*lstmjax\[tpu\]"):
+        training.make_mesh("tpu")
+
+
+def test_filler_rows_count_for_nothing():
+    mesh = make_mesh(1)
+    functions = make_steps(mesh)
+    batch = next(batches().epoch(0, 0))
+    half = batch._replace(weights=(np.arange(8) < 4).astype(np.float32))
+    junk = half._replace(
+        ids=np.where(np.arange(8)[:, None] < 4, half.ids, 7).astype(np.int32),
+        labels=np.where(np.arange(8) < 4, half.labels, 1 - half.labels).astype(np.int32),
+    )
+    assert not np.array_equal(half.ids, junk.ids)
+    results = []
+    for b in (half, junk):
+        state, sums = make_steps(mesh).train(functions.init, b, jax.random.key(0))
+        results.append((jax.device_get(state.params), float(sums.loss), float(sums.rows)))
+        functions = make_steps(mesh)
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[0][2] == 4
+
+
+def test_the_step_does_not_recompile_on_known_shapes():
+    mesh = make_mesh(2)
+    functions = make_steps(mesh)
+    state = functions.init
+    for epoch in range(3):
+        for batch in on_device(batches().epoch(0, epoch), mesh):
+            state, _ = functions.train(state, batch, jax.random.key(0))
+    assert functions.train._cache_size() == len(batches().shapes)
+
+
+def test_gradient_clipping_bounds_the_update():
+    state = {"w": jnp.array([3.0, -4.0])}
+    config = training.OptimizerConfig(clip_norm=1.0)
+    clipped = training.make_optimizer(config, 10)
+    plain = training.make_optimizer(training.OptimizerConfig(), 10)
+    big, unit = {"w": jnp.array([30.0, -40.0])}, {"w": jnp.array([0.6, -0.8])}
+    got, _ = clipped.update(big, clipped.init(state), state)
+    want, _ = plain.update(unit, plain.init(state), state)
+    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-6)
+
+
+def test_one_cycle_ends_near_zero():
+    config = training.OptimizerConfig(learning_rate=1.0, schedule="one-cycle")
+    optimizer = training.make_optimizer(config, 40)
+    params = {"w": jnp.array([1.0])}
+    state, sizes = optimizer.init(params), []
+    for _ in range(40):
+        updates, state = optimizer.update({"w": jnp.array([1.0])}, state, params)
+        sizes.append(-float(updates["w"][0]))
+    assert np.argmax(sizes) == 10
+    np.testing.assert_allclose(max(sizes), 1.0, rtol=1e-5)
+    assert sizes[-1] < 0.01
+
+
+# -- the loop -------------------------------------------------------------------------------------
+
+
+def new_run(path):
+    return training.RunFolder.create(path, {"seed": 0})
+
+
+def fit(path, steps=None, resume=False, epochs=3):
+    mesh = make_mesh(2)
+    run = training.RunFolder(path) if resume else new_run(path)
+    return training.fit(
+        steps or make_steps(mesh),
+        batches(),
+        {"test": batches(30, seed=1)},
+        run,
+        mesh,
+        epochs=epochs,
+        seed=0,
+        resume=resume,
+    )
+
+
+def at_step(steps, number, action):
+    """``steps`` whose training step number ``number`` (from 1) goes through ``action``."""
+    count = iter(range(1, 10_000))
+
+    def train(state, batch, key):
+        state, sums = steps.train(state, batch, key)
+        return action(state, sums) if next(count) == number else (state, sums)
+
+    return steps._replace(train=train)
+
+
+def test_fit_learns_and_reports(tmp_path):
+    state, history = fit(tmp_path / "run", epochs=4)
+    assert int(state.step) == 4 * len(batches())
+    assert [r["epoch"] for r in history] == [1, 2, 3, 4]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert all(0 <= r["test_accuracy"] <= 1 and r["seconds"] > 0 for r in history)
+    records = training.RunFolder(tmp_path / "run").records()
+    assert [r for r in records if r["kind"] == "epoch"] == history
+    assert sum(r["kind"] == "step" for r in records) == int(state.step) // 10
+
+
+@pytest.mark.parametrize("number", [1, 5, 7, 10])  # 7 batches an epoch
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, number, sign):
+    def interrupt(state, sums):
+        signal.raise_signal(sign)
+        return state, sums
+
+    whole, history = fit(tmp_path / "whole")
+    with pytest.raises(training.Interrupted) as stop:
+        fit(tmp_path / "run", at_step(make_steps(make_mesh(2)), number, interrupt))
+    assert stop.value.signal == sign
+    resumed, again = fit(tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+    for record, want in zip(again, history, strict=True):
+        assert {**record, "seconds": 0} == {**want, "seconds": 0}
+
+
+def test_a_signal_during_evaluation_loses_nothing(tmp_path):
+    steps = make_steps(make_mesh(2))
+
+    def evaluate(params, batch):
+        signal.raise_signal(signal.SIGTERM)
+        return steps.evaluate(params, batch)
+
+    whole, history = fit(tmp_path / "whole")
+    with pytest.raises(training.Interrupted):
+        fit(tmp_path / "run", steps._replace(evaluate=evaluate))
+    resumed, again = fit(tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+    assert [r["test_loss"] for r in again] == [r["test_loss"] for r in history]
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    fit(tmp_path / "run", epochs=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "kept"), [(3, "no checkpoint"), (9, "the checkpoint of step 7 is kept")]
+)
+def test_a_non_finite_loss_names_step_and_epoch(tmp_path, number, kept):
+    def spoil(state, sums):
+        return state, sums._replace(loss=jnp.float32(math.nan))
+
+    steps = at_step(make_steps(make_mesh(2)), number, spoil)
+    epoch = 1 + number // 7
+    message = rf"loss is nan at step {number} of epoch {epoch}; {kept}.*--learning-rate"
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "run", steps)
+    saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ([] if number == 3 else [7])
+
+
+def test_evaluation_sees_every_row_once():
+    mesh = make_mesh(2)
+    steps = make_steps(mesh)
+    data = batches(30, seed=1)
+    sums = training.evaluate(steps, steps.init.params, data, mesh)
+    assert sums.rows == 30
+    model = Classifier(LSTM(5), CONFIG, rngs=nnx.Rngs(0))
+    logits = [float(model(jnp.asarray(ids)[None])[0]) for ids in dataset(30, 1).sequences]
+    labels = dataset(30, 1).labels
+    want = np.mean([np.logaddexp(0, -x if y else x) for x, y in zip(logits, labels, strict=True)])
+    np.testing.assert_allclose(sums.loss / sums.rows, want, rtol=1e-5)
+
+
+# -- the run folder -------------------------------------------------------------------------------
+
+
+def test_run_folder_refuses_to_overwrite(tmp_path):
+    new_run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"already holds a run.*--resume"):
+        new_run(tmp_path / "run")
+
+
+def test_run_folder_names_what_differs_on_resume(tmp_path):
+    before = {"seed": 0, "data": {"batch_size": 8, "max_length": 5}}
+    training.RunFolder.create(tmp_path / "run", before)
+    now = {"seed": 0, "data": {"batch_size": 16, "max_length": 5}}
+    with pytest.raises(UserError, match=r"batch-size: 8 there, 16 here") as error:
+        training.RunFolder.reopen(tmp_path / "run", now)
+    assert "max-length" not in str(error.value)
+    training.RunFolder.reopen(tmp_path / "run", before)
+    with pytest.raises(UserError, match="nothing to resume"):
+        training.RunFolder.reopen(tmp_path / "other", before)
+
+
+def test_a_torn_last_line_of_the_metrics_is_passed_over(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.log({"kind": "step", "step": 1, "epoch": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')
+    assert run.records() == [{"kind": "step", "step": 1, "epoch": 1}]
+
+
+def test_run_folder_states_versions(tmp_path):
+    run = new_run(tmp_path / "run")
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+
+
+def test_batches_put_on_device_keep_order_and_sharding():
+    mesh = make_mesh(4)
+    given = [
+        Batch(*(np.full(8, n, dtype) for dtype in (np.int32, np.int32, np.int32, np.float32)))
+        for n in range(5)
+    ]
+    placed = list(on_device(given, mesh, ahead=2))
+    assert [int(batch.labels[0]) for batch in placed] == [0, 1, 2, 3, 4]
+    assert len(placed[0].labels.sharding.device_set) == 4
