@@ -12,14 +12,17 @@ seeds and machine, are in the README.
 import dataclasses
 import pathlib
 import time
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+from flax import nnx
+
+from lstmjax import training
 from lstmjax.cells import load_cell
 from lstmjax.data import Batches, Dataset, bucket_boundaries, hold_out, load_demo, load_imdb
 from lstmjax.errors import UserError
-from lstmjax.models import ClassifierConfig
+from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
-from lstmjax.training import Accelerator, OptimizerConfig, RunFolder
 from lstmjax.training.command import require_positive, require_share, run_command
 
 
@@ -51,7 +54,7 @@ class Config:
     """Gives every other flag its default."""
     cell: str = "LSTM"
     """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell."""
-    accelerator: Accelerator = "auto"
+    accelerator: training.Accelerator = "auto"
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
@@ -63,11 +66,14 @@ class Config:
     """Where the run is written (default: a new folder under runs/)."""
     resume: bool = False
     """Go on with the run in --run-dir (default: the newest of this recipe, data, cell, seed)."""
-    data: DataConfig = DataConfig()
-    model: ClassifierConfig = ClassifierConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
+    optimizer: training.OptimizerConfig = dataclasses.field(
+        default_factory=training.OptimizerConfig
+    )
 
 
+CORPUS = {"imdb": "IMDB", "demo": "built-in DEMO corpus (not IMDB)"}
 NOTEBOOK = Config()
 RECIPES = {
     "notebook": NOTEBOOK,
@@ -76,9 +82,7 @@ RECIPES = {
         recipe="notebook-dropout",
         model=ClassifierConfig(dropout_before=0.2, dropout_after=0.2),
     ),
-    "conv": dataclasses.replace(
-        NOTEBOOK, recipe="conv", model=ClassifierConfig(conv_filters=32)
-    ),
+    "conv": dataclasses.replace(NOTEBOOK, recipe="conv", model=ClassifierConfig(conv_filters=32)),
     "default": Config(
         recipe="default",
         data=DataConfig(max_length=400, padding="bucketed"),
@@ -88,7 +92,7 @@ RECIPES = {
             dropout_before=0.4,
             dropout_after=0.4,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="one-cycle", clip_norm=1.0),
+        optimizer=training.OptimizerConfig(learning_rate=3e-3, schedule="one-cycle", clip_norm=1.0),
     ),
 }
 
@@ -113,7 +117,9 @@ def check(config: Config) -> None:
         | {name: value for name, value in vars(model).items() if name.startswith("dropout_")}
     )
     if config.model.top_words < 5:
-        raise UserError(f"--top-words must be at least 5 (ids 0-3 are no words), got {model.top_words}")
+        raise UserError(
+            f"--top-words must be at least 5 (ids 0-3 are no words), got {model.top_words}"
+        )
     if not model.pooling:
         raise UserError("--pooling needs at least one of last, mean, max")
     if model.conv_filters < 0:
@@ -122,20 +128,20 @@ def check(config: Config) -> None:
         raise UserError(f"--learning-rate must be positive, got {config.optimizer.learning_rate}")
 
 
-def open_run(config: Config) -> RunFolder:
+def open_run(config: Config) -> training.RunFolder:
     """The folder of this run: new, or with ``resume`` the one to go on with."""
-    from lstmjax.training import as_dict
-
     cell = config.cell.rpartition(":")[2]
     name = f"imdb-{config.recipe}-{config.data.data}-{cell}-seed{config.seed}"
-    settings = as_dict(config)
+    settings = training.as_dict(config)
     for here_only in ("run_dir", "resume", "accelerator"):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
     if config.resume:
-        return RunFolder.reopen(config.run_dir or RunFolder.newest(name), settings)
-    return RunFolder.create(config.run_dir or RunFolder.free(name), settings)
+        return training.RunFolder.reopen(
+            config.run_dir or training.RunFolder.newest(name), settings
+        )
+    return training.RunFolder.create(config.run_dir or training.RunFolder.free(name), settings)
 
 
 def load(config: Config, split: Literal["train", "test"]) -> Dataset:
@@ -175,28 +181,17 @@ def make_batches(config: Config) -> tuple[Batches, dict[str, Batches]]:
 def main(config: Config) -> None:
     """Run the experiment."""
     check(config)
-    from lstmjax import training
-
     mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
     run = open_run(config)
-
-    import jax
-    from flax import nnx
-
-    from lstmjax.models import Classifier, count_parameters, summary
-
-    model = Classifier(
-        cell, config.model, precision=config.precision, rngs=nnx.Rngs(config.seed)
-    )
+    model = Classifier(cell, config.model, precision=config.precision, rngs=nnx.Rngs(config.seed))
     shape = (config.data.batch_size, config.data.max_length)
     print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
-    corpus = {"imdb": "IMDB", "demo": "the built-in DEMO corpus (not IMDB)"}[config.data.data]
     print(
-        f"{corpus}: {len(train)} batches an epoch, {train.padding_share:.1%} padding, "
-        f"{len(train.shapes)} batch shapes; {training.accelerator_name(mesh)} x {mesh.size}; "
-        f"run folder {run.path}"
+        f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in {len(train.shapes)} "
+        f"shape(s), {train.padding_share:.1%} padding; {training.accelerator_name(mesh)} x "
+        f"{mesh.size}; run folder {run.path}"
     )
     steps = training.make_steps(
         model,
@@ -218,43 +213,53 @@ def main(config: Config) -> None:
             resume=config.resume,
         )
     except training.Interrupted:
-        print(f"stopped and saved; go on with the same command and --resume --run-dir {run.path}")
+        print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
         raise
-    report(config, run, history, count_parameters(model), mesh, time.perf_counter() - started)
-
-
-def report(config, run, history, parameters, mesh, seconds) -> None:
-    """Write ``result.json`` and the curves, print the table."""
-    from lstmjax import training
-
-    (name,) = {key.removesuffix("_accuracy") for key in history[-1] if key.endswith("_accuracy")} - {
-        "train"
-    }
-    result = {
-        f"{name}_accuracy": history[-1][f"{name}_accuracy"],
-        f"{name}_loss": history[-1][f"{name}_loss"],
-        "parameters": parameters,
-        "epoch_seconds": [record["seconds"] for record in history],
-        "seconds": seconds,
-        "data": config.data.data,
+    facts = {
+        "parameters": count_parameters(model),
+        "seconds": time.perf_counter() - started,
         "accelerator": training.accelerator_name(mesh),
         "devices": mesh.size,
+    }
+    (name,) = evaluations
+    report(config, run, history, name, facts)
+
+
+def report(
+    config: Config,
+    run: training.RunFolder,
+    history: list[dict[str, Any]],
+    name: str,
+    facts: dict[str, Any],
+) -> None:
+    """Write ``result.json`` and the curves, print the table; ``name`` is the split evaluated."""
+    outcome = {key: history[-1][key] for key in (f"{name}_accuracy", f"{name}_loss")}
+    result = {
+        **outcome,
+        **facts,
+        "epoch_seconds": [record["seconds"] for record in history],
+        "data": config.data.data,
         "seed": config.seed,
         "epochs": history,
         "config": training.as_dict(config),
         "versions": training.versions(),
     }
     run.write("result.json", result)
-    corpus = {"imdb": "IMDB", "demo": "DEMO corpus, not IMDB"}[config.data.data]
+    corpus = CORPUS[config.data.data]
     run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
-    print(f"\nepoch  train loss  train acc  {name} loss  {name} acc  seconds   ({corpus})")
+    heads = ("epoch", "train loss", "train acc", f"{name} loss", f"{name} acc", "seconds")
+    print("\n" + "  ".join(f"{head:>15}" for head in heads))
     for r in history:
-        print(
-            f"{r['epoch']:>5}  {r['train_loss']:>10.4f}  {100 * r['train_accuracy']:>8.2f}%"
-            f"  {r[f'{name}_loss']:>{len(name) + 5}.4f}  {100 * r[f'{name}_accuracy']:>{len(name) + 3}.2f}%"
-            f"  {r['seconds']:>7.1f}"
+        values = (
+            f"{r['epoch']}",
+            f"{r['train_loss']:.4f}",
+            f"{r['train_accuracy']:.2%}",
+            f"{r[f'{name}_loss']:.4f}",
+            f"{r[f'{name}_accuracy']:.2%}",
+            f"{r['seconds']:.1f}",
         )
-    print(f"{run.path}/result.json, curves.png, metrics.jsonl, checkpoints/")
+        print("  ".join(f"{value:>15}" for value in values))
+    print(f"{corpus}, {name} accuracy {outcome[f'{name}_accuracy']:.2%}; everything in {run.path}")
 
 
 if __name__ == "__main__":

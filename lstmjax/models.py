@@ -190,7 +190,9 @@ def count_parameters(model: nnx.Module) -> int:
 
 
 def summary(model: Any, *inputs: Any) -> str:
-    """A table of layer, output shape and parameters; ``inputs`` may be `jax.ShapeDtypeStruct`.
+    """A table of layer, output shape and parameters.
+
+    Nothing is computed: parameters and ``inputs`` may be `jax.ShapeDtypeStruct`.
 
     Example:
         >>> from lstmjax.cells import LSTM
@@ -203,16 +205,17 @@ def summary(model: Any, *inputs: Any) -> str:
         --------------------------------------------
         total                                  1,781
     """
+    graphdef, state = nnx.split(model)
     names: list[tuple[str, int]] = []
 
-    def outputs(*args: Any) -> list[Array]:
+    def outputs(state: Any, *args: Any) -> list[Array]:
         values = []
-        for name, module, value in model.stages(*args):
+        for name, module, value in nnx.merge(graphdef, state).stages(*args):
             names.append((name, 0 if module is None else count_parameters(module)))
             values.append(value)
         return values
 
-    shapes = [value.shape for value in jax.eval_shape(outputs, *inputs)]
+    shapes = [value.shape for value in jax.eval_shape(outputs, state, *inputs)]
     rows = [f"{'layer':<16}{'output shape':<18}{'parameters':>10}", "-" * 44]
     for (name, count), shape in zip(names, shapes, strict=True):
         rows.append(f"{name:<16}{shape!s:<18}{count:>10,}")

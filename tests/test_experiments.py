@@ -14,7 +14,10 @@ from experiments import cumsum, imdb
 from lstmjax.training.command import run_command
 
 ROOT = pathlib.Path(__file__).parent.parent
-SMALL = "--hidden-size 4 --embedding-size 3 --top-words 50 --max-length 12 --batch-size 500".split()
+SMALL = (
+    *("--hidden-size", "4", "--embedding-size", "3", "--top-words", "50"),
+    *("--max-length", "12", "--batch-size", "500"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +92,9 @@ def test_the_notebook_recipe_is_the_notebook():
 def test_validation_comes_out_of_the_training_split(run, monkeypatch):
     asked = []
     load = imdb.load_demo
-    monkeypatch.setattr(imdb, "load_demo", lambda split, **kw: asked.append(split) or load(split, **kw))
+    monkeypatch.setattr(
+        imdb, "load_demo", lambda split, **kw: asked.append(split) or load(split, **kw)
+    )
     run(imdb, "--data", "demo", "--epochs", 1, "--validation", 0.3, "--run-dir", "r", *SMALL)
     assert asked == ["train"]
     assert "validation_accuracy" in result("r")

@@ -71,9 +71,7 @@ def test_bidirectional_joins_both_directions():
     x, mask = normal(0, 2, 7, 3), length_mask(jnp.array([7, 4]), 7)
     hs, (last, first) = layer(x, mask=mask)
     forward, _ = unroll(LSTM(5), layer.forward.arrays(), x, mask=mask)
-    flipped, final = unroll(
-        LSTM(5), layer.backward.arrays(), x[:, ::-1], mask=mask[:, ::-1]
-    )
+    flipped, final = unroll(LSTM(5), layer.backward.arrays(), x[:, ::-1], mask=mask[:, ::-1])
     np.testing.assert_allclose(hs, jnp.concatenate([forward, flipped[:, ::-1]], -1), rtol=1e-6)
     np.testing.assert_allclose(first.h, final.h, rtol=1e-6)
     np.testing.assert_allclose(last.h[1], forward[1, 3], rtol=1e-6)
@@ -103,7 +101,7 @@ def test_stack_drops_between_layers_only_with_keys():
 
 def conv_pool_reference(x, kernel, bias, window):
     """Loops over every position: zero padding on both sides, ReLU, max over windows."""
-    rows, steps, _ = x.shape
+    steps = x.shape[1]
     width = kernel.shape[0]
     before = (width - 1) // 2
     padded = np.pad(x, [(0, 0), (before, width - 1 - before), (0, 0)])

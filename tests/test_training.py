@@ -1,5 +1,6 @@
 """Training: devices, the compiled step, interruption and resumption, non-finite losses, reports."""
 
+import functools
 import json
 import math
 import signal
@@ -16,7 +17,6 @@ from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.training.loop import on_device
-
 
 
 @pytest.fixture(autouse=True)
@@ -44,24 +44,32 @@ def batches(rows=50, seed=0):
     return Batches(dataset(rows, seed), 8, boundaries=(6, 12))
 
 
-def make_steps(mesh, **optimizer):
+@functools.cache
+def compiled_steps(devices):
     model = Classifier(LSTM(5), CONFIG, rngs=nnx.Rngs(0))
-    config = training.OptimizerConfig(**{"learning_rate": 1e-2, **optimizer})
-    return training.make_steps(model, training.make_optimizer(config, 100), mesh)
+    optimizer = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 100)
+    steps = training.make_steps(model, optimizer, make_mesh(devices))
+    return steps._replace(init=jax.device_get(steps.init))
+
+
+def make_steps(mesh):
+    """Functions compiled once for all tests, with a fresh state: training donates its buffers."""
+    steps = compiled_steps(mesh.size)
+    return steps._replace(init=jax.device_put(steps.init, training.replicated(mesh)))
 
 
 def make_mesh(devices):
     return jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("batch",))
 
 
-def losses(devices, steps=12):
+def losses(devices):
     mesh = make_mesh(devices)
     functions = make_steps(mesh)
     state, found = functions.init, []
     for batch in on_device(list(batches().epoch(0, 0))[:6] * 2, mesh):
         state, sums = functions.train(state, batch, jax.random.key(3))
         found.append(float(sums.loss / sums.rows))
-    return found[:steps]
+    return found
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
@@ -85,7 +93,6 @@ def test_a_missing_accelerator_is_named_with_its_remedy():
 
 def test_filler_rows_count_for_nothing():
     mesh = make_mesh(1)
-    functions = make_steps(mesh)
     batch = next(batches().epoch(0, 0))
     half = batch._replace(weights=(np.arange(8) < 4).astype(np.float32))
     junk = half._replace(
@@ -95,9 +102,9 @@ def test_filler_rows_count_for_nothing():
     assert not np.array_equal(half.ids, junk.ids)
     results = []
     for b in (half, junk):
-        state, sums = make_steps(mesh).train(functions.init, b, jax.random.key(0))
-        results.append((jax.device_get(state.params), float(sums.loss), float(sums.rows)))
         functions = make_steps(mesh)
+        state, sums = functions.train(functions.init, b, jax.random.key(0))
+        results.append((jax.device_get(state.params), float(sums.loss), float(sums.rows)))
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert results[0][2] == 4
 
@@ -180,8 +187,10 @@ def test_fit_learns_and_reports(tmp_path):
     assert sum(r["kind"] == "step" for r in records) == int(state.step) // 10
 
 
-@pytest.mark.parametrize("number", [1, 5, 7, 10])  # 7 batches an epoch
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "sign"),  # 7 batches an epoch
+    [(1, signal.SIGINT), (5, signal.SIGTERM), (7, signal.SIGINT), (10, signal.SIGTERM)],
+)
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, number, sign):
     def interrupt(state, sums):
         signal.raise_signal(sign)

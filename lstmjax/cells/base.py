@@ -162,16 +162,12 @@ class Cell:
             }
         return dict(sorted(params.items()))
 
-    def initial_carry(
-        self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32
-    ) -> Carry:
+    def initial_carry(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Carry:
         """The carry before the first step: zeros ``(B, H)``. Override for another start."""
         zeros = jnp.zeros((batch_size, self.hidden_size), dtype)
         return Carry(zeros, self.State(*(zeros for _ in self.State._fields)))
 
-    def transition(
-        self, params: Params, x: Float[Array, "B D"], carry: Carry, dot: Dot
-    ) -> Carry:
+    def transition(self, params: Params, x: Float[Array, "B D"], carry: Carry, dot: Dot) -> Carry:
         """One whole time step, products included.
 
         A cell with more than one product a step (a projection, say) overrides this and, where

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32
@@ -64,7 +64,7 @@ class Batches:
         batch_size: int,
         *,
         boundaries: Sequence[int],
-        padding: str = "right",
+        padding: Literal["right", "left"] = "right",
     ) -> None:
         self.batch_size = batch_size
         self.boundaries = tuple(int(length) for length in boundaries)

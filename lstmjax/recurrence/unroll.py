@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -96,9 +95,7 @@ def unroll(
     """
     if x.ndim != 3:
         raise ValueError(f"x must have shape (B, T, D), or (T, B, D) if time_major; got {x.shape}")
-    xs, mask, resets = (
-        a if a is None or time_major else a.swapaxes(0, 1) for a in (x, mask, resets)
-    )
+    xs, mask, resets = (x, mask, resets) if time_major else _swapped(x, mask, resets)
     steps, batch, features = xs.shape
     for name, a in (("mask", mask), ("resets", resets)):
         if a is not None and a.shape != (steps, batch):
@@ -122,6 +119,17 @@ def unroll(
     name, _ = choose_engine(cell, engine)
     hs, final = ENGINES[name](cell, params, xs, initial, mask, resets, reverse, precision)
     return (hs if time_major else hs.swapaxes(0, 1)), final
+
+
+def _swapped(
+    x: Array, mask: Array | None, resets: Array | None
+) -> tuple[Array, Array | None, Array | None]:
+    """Batch-major to time-major."""
+    return (
+        x.swapaxes(0, 1),
+        None if mask is None else mask.T,
+        None if resets is None else resets.T,
+    )
 
 
 def length_mask(

@@ -1,6 +1,13 @@
 """Training: devices, the compiled step, the loop, checkpoints and the run folder."""
 
-from lstmjax.training.devices import Accelerator, accelerator_name, make_mesh, replicated, sharded
+from lstmjax.training.devices import (
+    Accelerator,
+    accelerator_name,
+    make_mesh,
+    quick_compilation,
+    replicated,
+    sharded,
+)
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
 from lstmjax.training.report import RunFolder, as_dict, draw_curves, versions
 from lstmjax.training.step import OptimizerConfig, make_optimizer, make_steps
@@ -19,6 +26,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_steps",
+    "quick_compilation",
     "replicated",
     "sharded",
     "versions",

@@ -23,7 +23,7 @@ class Position:
 
     epoch: int = 0
     batch: int = 0
-    sums: Sums = Sums()
+    sums: Sums = dataclasses.field(default_factory=Sums)
     seconds: float = 0.0
 
 

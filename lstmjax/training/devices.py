@@ -1,7 +1,8 @@
 """Which accelerator a run uses, and the mesh its batches are spread over."""
 
+import contextlib
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -67,12 +68,21 @@ def accelerator_name(mesh: Mesh) -> str:
     return f"{device.platform} ({device.device_kind})"
 
 
+def quick_compilation(mesh: Mesh) -> dict[str, Any]:
+    """Compiler options for a program that takes longer to compile than to run.
+
+    On CPU, LLVM's first level of optimization: half the compile time here, and no slower code,
+    since the products are library calls. Other platforms have nothing to gain.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    return {"xla_backend_optimization_level": "1"}
+
+
 def _one_cpu_device_per_core() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX is already running: take the devices it has
         jax.config.update("jax_num_cpu_devices", cores or 1)
-    except RuntimeError:
-        pass  # JAX is already running: take the devices it has
 
 
 def _platforms() -> list[str]:

@@ -28,7 +28,7 @@ class NonFiniteLossError(UserError):
     """The loss of a step is not a finite number."""
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error)
+class Interrupted(Exception):
     """The run was told to stop; its state is saved.
 
     Attributes:

@@ -133,7 +133,9 @@ class RunFolder:
         """Drop what was logged after ``step`` or in later epochs; returns the epochs' records."""
         records = self.records()
         kept = [
-            r for r in records if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)
+            r
+            for r in records
+            if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)
         ]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         self._metrics.write_text(text)

@@ -97,12 +97,13 @@ def make_steps(
     rows, whole = PartitionSpec(BATCH), PartitionSpec()
 
     def sums(params: Any, batch: Batch, keys: Array | None) -> tuple[Array, Sums]:
-        mask = length_mask(batch.lengths, batch.ids.shape[1], padding) if masked else None
+        lengths = jnp.asarray(batch.lengths)
+        mask = length_mask(lengths, batch.ids.shape[1], padding) if masked else None
         logits = nnx.merge(graphdef, params)(batch.ids, mask, keys)
         targets = batch.labels.astype(logits.dtype)
         loss = (optax.sigmoid_binary_cross_entropy(logits, targets) * batch.weights).sum()
         correct = jnp.where((logits > 0) == (batch.labels == 1), batch.weights, 0).sum()
-        tokens = batch.lengths.sum().astype(loss.dtype)
+        tokens = lengths.sum().astype(loss.dtype)
         return loss, Sums(loss, correct, batch.weights.sum(), tokens)
 
     def local_gradient(params: Any, batch: Batch, keys: Array) -> tuple[Any, Sums]:
