@@ -132,9 +132,10 @@ class Cell:
         ``bias (G*H,)`` follows ``bias_init``.
 
         Example:
-            >>> params = PlainRNN(3).init(jax.random.key(0), input_size=2)
+            >>> from lstmjax.cells import LSTM
+            >>> params = LSTM(5).init(jax.random.key(0), input_size=3)
             >>> {name: value.shape for name, value in params.items()}
-            {'bias': (3,), 'kernel': (2, 3), 'recurrent_kernel': (3, 3)}
+            {'bias': (20,), 'kernel': (3, 20), 'recurrent_kernel': (5, 20)}
         """
         keys = jax.random.split(key, 4)
         gates, units, block = len(self.gates), self.hidden_size, self.hidden_size // self.heads

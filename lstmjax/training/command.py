@@ -43,7 +43,7 @@ def run_command(
         raise SystemExit(130) from None
 
 
-def require_positive(values: Mapping[str, float]) -> None:
+def require_positive(values: Mapping[str, int]) -> None:
     """Raise `UserError` for the first of the named settings that is below 1."""
     for name, value in values.items():
         if value < 1:

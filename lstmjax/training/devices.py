@@ -69,10 +69,10 @@ def accelerator_name(mesh: Mesh) -> str:
 
 
 def quick_compilation(mesh: Mesh) -> dict[str, Any]:
-    """Compiler options for a program that takes longer to compile than to run.
+    """Compiler options for the programs of a training run.
 
-    On CPU, LLVM's first level of optimization: half the compile time here, and no slower code,
-    since the products are library calls. Other platforms have nothing to gain.
+    On CPU, LLVM's first level of optimization: half the compile time, the same bits and no slower
+    code, since the products are library calls. Nothing on other platforms.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return {}

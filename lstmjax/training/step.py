@@ -19,7 +19,7 @@ from jaxtyping import PRNGKeyArray
 from lstmjax.data import Batch
 from lstmjax.layers import row_keys
 from lstmjax.recurrence import length_mask
-from lstmjax.training.devices import BATCH, replicated
+from lstmjax.training.devices import BATCH, quick_compilation, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,9 @@ def make_steps(
         return TrainState(params, opt_state, state.step + 1), totals
 
     init = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    options = quick_compilation(mesh)
     return Steps(
         jax.device_put(init, replicated(mesh)),
-        jax.jit(train, donate_argnums=0),
-        jax.jit(evaluation_of),
+        jax.jit(train, donate_argnums=0, compiler_options=options),
+        jax.jit(evaluation_of, compiler_options=options),
     )
