@@ -57,7 +57,7 @@ class Config:
     decay: bool = True
     """Let the learning rate fall to 0 along a cosine."""
     run_dir: pathlib.Path | None = None
-    """Where the run is written (default: a new folder under runs/)."""
+    """Where the run is written; without it, a new folder under runs/."""
 
 
 RECIPES = {

@@ -33,7 +33,7 @@ class DataConfig:
     data: Literal["imdb", "demo"] = "imdb"
     """imdb: by TFDS; demo: a small corpus of our own, made on the spot."""
     data_dir: pathlib.Path | None = None
-    """TFDS folder to read, or to prepare into (default: TFDS_DATA_DIR, else TFDS' own)."""
+    """TFDS folder to read, or to prepare into; without it TFDS_DATA_DIR, else TFDS' own."""
     archive: pathlib.Path | None = None
     """Local aclImdb tar.gz to prepare from instead of downloading."""
     max_length: int = 500
@@ -63,9 +63,9 @@ class Config:
     epochs: int = 3
     """Passes over the training reviews."""
     run_dir: pathlib.Path | None = None
-    """Where the run is written (default: a new folder under runs/)."""
+    """Where the run is written; without it, a new folder under runs/."""
     resume: bool = False
-    """Go on with the run in --run-dir (default: the newest of this recipe, data, cell, seed)."""
+    """Go on with the run in --run-dir; without it, the newest of this recipe, data, cell, seed."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     optimizer: training.OptimizerConfig = dataclasses.field(
@@ -88,9 +88,11 @@ RECIPES = {
         data=DataConfig(max_length=400, padding="bucketed"),
         model=ClassifierConfig(
             top_words=20_000,
+            embedding_size=64,
             pooling=("max", "mean"),
-            dropout_before=0.4,
-            dropout_after=0.4,
+            dropout_words=0.2,
+            dropout_before=0.5,
+            dropout_after=0.5,
         ),
         optimizer=training.OptimizerConfig(learning_rate=3e-3, schedule="one-cycle", clip_norm=1.0),
     ),

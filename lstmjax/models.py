@@ -28,7 +28,7 @@ from lstmjax.precision import Precision
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
-    """Sizes of a `Classifier`; the defaults are the notebook's."""
+    """Sizes of a `Classifier`."""
 
     top_words: int = 5000
     """Ids below this have an embedding of their own."""
