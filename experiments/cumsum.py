@@ -101,7 +101,7 @@ def experiment(config: Config, cell: Cell) -> Outcome:
         rate = optax.cosine_decay_schedule(rate, config.updates)
     optimizer = optax.adam(rate, eps=1e-7)
     graphdef, params = nnx.split(make_model(config, cell), nnx.Param)
-    key_train, key_test = jax.random.split(jax.random.key(config.seed))
+    key_train, key_test = jax.random.split(training.training_key(config.seed))
 
     def loss_of(params: Any, key: Array) -> tuple[Array, Array]:
         x, y = sample_cumsum(key, config.batch_size, config.steps)

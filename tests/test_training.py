@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import signal
 
 import jax
@@ -243,6 +244,19 @@ def test_a_non_finite_loss_names_step_and_epoch(tmp_path, number, kept):
     assert saved == ([] if number == 3 else [7])
 
 
+def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_used(tmp_path):
+    whole, _ = fit(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for file in (checkpoints / "21").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/21 cannot be read.*delete that folder"):
+        fit(tmp_path / "run", resume=True)
+    shutil.rmtree(checkpoints / "21")
+    again, _ = fit(tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
+
+
 def test_evaluation_sees_every_row_once():
     mesh = make_mesh(2)
     steps = make_steps(mesh)
@@ -283,6 +297,13 @@ def test_a_torn_last_line_of_the_metrics_is_passed_over(tmp_path):
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "st')
     assert run.records() == [{"kind": "step", "step": 1, "epoch": 1}]
+
+
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path):
+    run = new_run(tmp_path / "run")
+    (run.path / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        run.records()
 
 
 def test_run_folder_states_versions(tmp_path):

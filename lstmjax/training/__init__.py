@@ -10,7 +10,12 @@ from lstmjax.training.devices import (
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
 from lstmjax.training.report import RunFolder, as_dict, draw_curves, versions
-from lstmjax.training.step import OptimizerConfig, make_optimizer, make_steps
+from lstmjax.training.step import (
+    OptimizerConfig,
+    make_optimizer,
+    make_steps,
+    training_key,
+)
 
 __all__ = [
     "Accelerator",
@@ -29,5 +34,6 @@ __all__ = [
     "quick_compilation",
     "replicated",
     "sharded",
+    "training_key",
     "versions",
 ]

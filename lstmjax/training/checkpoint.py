@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from lstmjax.errors import UserError
 from lstmjax.training.step import Sums, TrainState
 
 
@@ -34,6 +35,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at length
+        self._folder = folder
         self._args = ocp.args
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -52,20 +54,30 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, Position] | None:
-        """The newest state, laid out over devices as ``like`` is, or None if there is none."""
+        """The newest state, laid out over devices as ``like`` is, or None if there is none.
+
+        Raises:
+            UserError: the checkpoint is damaged.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
         leaves, tree = jax.tree.flatten(like)
-        saved = self._manager.restore(
-            step,
-            args=self._args.Composite(
-                state=self._args.StandardRestore(leaves), position=self._args.JsonRestore()
-            ),
-        )
-        place: dict[str, Any] = dict(saved["position"])
-        place["sums"] = Sums(*place["sums"])
-        return jax.tree.unflatten(tree, saved["state"]), Position(**place)
+        try:
+            saved = self._manager.restore(
+                step,
+                args=self._args.Composite(
+                    state=self._args.StandardRestore(leaves), position=self._args.JsonRestore()
+                ),
+            )
+            place: dict[str, Any] = dict(saved["position"])
+            place["sums"] = Sums(*place["sums"])
+            return jax.tree.unflatten(tree, saved["state"]), Position(**place)
+        except Exception as error:  # whatever a damaged file makes the readers stumble over
+            raise UserError(
+                f"the checkpoint {self._folder / str(step)} cannot be read "
+                f"({type(error).__name__}); delete that folder to go on from the one before"
+            ) from error
 
     def latest(self) -> int | None:
         """Number of steps done in the newest checkpoint."""

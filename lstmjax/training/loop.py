@@ -15,7 +15,7 @@ from lstmjax.errors import UserError
 from lstmjax.training.checkpoint import Checkpoints, Interruption, Position
 from lstmjax.training.devices import sharded
 from lstmjax.training.report import RunFolder
-from lstmjax.training.step import Steps, Sums, TrainState
+from lstmjax.training.step import Steps, Sums, TrainState, training_key
 
 IN_FLIGHT = 4
 """Steps handed to the device ahead of the newest one whose loss has been looked at."""
@@ -88,7 +88,7 @@ def fit(
     if restored is not None:
         state, position = restored
     history = run.rewind(int(state.step), position.epoch + 1)
-    key = jax.random.key(seed)
+    key = training_key(seed)
     try:
         with Interruption().watching() as stop:
             for epoch in range(position.epoch, epochs):
@@ -100,6 +100,11 @@ def fit(
                 record = _record(at, int(state.step), len(train))
                 for name, batches in evaluations.items():
                     sums = evaluate(steps, state.params, batches, mesh, name, stop)
+                    if not math.isfinite(sums.loss):
+                        raise NonFiniteLossError(
+                            f"{name} loss is {sums.loss} after epoch {epoch + 1}; "
+                            "lower --learning-rate, or set --clip-norm 1"
+                        )
                     record[f"{name}_loss"] = sums.loss / sums.rows
                     record[f"{name}_accuracy"] = sums.correct / sums.rows
                 history.append(record)

@@ -123,11 +123,20 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole lines of ``metrics.jsonl``."""
+        """All whole lines of ``metrics.jsonl``.
+
+        Raises:
+            UserError: a line is not JSON.
+        """
         if not self._metrics.exists():
             return []
         lines = self._metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise UserError(
+                f"{self._metrics} is damaged: a line is not JSON; delete that line"
+            ) from error
 
     def rewind(self, step: int, epoch: int) -> list[dict[str, Any]]:
         """Drop what was logged after ``step`` or in later epochs; returns the epochs' records."""

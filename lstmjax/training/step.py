@@ -34,6 +34,15 @@ class OptimizerConfig:
     """Largest norm of the whole gradient (Pascanu et al. 2013); 0 does not clip."""
 
 
+def training_key(seed: int) -> PRNGKeyArray:
+    """The key of everything random in training.
+
+    ``nnx.Rngs(seed)`` hands out ``fold_in(key(seed), 0)``, ``1``, ... to draw parameters; a number
+    that it never reaches keeps the two streams apart.
+    """
+    return jax.random.fold_in(jax.random.key(seed), 2**31)
+
+
 class TrainState(NamedTuple):
     """What a step changes: parameters, optimizer state, number of steps done."""
 
@@ -125,6 +134,9 @@ def make_steps(
         keys = row_keys(jax.random.fold_in(key, state.step), batch.ids.shape[0])
         gradient, totals = gradient_of(state.params, batch, keys)
         gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.rows, 1), gradient)
+        # A finite loss can have a gradient that is not: report it as the loss it will become.
+        healthy = jnp.isfinite(optax.tree.norm(gradient))
+        totals = totals._replace(loss=jnp.where(healthy, totals.loss, jnp.nan))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), totals
