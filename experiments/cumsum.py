@@ -27,7 +27,7 @@ from lstmjax.data import sample_cumsum
 from lstmjax.errors import UserError
 from lstmjax.models import Tagger, count_parameters, summary
 from lstmjax.precision import Precision
-from lstmjax.training.command import require_positive, run_command
+from lstmjax.training.command import require_positive, require_rate, require_seed, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ def check(config: Config) -> None:
     """Raise `UserError` for settings that cannot work."""
     names = ("hidden_size", "steps", "updates", "batch_size")
     require_positive({name: getattr(config, name) for name in names})
-    if not config.learning_rate > 0:
-        raise UserError(f"--learning-rate must be positive, got {config.learning_rate}")
+    require_rate(config.learning_rate)
+    require_seed(config.seed)
 
 
 class Outcome(NamedTuple):
@@ -144,9 +144,9 @@ def main(config: Config) -> None:
     with jax.default_device(mesh.devices.flat[0]):
         outcome = jax.device_get(compiled(config, cell))
     (loss, accuracy), (test_loss, test_accuracy), example = outcome
-    if not np.isfinite(loss).all():
-        first = int(np.argmin(np.isfinite(loss))) + 1
-        raise UserError(f"loss is {loss[first - 1]} at update {first}; lower --learning-rate")
+    if not (np.isfinite(loss).all() and np.isfinite(test_loss)):
+        first = int(np.argmin([*np.isfinite(loss), False])) + 1
+        raise UserError(f"loss is not finite at update {first}; lower --learning-rate")
     print_table(*example)
     seconds = time.perf_counter() - started
     result = {

@@ -10,6 +10,7 @@ seeds and machine, are in the README.
 """
 
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Any, Literal
@@ -18,12 +19,18 @@ import jax
 from flax import nnx
 
 from lstmjax import training
-from lstmjax.cells import load_cell
+from lstmjax.cells import load_cell, source_digest
 from lstmjax.data import Batches, Dataset, bucket_boundaries, hold_out, load_demo, load_imdb
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
-from lstmjax.training.command import require_positive, require_share, run_command
+from lstmjax.training.command import (
+    require_positive,
+    require_rate,
+    require_seed,
+    require_share,
+    run_command,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +133,20 @@ def check(config: Config) -> None:
         raise UserError("--pooling needs at least one of last, mean, max")
     if model.conv_filters < 0:
         raise UserError(f"--conv-filters must be at least 0, got {model.conv_filters}")
-    if not config.optimizer.learning_rate > 0:
-        raise UserError(f"--learning-rate must be positive, got {config.optimizer.learning_rate}")
+    rate, clip = config.optimizer.learning_rate, config.optimizer.clip_norm
+    require_rate(rate)
+    if not (clip >= 0 and math.isfinite(clip)):
+        raise UserError(f"--clip-norm must be at least 0 and finite, got {clip}")
+    require_seed(config.seed)
+    if config.epochs > 10_000:
+        raise UserError(f"--epochs must be at most 10000, got {config.epochs}")
 
 
 def open_run(config: Config) -> training.RunFolder:
     """The folder of this run: new, or with ``resume`` the one to go on with."""
     cell = config.cell.rpartition(":")[2]
     name = f"imdb-{config.recipe}-{config.data.data}-{cell}-seed{config.seed}"
-    settings = training.as_dict(config)
+    settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
     for here_only in ("run_dir", "resume", "accelerator"):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
@@ -187,7 +199,9 @@ def main(config: Config) -> None:
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
     run = open_run(config)
-    model = Classifier(cell, config.model, precision=config.precision, rngs=nnx.Rngs(config.seed))
+    with jax.default_device(mesh.devices.flat[0]):
+        rngs = nnx.Rngs(config.seed)
+        model = Classifier(cell, config.model, precision=config.precision, rngs=rngs)
     shape = (config.data.batch_size, config.data.max_length)
     print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
     print(

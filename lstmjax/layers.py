@@ -5,7 +5,7 @@ one key a row, so they do not depend on how a batch is spread over devices.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Key, PRNGKeyArray
 
 from lstmjax.cells.base import Carry, Cell, Params
-from lstmjax.precision import Precision, dot_general
+from lstmjax.precision import Precision, make_dot_general
 from lstmjax.recurrence import unroll
 
 Pooling = Literal["last", "mean", "max"]
@@ -186,21 +186,32 @@ class Stack(nnx.Module):
         **options: Any,
     ) -> tuple[Float[Array, "B T H"], list[Any]]:
         """Outputs of the top layer and every layer's final carry, in order."""
-        finals = []
+        _, outputs, finals = zip(*self.stages(x, initial, keys=keys, **options), strict=True)
+        return outputs[-1], list(finals)
+
+    def stages(
+        self,
+        x: Float[Array, "B T D"],
+        initial: Sequence[Any] | None = None,
+        *,
+        keys: RowKeys | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[nnx.Module, Array, Any]]:
+        """Layer by layer: the layer, its outputs, its final carry."""
         for number, layer in enumerate(self.layers):
             if number:
                 x = dropout(x, self.dropout_rate, fold_keys(keys, number))
             carry = () if initial is None else (initial[number],)
             x, final = layer(x, *carry, **options)
-            finals.append(final)
-        return x, finals
+            yield layer, x, final
 
 
 class ConvPool(nnx.Module):
     """Convolution over time, ReLU, max pooling: a front end that shortens the sequence.
 
     The convolution pads with zeros ("same"); masked inputs count as zeros, and a pooled step is
-    valid if any of its steps was. A last, incomplete window is pooled as it is.
+    valid if any of its steps was. A last, incomplete window is pooled as it is. Windows are counted
+    from the first step, so left padding of a length that they do not divide shifts them.
     """
 
     def __init__(
@@ -220,6 +231,7 @@ class ConvPool(nnx.Module):
             kernel_init=nnx.initializers.glorot_uniform(),
             precision="highest",
             dtype=jnp.bfloat16 if precision == "bfloat16" else None,
+            preferred_element_type=jnp.float32 if precision == "bfloat16" else None,
             rngs=rngs,
         )
         self.pool = pool
@@ -258,7 +270,7 @@ def dense(
         input_size,
         size,
         kernel_init=nnx.initializers.glorot_uniform(),
-        dot_general=functools.partial(dot_general, mode=precision),
+        dot_general=make_dot_general(precision),
         rngs=rngs,
     )
 

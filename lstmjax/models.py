@@ -137,9 +137,10 @@ class Classifier(nnx.Module):
         if self.front is not None:
             x, mask = self.front(x, mask)
             yield "conv_pool", self.front, x
-        hs, finals = self.recurrent(x, keys=key_between, mask=mask)
-        yield "recurrent", self.recurrent, hs
-        x = pool(hs, finals[-1], mask, config.pooling)
+        layers = self.recurrent.stages(x, keys=key_between, mask=mask)
+        for number, (layer, hs, final) in enumerate(layers, 1):  # noqa: B007 (used below)
+            yield f"recurrent_{number}", layer, hs
+        x = pool(hs, final, mask, config.pooling)
         yield "pool_" + "_".join(config.pooling), None, x
         if config.dropout_after:
             x = dropout(x, config.dropout_after, key_after)
@@ -198,12 +199,12 @@ def summary(model: Any, *inputs: Any) -> str:
         >>> from lstmjax.cells import LSTM
         >>> model = Tagger(LSTM(20), 1, rngs=nnx.Rngs(0))
         >>> print(summary(model, jax.ShapeDtypeStruct((1, 10, 1), jnp.float32)))
-        layer           output shape      parameters
-        --------------------------------------------
-        recurrent       (1, 10, 20)            1,760
-        dense           (1, 10)                   21
-        --------------------------------------------
-        total                                  1,781
+        layer      output shape  parameters
+        -----------------------------------
+        recurrent  (1, 10, 20)        1,760
+        dense      (1, 10)               21
+        -----------------------------------
+        total                         1,781
     """
     graphdef, state = nnx.split(model)
     names: list[tuple[str, int]] = []
@@ -216,7 +217,11 @@ def summary(model: Any, *inputs: Any) -> str:
         return values
 
     shapes = [value.shape for value in jax.eval_shape(outputs, state, *inputs)]
-    rows = [f"{'layer':<16}{'output shape':<18}{'parameters':>10}", "-" * 44]
+    table = [("layer", "output shape", "parameters")]
     for (name, count), shape in zip(names, shapes, strict=True):
-        rows.append(f"{name:<16}{shape!s:<18}{count:>10,}")
-    return "\n".join([*rows, "-" * 44, f"{'total':<16}{count_parameters(model):>28,}"])
+        table.append((name, str(shape), f"{count:,}"))
+    table.append(("total", "", f"{count_parameters(model):,}"))
+    wide = [max(len(row[column]) for row in table) for column in range(3)]
+    lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in table]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,6 +1,7 @@
 """The cell contract: what a declaration does, what breaks it, and cells in a user's own file."""
 
 import dataclasses
+import sys
 import textwrap
 from typing import NamedTuple
 
@@ -170,6 +171,21 @@ class NoStep(Cell):
     gates = ("a",)
 
 
+class NoneForState(GRU):
+    def step(self, pre, state, params, h):
+        return super().step(pre, state, params, h)[0], None
+
+
+class BatchElsewhere(LSTM):
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        h, _ = super().initial_carry(batch_size, dtype)
+        return Carry(h, self.State(jnp.zeros((self.hidden_size, batch_size), dtype)))
+
+    def step(self, pre, state, params):
+        h, new = super().step(pre, self.State(state.c.T), params)
+        return h, self.State(new.c.T)
+
+
 class UnknownGate(LSTM):
     def step(self, pre, state, params):
         return pre.forget, state
@@ -184,6 +200,8 @@ class UnknownGate(LSTM):
         (NoGates, "declares no gates"),
         (NoStep, "has no step"),
         (UnknownGate, "forget"),
+        (NoneForState, "structured as"),
+        (BatchElsewhere, "batch .* as its first axis"),
     ],
 )
 def test_a_broken_contract_is_one_clear_line(cell, message):
@@ -191,6 +209,39 @@ def test_a_broken_contract_is_one_clear_line(cell, message):
         check_contract(cell(4))
     assert cell.__name__ in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_bias_for_a_gate_that_does_not_exist_is_refused():
+    with pytest.raises(TypeError, match=r"Typo.bias_init names \['forget'\]"):
+
+        class Typo(LSTM):
+            bias_init = {"forget": 1.0}
+
+
+def test_a_matrix_memory_is_masked_by_rows():
+    """As many rows as units: a mask along the wrong axis would go unnoticed by shapes."""
+
+    class Memory(Cell):
+        gates = ("k", "v")
+
+        class State(NamedTuple):
+            m: Array
+
+        def initial_carry(self, batch_size, dtype=jnp.float32):
+            h, _ = super().initial_carry(batch_size, dtype)
+            return Carry(h, self.State(jnp.zeros((batch_size, *2 * (self.hidden_size,)), dtype)))
+
+        def step(self, pre, state, params):
+            m = 0.9 * state.m + pre.k[:, :, None] * pre.v[:, None, :]
+            return jnp.tanh(jnp.einsum("bij,bj->bi", m, pre.k)), self.State(m)
+
+    cell = Memory(3)
+    check_contract(cell)
+    x, lengths = jax.random.normal(jax.random.key(1), (3, 6, 3)), [6, 2, 4]
+    _, final = unroll(cell, init(cell), x, lengths=jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        _, alone = unroll(cell, init(cell), x[row : row + 1, :length])
+        np.testing.assert_allclose(final.state.m[row], alone.state.m[0], rtol=1e-5, atol=1e-6)
 
 
 # -- loading --------------------------------------------------------------------------------------
@@ -236,12 +287,29 @@ def test_load_a_built_in_cell(name):
     assert type(load_cell(name, 4)).__name__ == name
 
 
+def test_a_users_file_may_postpone_annotations_and_import_its_neighbours(tmp_path):
+    write(tmp_path / "neighbour_of_my_cell.py", "SQUASH = 0.5")
+    text = textwrap.dedent(MY_CELL).replace("squash: float = 1.0", "squash: float = SQUASH")
+    head = "from __future__ import annotations\nfrom neighbour_of_my_cell import SQUASH\n"
+    file = write(tmp_path / "my_cell.py", head + text)
+    before = list(sys.path)
+    assert load_cell(f"{file}:MyCell", 6).squash == 0.5
+    assert sys.path == before
+
+
 def test_load_names_what_is_missing(tmp_path):
     file = write(tmp_path / "my_cell.py", MY_CELL)
     broken = write(tmp_path / "broken.py", "import nothing_of_that_name")
     notes = write(tmp_path / "notes.txt", "")
     needy = write(tmp_path / "needy.py", MY_CELL.replace("squash: float = 1.0", "squash: float"))
+    leaving = write(tmp_path / "leaving.py", "import sys\nsys.exit()")
+    picky = write(
+        tmp_path / "picky.py",
+        textwrap.dedent(MY_CELL) + "    def __post_init__(self):\n        assert False, 'no'\n",
+    )
     cases = {
+        f"{leaving}:MyCell": "does not run: SystemExit",
+        f"{picky}:MyCell": "cannot be built from hidden_size=4 alone: AssertionError: no",
         f"{tmp_path}/none.py:MyCell": r"no cell file .*none\.py",
         f"{file}:Other": r"no cell 'Other' in .*\(cells there: MyCell\)",
         "Lstm": r"no cell 'Lstm' in lstmjax\.cells \(cells there: GRU, LSTM, PeepholeLSTM\)",
@@ -279,6 +347,8 @@ def test_unroll_says_which_shape_does_not_fit():
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             unroll(cell, params, x, **options)
+    with pytest.raises(ValueError, match=r"x is bfloat16, the cell's kernel float32.*precision="):
+        unroll(cell, params, x.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="x has 2 features, the cell's kernel takes 3"):
         unroll(cell, params, x[..., :2])
 

@@ -260,7 +260,7 @@ def hard(kind):
 
 HOSTILE = {
     "traversal": (lambda tar: add(tar, "aclImdb/../../escaped.txt"), "points outside"),
-    "absolute": (lambda tar: add(tar, "/tmp/lstmjax_escaped.txt"), "points outside"),
+    "absolute": (lambda tar: add(tar, "/lstmjax-absolute/escaped.txt"), "points outside"),
     "symlink": (hard(tarfile.SYMTYPE), "is a link or a device"),
     "hardlink": (hard(tarfile.LNKTYPE), "is a link or a device"),
     "device": (hard(tarfile.CHRTYPE), "is a link or a device"),
@@ -284,7 +284,7 @@ def test_hostile_archives(name, tmp_path):
     assert "84,125,825 bytes" in message
     assert archives.ORIGINAL_SHA256 in message
     assert files(tmp_path.parent) == before
-    assert not Path("/tmp/lstmjax_escaped.txt").exists()
+    assert not Path("/lstmjax-absolute/escaped.txt").exists()
 
 
 @pytest.mark.parametrize("left", [0.2, 0.9, 0.999])
@@ -543,8 +543,8 @@ def test_where_the_cache_is(prepared, tmp_path, monkeypatch):
 def real():
     root = Path(__file__).parents[1]
     folders = [
-        Path(os.environ.get("TFDS_DATA_DIR") or root),
-        root.parent / "shared" / "data" / "tensorflow_datasets",
+        *([Path(os.environ["TFDS_DATA_DIR"])] if "TFDS_DATA_DIR" in os.environ else []),
+        *sorted(root.parent.glob("*/data/tensorflow_datasets")),
         Path("~/tensorflow_datasets").expanduser(),
     ]
     for folder in folders:
@@ -580,7 +580,7 @@ def test_real_facts(real_splits):
 
 def test_real_speed(real_splits):
     *_, first, second = real_splits
-    assert first < 60  # measured 9 s
+    assert first < 30  # measured 9 s
     assert second < 2  # measured 0.2 s
 
 

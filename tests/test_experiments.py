@@ -1,6 +1,7 @@
 """The experiments as a user runs them: results, errors in one line, interruption by signal."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -139,6 +140,12 @@ ERRORS = {
     "dropout": (["--dropout-after", "1"], r"--dropout-after must lie in \[0, 1\), got 1"),
     "validation": (["--validation", "1.5"], r"--validation must lie in \[0, 1\)"),
     "rate": (["--learning-rate", "0"], "--learning-rate must be positive"),
+    "clipping": (["--clip-norm", "-1"], "--clip-norm must be at least 0"),
+    "rate without bound": (["--learning-rate", "inf"], "--learning-rate must be positive"),
+    "seed": (["--seed", "-1"], r"--seed must lie in \[0, 2\^32\), got -1"),
+    "many epochs": (["--epochs", "100000"], "--epochs must be at most 10000"),
+    "run folder": (["--run-dir", "/proc/nothing"], "cannot write the run folder /proc/nothing"),
+    "run folder is a file": (["--run-dir", __file__], "cannot write the run folder"),
     "filters": (["--conv-filters", "-1"], "--conv-filters must be at least 0"),
     "archive": (["--data", "imdb", "--data-dir", "d", "--archive", "no.tar.gz"], "no.tar.gz"),
     "resume": (["--resume"], "nothing to resume"),
@@ -168,7 +175,30 @@ def test_an_exploding_run_names_step_and_epoch(error_of):
         "        return h + jnp.log(-jnp.abs(h) - 1), state\n"
     )
     line = error_of(imdb, "--data", "demo", "--cell", "mine.py:Mine", *SMALL)
-    assert re.search(r"loss is nan at step 1 of epoch 1; no checkpoint was written yet", line)
+    assert re.search(r"gradient is nan at step 1 of epoch 1; no checkpoint was written yet", line)
+
+
+def test_a_cell_file_that_has_changed_is_not_resumed(run, error_of):
+    arguments = ("--data", "demo", "--cell", "mine.py:Mine", "--epochs", 1, *SMALL)
+    text = "from lstmjax.cells import LSTM\nclass Mine(LSTM):\n    bias_init = {'f': %s}\n"
+    pathlib.Path("mine.py").write_text(text % 1.0)
+    run(imdb, *arguments)
+    pathlib.Path("mine.py").write_text(text % 2.0)
+    assert "cell-source" in error_of(imdb, *arguments, "--resume")
+
+
+def test_a_platform_that_jax_was_told_to_use_but_is_not_there():
+    for name in ("cuda", "tpu"):
+        outcome = subprocess.run(
+            [sys.executable, str(ROOT / "experiments" / "cumsum.py"), "--run-dir", "c"],
+            env={**os.environ, "JAX_PLATFORMS": name, "TPU_SKIP_MDS_QUERY": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert outcome.returncode == 2, outcome.stderr
+        assert "unset JAX_PLATFORMS" in outcome.stderr
+        assert "Traceback" not in outcome.stderr
 
 
 def test_help_shows_the_recipes_defaults(run, capsys):
@@ -182,28 +212,38 @@ def test_help_shows_the_recipes_defaults(run, capsys):
             assert flag in text
 
 
+def command(folder, *arguments):
+    program = [sys.executable, str(ROOT / "experiments" / "imdb.py"), "--data", "demo"]
+    return [*program, "--epochs", "6", *SMALL, "--run-dir", str(folder), *arguments]
+
+
 def test_sigterm_saves_and_resume_goes_on(tmp_path):
     """The real thing: another process, stopped by its process id once it trains."""
-    command = [
-        sys.executable, str(ROOT / "experiments" / "imdb.py"), "--data", "demo",
-        "--epochs", "40", *SMALL, "--run-dir", str(tmp_path / "r"),
-    ]  # fmt: skip
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, text=True, bufsize=1
+        command(tmp_path / "r"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT
     )
     assert process.stdout is not None
-    seen = ""
-    while "epoch 2/40" not in seen:
-        piece = process.stdout.read(64)
+    seen = b""
+    while b"epoch 2/6" not in seen:
+        piece = os.read(process.stdout.fileno(), 4096)
         assert piece, seen
         seen += piece
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, seen + rest
-    assert "--resume" in rest
-    assert any((tmp_path / "r" / "checkpoints").iterdir())
-    metrics = (tmp_path / "r" / "metrics.jsonl").read_text()
-    assert '"kind": "epoch"' in metrics
+    assert b"--resume" in rest
+    assert not (tmp_path / "r" / "result.json").exists()
+    quiet = {"check": True, "capture_output": True, "cwd": ROOT, "timeout": 120}
+    subprocess.run(command(tmp_path / "r", "--resume"), **quiet)
+    subprocess.run(command(tmp_path / "whole"), **quiet)
+    resumed, whole = result(tmp_path / "r"), result(tmp_path / "whole")
+    assert resumed["devices"] == max(
+        n for n in range(1, len(os.sched_getaffinity(0)) + 1) if 500 % n == 0
+    )
+    for name in ("test_loss", "test_accuracy"):
+        assert resumed[name] == whole[name]
+    losses = [[epoch["train_loss"] for epoch in run["epochs"]] for run in (resumed, whole)]
+    assert losses[0] == losses[1]
 
 
 # -- the cumulative sum ---------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_the_notebook_model_has_its_parameters():
 def test_summary_lists_every_layer():
     table = summary(build(ClassifierConfig()), jax.ShapeDtypeStruct((64, 500), jnp.int32))
     rows = [line.split() for line in table.splitlines()]
-    assert ["recurrent", "(64,", "500,", "100)", "53,200"] in rows
+    assert ["recurrent_1", "(64,", "500,", "100)", "53,200"] in rows
     assert ["total", "213,301"] in rows
 
 

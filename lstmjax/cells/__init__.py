@@ -2,7 +2,7 @@
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.cells.gru import GRU
-from lstmjax.cells.loading import check_contract, load_cell
+from lstmjax.cells.loading import check_contract, load_cell, source_digest
 from lstmjax.cells.lstm import LSTM
 from lstmjax.cells.peephole import PeepholeLSTM
 
@@ -15,4 +15,5 @@ __all__ = [
     "PeepholeLSTM",
     "check_contract",
     "load_cell",
+    "source_digest",
 ]

@@ -98,11 +98,16 @@ class Cell:
     uses_h: ClassVar[bool] = False
     parts_apart: ClassVar[bool] = False
     elementwise: ClassVar[bool] = True
-    heads = 1
+    heads = 1  # no ClassVar: a cell may make it a hyper-parameter, ``heads: int = 4``
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(frozen=True)(cls)
+        named = cls.bias_init if isinstance(cls.bias_init, Mapping) else ()  # may be a property
+        if unknown := set(named) - set(cls.gates):
+            raise TypeError(
+                f"{cls.__name__}.bias_init names {sorted(unknown)}, the gates are {cls.gates}"
+            )
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
@@ -135,7 +140,7 @@ class Cell:
             >>> from lstmjax.cells import LSTM
             >>> params = LSTM(5).init(jax.random.key(0), input_size=3)
             >>> {name: value.shape for name, value in params.items()}
-            {'bias': (20,), 'kernel': (3, 20), 'recurrent_kernel': (5, 20)}
+            {'kernel': (3, 20), 'recurrent_kernel': (5, 20), 'bias': (20,)}
         """
         keys = jax.random.split(key, 4)
         gates, units, block = len(self.gates), self.hidden_size, self.hidden_size // self.heads
@@ -161,7 +166,7 @@ class Cell:
                 name: _draw(init, k, (units,), dtype)
                 for (name, init), k in zip(self.unit_params.items(), unit_keys, strict=True)
             }
-        return dict(sorted(params.items()))
+        return params
 
     def initial_carry(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Carry:
         """The carry before the first step: zeros ``(B, H)``. Override for another start."""

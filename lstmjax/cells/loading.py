@@ -1,9 +1,11 @@
 """From ``LSTM`` or ``path/to/file.py:MyCell`` to a cell that keeps the contract."""
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import pathlib
+import sys
 from types import ModuleType
 
 import jax
@@ -19,7 +21,7 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
 
     Args:
         spec: a name in `lstmjax.cells` (``LSTM``), or ``path/to/file.py:MyCell``. The file is
-            run, as ``python path/to/file.py`` would.
+            imported; it may import its neighbours.
         hidden_size: number of units H.
 
     Raises:
@@ -30,7 +32,7 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
         LSTM(hidden_size=100)
     """
     path, _, name = spec.rpartition(":")
-    module = _run_file(path) if path else importlib.import_module("lstmjax.cells")
+    module = _run_file(path) if ":" in spec else importlib.import_module("lstmjax.cells")
     classes = {
         key: value
         for key, value in vars(module).items()
@@ -45,7 +47,7 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
         )
     try:
         cell = classes[name](hidden_size)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise UserError(
             f"cell {spec!r} cannot be built from hidden_size={hidden_size} alone: {_line(error)}; "
             "give its other fields defaults"
@@ -58,15 +60,25 @@ def _run_file(path: str) -> ModuleType:
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"no cell file {path!r}; give --cell as path/to/file.py:MyCell")
-    module_spec = importlib.util.spec_from_file_location(file.stem, file)
+    module_spec = importlib.util.spec_from_file_location(f"_lstmjax_cell_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"cell file {path!r} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look a class's module up by name
+    sys.path.insert(0, str(file.parent.absolute()))
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"cell file {path!r} does not run: {_line(error)}") from error
+    finally:
+        sys.path.remove(str(file.parent.absolute()))
     return module
+
+
+def source_digest(spec: str) -> str | None:
+    """SHA-256 of the file that ``spec`` names, None for a built-in cell."""
+    path, _, _ = spec.rpartition(":")
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else None
 
 
 def check_contract(cell: Cell) -> None:
@@ -90,10 +102,21 @@ def check_contract(cell: Cell) -> None:
         before, after = jax.eval_shape(one_step)
     except Exception as error:
         raise UserError(f"cell {name} breaks the contract: {_line(error)}") from error
+    structures = [str(jax.tree.structure(carry)) for carry in (before, after)]
+    if structures[0] != structures[1]:
+        raise UserError(
+            f"cell {name} breaks the contract: its step must return (h, state) structured as "
+            f"{structures[0]}, not {structures[1]}"
+        )
     want, got = _layout(before), _layout(after)
     if want != got:
         raise UserError(
             f"cell {name} breaks the contract: its step must return (h, state) as {want}, not {got}"
+        )
+    if any(leaf.ndim < 1 or leaf.shape[0] != rows for leaf in jax.tree.leaves(before)):
+        raise UserError(
+            f"cell {name} breaks the contract: every array carried, {want}, needs "
+            f"the batch ({rows} here) as its first axis"
         )
 
 
@@ -105,6 +128,6 @@ def _layout(carry: Carry) -> str:
     )
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}"

@@ -42,4 +42,7 @@ def scan(
 
 
 def _select(rows: Bool[Array, " B"], yes: Carry, no: Carry) -> Carry:
-    return jax.tree.map(lambda a, b: jnp.where(rows[:, None], a, b), yes, no)
+    def select(a: Array, b: Array) -> Array:
+        return jnp.where(rows.reshape(rows.shape + (1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(select, yes, no)

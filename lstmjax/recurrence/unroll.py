@@ -109,6 +109,11 @@ def unroll(
         raise ValueError(
             f"x has {features} features, the cell's kernel takes {params['kernel'].shape[0]}"
         )
+    if "kernel" in params and params["kernel"].dtype != xs.dtype:
+        raise ValueError(
+            f"x is {xs.dtype}, the cell's kernel {params['kernel'].dtype}: cast one of them "
+            '(for fast products keep float32 and pass precision="bfloat16")'
+        )
     if mask is not None:
         xs = jnp.where(mask[..., None], xs, 0)
     if resets is not None and reverse:

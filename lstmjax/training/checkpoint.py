@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -100,15 +102,29 @@ class Interruption:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["Interruption"]:
-        """Catch both signals inside the block, so that the step in flight can finish."""
+        """Catch both signals inside the block, so that the step in flight can finish.
+
+        A second one acts as it would have without the block. Signals reach only the main thread:
+        in another one nothing is caught.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before: dict[int, Any] = {}
 
         def remember(number: int, frame: FrameType | None) -> None:
             self.signal = number
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # reentrant
+            put_back()
 
-        watched = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, remember) for number in watched]
+        def put_back() -> None:
+            for number, handler in before.items():
+                if handler is not None:  # None: installed by another language than Python
+                    signal.signal(number, handler)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, remember)
         try:
             yield self
         finally:
-            for number, handler in zip(watched, before, strict=True):
-                signal.signal(number, handler)
+            put_back()

@@ -1,8 +1,11 @@
 """What the command line of every experiment shares."""
 
 import argparse
+import math
+import signal
 import sys
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any, TypeVar
 
 from lstmjax.errors import UserError
@@ -31,6 +34,7 @@ def run_command(
         default=default,
         description=description,
     )
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         main(config)
     except UserError as error:
@@ -39,8 +43,21 @@ def run_command(
     except Interrupted as stop:
         raise SystemExit(128 + stop.signal) from None
     except KeyboardInterrupt:
-        print("interrupted before training began: nothing to resume", file=sys.stderr)
-        raise SystemExit(130) from None
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave by an exception, so that what is half done is cleaned up on the way out."""
+    raise SystemExit(128 + number)
+
+
+def require_seed(seed: int) -> None:
+    """Raise `UserError` unless every generator can take ``seed``."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must lie in [0, 2^32), got {seed}")
 
 
 def require_positive(values: Mapping[str, int]) -> None:
@@ -48,6 +65,12 @@ def require_positive(values: Mapping[str, int]) -> None:
     for name, value in values.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def require_rate(learning_rate: float) -> None:
+    """Raise `UserError` unless the learning rate is positive and finite."""
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise UserError(f"--learning-rate must be positive and finite, got {learning_rate}")
 
 
 def require_share(values: Mapping[str, float]) -> None:

@@ -21,7 +21,8 @@ IN_FLIGHT = 4
 """Steps handed to the device ahead of the newest one whose loss has been looked at."""
 
 LOG_EVERY = 10
-"""Steps that one line of ``metrics.jsonl`` covers."""
+"""A line of ``metrics.jsonl`` is written at every multiple of so many steps, and at the end of an
+epoch; it gives the means since the line before."""
 
 
 class NonFiniteLossError(UserError):
@@ -41,7 +42,7 @@ class Interrupted(Exception):
 
 
 def on_device(batches: Iterable[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Batch]:
-    """The batches, each put on the devices ``ahead`` batches before it is used."""
+    """The batches, ``ahead`` of them on the devices when one is asked for."""
     placed = (jax.device_put(batch, sharded(mesh)) for batch in batches)
     waiting = collections.deque(itertools.islice(placed, ahead))
     while waiting:
@@ -83,18 +84,17 @@ def fit(
         Interrupted: after a signal, once the state is saved.
     """
     checkpoints = Checkpoints(run.checkpoints)
-    state, position = steps.init, Position()
+    state, position = steps.init(), Position()
     restored = checkpoints.restore(state) if resume else None
     if restored is not None:
         state, position = restored
     history = run.rewind(int(state.step), position.epoch + 1)
-    key = training_key(seed)
     try:
         with Interruption().watching() as stop:
             for epoch in range(position.epoch, epochs):
                 at = position if epoch == position.epoch else Position(epoch)
-                epoch_run = _Epoch(steps, train, run, mesh, epochs, stop)
-                state, at = epoch_run.train(state, at, seed, key, checkpoints.latest())
+                meter = _Meter(run, at, len(train), epochs, checkpoints.latest())
+                state, at = _train_epoch(steps, state, at, train, mesh, seed, meter, stop)
                 checkpoints.save(state, at)
                 _raise_if(stop)
                 record = _record(at, int(state.step), len(train))
@@ -140,91 +140,103 @@ def evaluate(
                 _raise_if(stop)
             pending.append(steps.evaluate(params, batch))
             if len(pending) > IN_FLIGHT:
-                total = _add(total, pending.popleft())
+                total = _add(total, _on_host(pending.popleft()))
     for sums in pending:
-        total = _add(total, sums)
+        total = _add(total, _on_host(sums))
     return total
 
 
-class _Epoch:
-    """One pass over the training data, or the rest of one."""
+def _train_epoch(
+    steps: Steps,
+    state: TrainState,
+    at: Position,
+    batches: Batches,
+    mesh: Mesh,
+    seed: int,
+    meter: "_Meter",
+    stop: Interruption,
+) -> tuple[TrainState, Position]:
+    """Train from ``at`` to the epoch's end, or to the step at which a signal was noticed."""
+    key, first = training_key(seed), int(state.step)
+    pending: collections.deque[tuple[int, Sums]] = collections.deque()
+    done, started = at.batch, time.perf_counter()
+    for batch in on_device(batches.epoch(seed, at.epoch, start=at.batch), mesh):
+        state, sums = steps.train(state, batch, key)
+        done += 1
+        pending.append((first + done - at.batch, sums))
+        if len(pending) > IN_FLIGHT:
+            meter.account(*pending.popleft())
+        if stop:
+            break
+    while pending:
+        meter.account(*pending.popleft())
+    meter.close(first + done - at.batch)
+    seconds = at.seconds + time.perf_counter() - started
+    return state, Position(at.epoch, done, meter.total, seconds)
+
+
+class _Meter:
+    """Takes in the sums of an epoch's finished steps: checks, adds up, shows, logs."""
 
     def __init__(
-        self,
-        steps: Steps,
-        train: Batches,
-        run: RunFolder,
-        mesh: Mesh,
-        epochs: int,
-        stop: Interruption,
+        self, run: RunFolder, at: Position, batches: int, epochs: int, checkpoint: int | None
     ) -> None:
-        self.steps, self.batches, self.run, self.mesh = steps, train, run, mesh
-        self.epochs, self.stop = epochs, stop
-
-    def train(
-        self, state: TrainState, at: Position, seed: int, key: Any, checkpoint: int | None
-    ) -> tuple[TrainState, Position]:
-        """Train to the epoch's end or to the step at which a signal was noticed."""
         from tqdm import tqdm
 
-        first = int(state.step)
-        self.total, self.since, self.checkpoint = at.sums, Sums(), checkpoint
-        batches = on_device(self.batches.epoch(seed, at.epoch, start=at.batch), self.mesh)
-        pending: collections.deque[tuple[int, Sums]] = collections.deque()
-        done, started = at.batch, time.perf_counter()
-        with tqdm(
-            desc=f"epoch {at.epoch + 1}/{self.epochs}",
-            total=len(self.batches),
+        self.total = at.sums
+        self._run, self._epoch, self._checkpoint = run, at.epoch + 1, checkpoint
+        self._since = Sums()
+        self._tokens_before, self._started = at.sums.tokens, time.perf_counter()
+        self._bar = tqdm(
+            desc=f"epoch {self._epoch}/{epochs}",
+            total=batches,
             initial=at.batch,
             unit="step",
             dynamic_ncols=True,
-        ) as bar:
-            self.bar, self.before, self.started = bar, at.sums.tokens, started
-            for batch in batches:
-                state, sums = self.steps.train(state, batch, key)
-                done += 1
-                pending.append((first + done - at.batch, sums))
-                if len(pending) > IN_FLIGHT:
-                    self._account(at.epoch, *pending.popleft())
-                if self.stop:
-                    break
-            while pending:
-                self._account(at.epoch, *pending.popleft())
-        seconds = at.seconds + time.perf_counter() - started
-        return state, Position(at.epoch, done, self.total, seconds)
+        )
 
-    def _account(self, epoch: int, step: int, sums: Sums) -> None:
-        """Take in the sums of a finished step: check, add up, show, log."""
-        sums = jax.device_get(sums)
+    def account(self, step: int, sums: Sums) -> None:
+        """Take in one step.
+
+        Raises:
+            NonFiniteLossError: its loss is not finite.
+        """
+        sums = _on_host(sums)
         if not math.isfinite(sums.loss):
+            self._bar.close()
             kept = (
                 "no checkpoint was written yet"
-                if self.checkpoint is None
-                else f"the checkpoint of step {self.checkpoint} is kept"
+                if self._checkpoint is None
+                else f"the checkpoint of step {self._checkpoint} is kept"
             )
             raise NonFiniteLossError(
-                f"loss is {sums.loss} at step {step} of epoch {epoch + 1}; {kept}. "
+                f"loss or gradient is {sums.loss} at step {step} of epoch {self._epoch}; {kept}. "
                 "Lower --learning-rate, or set --clip-norm 1"
             )
-        self.total, self.since = _add(self.total, sums), _add(self.since, sums)
-        rate = (self.total.tokens - self.before) / (time.perf_counter() - self.started)
-        self.bar.set_postfix_str(
+        self.total, self._since = _add(self.total, sums), _add(self._since, sums)
+        rate = (self.total.tokens - self._tokens_before) / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(
             f"loss {self.total.loss / self.total.rows:.3f} "
             f"acc {self.total.correct / self.total.rows:.3f} {rate / 1e3:.0f}k tok/s",
             refresh=False,
         )
-        self.bar.update()
+        self._bar.update()
         if step % LOG_EVERY == 0:
-            self.run.log(
-                {
-                    "kind": "step",
-                    "step": step,
-                    "epoch": epoch + 1,
-                    "loss": self.since.loss / self.since.rows,
-                    "accuracy": self.since.correct / self.since.rows,
-                }
-            )
-            self.since = Sums()
+            self._log(step)
+
+    def close(self, step: int) -> None:
+        """Log what is left over and end the bar."""
+        if self._since.rows:
+            self._log(step)
+        self._bar.close()
+
+    def _log(self, step: int) -> None:
+        means = {
+            "loss": self._since.loss / self._since.rows,
+            "accuracy": self._since.correct / self._since.rows,
+        }
+        self._run.log({"kind": "step", "step": step, "epoch": self._epoch, **means})
+        self._since = Sums()
 
 
 def _record(at: Position, step: int, batches: int) -> dict[str, Any]:
@@ -239,8 +251,12 @@ def _record(at: Position, step: int, batches: int) -> dict[str, Any]:
     }
 
 
+def _on_host(sums: Sums) -> Sums:
+    return Sums(*map(float, jax.device_get(sums)))
+
+
 def _add(total: Sums, more: Sums) -> Sums:
-    return Sums(*(a + float(b) for a, b in zip(total, jax.device_get(more), strict=True)))
+    return Sums(*(a + b for a, b in zip(total, more, strict=True)))
 
 
 def _raise_if(stop: Interruption) -> None:

@@ -1,12 +1,12 @@
 """What a run leaves behind: config, environment, metrics as they come, curves, the result."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +19,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from source
+            found[name] = importlib.metadata.version(name)
     return found
 
 
@@ -34,9 +35,9 @@ class RunFolder:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = RunFolder.create(pathlib.Path(folder) / "a", {"seed": 0})
-        ...     run.log({"step": 1, "loss": 0.5})
+        ...     run.log({"kind": "step", "step": 10, "epoch": 1, "loss": 0.5})
         ...     run.records()
-        [{'step': 1, 'loss': 0.5}]
+        [{'kind': 'step', 'step': 10, 'epoch': 1, 'loss': 0.5}]
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -67,24 +68,22 @@ class RunFolder:
         """A new run's folder.
 
         Raises:
-            UserError: a run is there already.
+            UserError: the folder is not empty, or cannot be written.
         """
-        if (path / "config.json").exists():
-            raise UserError(
-                f"{path} already holds a run; go on with it by --resume, or name another --run-dir"
-            )
+        machine = {"machine": platform.machine(), "cores": os.cpu_count()}
+        run = cls(path)
         try:
+            if path.exists() and any(path.iterdir()):
+                raise UserError(
+                    f"{path} is not empty: name another --run-dir, or resume the run that it holds"
+                )
             path.mkdir(parents=True, exist_ok=True)
+            run.write("config.json", config)
+            run.write("environment.json", {"versions": versions(), **machine})
         except OSError as error:
             raise UserError(
-                f"cannot make the run folder {path}: {error.strerror}; name another --run-dir"
+                f"cannot write the run folder {path}: {error.strerror}; name another --run-dir"
             ) from error
-        run = cls(path)
-        run.write("config.json", config)
-        run.write(
-            "environment.json",
-            {"versions": versions(), "machine": platform.machine(), "cores": os.cpu_count()},
-        )
         return run
 
     @classmethod
@@ -111,43 +110,45 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """Write ``value`` as JSON, as a whole or not at all."""
-        text = json.dumps(value, indent=2, default=str) + "\n"
-        with tempfile.NamedTemporaryFile("w", dir=self.path, delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.path / name)
+        self._replace(name, json.dumps(value, indent=2, default=str, allow_nan=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``."""
         with self._metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """All whole lines of ``metrics.jsonl``.
 
         Raises:
-            UserError: a line is not JSON.
+            UserError: a line is not a record.
         """
         if not self._metrics.exists():
             return []
         lines = self._metrics.read_text().splitlines(keepends=True)
         try:
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as error:
+            records = [json.loads(line) for line in lines if line.endswith("\n")]
+            if not all({"kind", "step", "epoch"} <= set(record) for record in records):
+                raise ValueError
+        except (ValueError, TypeError) as error:
             raise UserError(
-                f"{self._metrics} is damaged: a line is not JSON; delete that line"
+                f"{self._metrics} is damaged: a line is no record; delete that line"
             ) from error
+        return records
 
     def rewind(self, step: int, epoch: int) -> list[dict[str, Any]]:
         """Drop what was logged after ``step`` or in later epochs; returns the epochs' records."""
-        records = self.records()
         kept = [
             r
-            for r in records
+            for r in self.records()
             if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)
         ]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        self._metrics.write_text(text)
+        self._replace(self._metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
         return [record for record in kept if record["kind"] == "epoch"]
 
     def draw_curves(self, title: str) -> None:

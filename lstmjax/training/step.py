@@ -61,7 +61,10 @@ class Sums(NamedTuple):
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Adam with epsilon 1e-7, as in Keras, under the schedule and the clipping asked for."""
+    """Adam under the schedule and the clipping asked for.
+
+    Its epsilon is Keras' 1e-7; Keras adds it before the bias correction, Optax after.
+    """
     rate: Any = config.learning_rate
     if config.schedule == "one-cycle":
         rate = optax.cosine_onecycle_schedule(max(total_steps, 4), rate, pct_start=0.25)
@@ -75,12 +78,12 @@ class Steps(NamedTuple):
     """The compiled functions of a run.
 
     Attributes:
-        init: the state before the first step.
+        init: makes the state before the first step.
         train: ``(state, batch, key) -> (state, sums)``; the state's buffers are donated.
         evaluate: ``(params, batch) -> sums``.
     """
 
-    init: TrainState
+    init: Callable[[], TrainState]
     train: Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
     evaluate: Callable[[Any, Batch], Sums]
 
@@ -141,10 +144,13 @@ def make_steps(
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), totals
 
-    init = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    def init() -> TrainState:
+        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
+
     options = quick_compilation(mesh)
     return Steps(
-        jax.device_put(init, replicated(mesh)),
+        init,
         jax.jit(train, donate_argnums=0, compiler_options=options),
         jax.jit(evaluation_of, compiler_options=options),
     )
