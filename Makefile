@@ -3,7 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 
-.PHONY: demo imdb test lint format lock clean
+.PHONY: help demo imdb test lint format lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
 
 demo: .venv/ready  ## train on the built-in corpus: no network beyond pip
 	$(RUN) experiments/imdb.py --data demo $(ARGS)
