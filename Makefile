@@ -22,7 +22,7 @@ lint: .venv/ready-lint  ## style, format, types
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-format: .venv/ready-lint
+format: .venv/ready-lint  ## let ruff put right what it can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 

@@ -47,6 +47,8 @@ class DataConfig:
     """Ids kept of a review, the last ones."""
     padding: Literal["bucketed", "front"] = "front"
     """bucketed: padded behind to few lengths, and masked; front: zeros in front, not masked."""
+    buckets: int = 10
+    """Most lengths that bucketed batches may have; each is compiled once."""
     batch_size: int = 64
     """Reviews a step, over all devices together."""
     validation: float = 0.0
@@ -92,12 +94,13 @@ RECIPES = {
     "conv": dataclasses.replace(NOTEBOOK, recipe="conv", model=ClassifierConfig(conv_filters=32)),
     "default": Config(
         recipe="default",
-        data=DataConfig(max_length=400, padding="bucketed"),
+        data=DataConfig(max_length=400, padding="bucketed", buckets=7),
         model=ClassifierConfig(
             top_words=20_000,
             embedding_size=64,
             pooling=("max", "mean"),
-            dropout_words=0.2,
+            conv_filters=128,
+            dropout_words=0.4,
             dropout_before=0.5,
             dropout_after=0.5,
         ),
@@ -114,6 +117,7 @@ def check(config: Config) -> None:
             "epochs": config.epochs,
             "batch-size": data.batch_size,
             "max-length": data.max_length,
+            "buckets": data.buckets,
             "embedding-size": model.embedding_size,
             "hidden-size": model.hidden_size,
             "num-layers": model.num_layers,
@@ -184,7 +188,8 @@ def make_batches(config: Config) -> tuple[Batches, dict[str, Batches]]:
     boundaries: tuple[int, ...] = (config.data.max_length,)
     if config.data.padding == "bucketed":
         padding = "right"
-        boundaries = bucket_boundaries([len(ids) for ids in train.sequences])
+        lengths = [len(ids) for ids in train.sequences]
+        boundaries = bucket_boundaries(lengths, count=config.data.buckets)
     size = config.data.batch_size
     return (
         Batches(train, size, boundaries=boundaries, padding=padding),
