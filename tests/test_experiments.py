@@ -59,12 +59,13 @@ def result(folder):
 
 
 def test_demo_run_leaves_everything_behind(run, capsys):
-    run(imdb, "--data", "demo", "--epochs", 2, "--seed", 3, *SMALL)
+    run(imdb, "--data", "demo", "--epochs", 2, "--seed", 3, "--conv-filters", 6, *SMALL)
     folder = pathlib.Path("runs/imdb-default-demo-LSTM-seed3")
     found = result(folder)
     assert found["data"] == "demo"
     assert found["seed"] == 3
-    assert found["parameters"] == 50 * 3 + 4 * (3 + 4 + 1) * 4 + 8 + 1
+    embedding, convolution, lstm, head = 50 * 3, (3 * 3 + 1) * 6, 4 * (6 + 4 + 1) * 4, 2 * 4 + 1
+    assert found["parameters"] == embedding + convolution + lstm + head
     assert len(found["epoch_seconds"]) == 2
     assert 0 < found["test_accuracy"] < 1 < found["devices"]
     for key in ("test_loss", "accelerator", "config", "versions"):
