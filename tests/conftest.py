@@ -1,9 +1,19 @@
 """Strict JAX for every test: what would slip through in use raises here."""
 
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # starts JAX, so that no test can change the number of devices for the others
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def no_type_checks():
+    """As for users, who run without jaxtyping's checks: the library's own errors must speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from jax import Array
@@ -326,15 +325,7 @@ def test_load_names_what_is_missing(tmp_path):
 # -- the entry ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _no_shape_checks():
-    """As for users, who run without jaxtyping's checks: the library's own errors must speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_no_shape_checks")
+@pytest.mark.usefixtures("no_type_checks")
 def test_unroll_says_which_shape_does_not_fit():
     cell = LSTM(4)
     params, x = init(cell), jnp.ones((2, 5, 3))

@@ -158,6 +158,7 @@ def test_a_batch_is_quick():
         ({"boundaries": (10,), "dataset": make([])}, "has 0 rows"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_wrong_arguments(arguments, match):
     with pytest.raises(UserError, match=match):
         Batches(**{"dataset": make([3]), "batch_size": 4, **arguments})
