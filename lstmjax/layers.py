@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Key, PRNGKeyArray
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, make_dot_general
-from lstmjax.recurrence import unroll
+from lstmjax.recurrence import Engine, unroll
 
 Pooling = Literal["last", "mean", "max"]
 RowKeys = Key[Array, " B"]
@@ -78,7 +78,7 @@ class Recurrent(nnx.Module):
         *,
         reverse: bool = False,
         precision: Precision = "float32",
-        engine: str | None = None,
+        engine: str | Engine | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.cell = cell

@@ -24,6 +24,7 @@ from lstmjax.layers import (
     pool,
 )
 from lstmjax.precision import Precision
+from lstmjax.recurrence import Engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Classifier(nnx.Module):
         config: ClassifierConfig,
         *,
         precision: Precision = "float32",
-        engine: str | None = None,
+        engine: str | Engine | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
@@ -163,7 +164,7 @@ class Tagger(nnx.Module):
         input_size: int,
         *,
         precision: Precision = "float32",
-        engine: str | None = None,
+        engine: str | Engine | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.recurrent = Recurrent(cell, input_size, precision=precision, engine=engine, rngs=rngs)

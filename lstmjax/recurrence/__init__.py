@@ -1,5 +1,8 @@
 """The recurrence over time: one contract (`unroll`), one file an engine."""
 
-from lstmjax.recurrence.unroll import ENGINES, choose_engine, length_mask, unroll
+from lstmjax.recurrence.choice import ENGINES, choose_engine
+from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.scan import Scan
+from lstmjax.recurrence.unroll import length_mask, unroll
 
-__all__ = ["ENGINES", "choose_engine", "length_mask", "unroll"]
+__all__ = ["ENGINES", "Engine", "Scan", "Workload", "choose_engine", "length_mask", "unroll"]

@@ -1,6 +1,5 @@
 """The one entry to the recurrence: layouts, lengths, masks, resets, direction, engine."""
 
-from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -9,38 +8,8 @@ from jaxtyping import Bool, Float, Int
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision
-from lstmjax.recurrence.scan import scan
-
-Engine = Callable[..., tuple[Array, Carry]]
-"""``(cell, params, xs (T, B, D), initial, mask, resets, reverse, precision) -> (hs, final)``;
-masked inputs are already zero, resets already follow the direction."""
-
-ENGINES: Mapping[str, Engine] = {"scan": scan}
-
-
-def choose_engine(cell: Cell, name: str | None = None) -> tuple[str, str]:
-    """Which engine serves ``cell``, and why.
-
-    Args:
-        cell: the cell to run.
-        name: an engine asked for by name, or None to choose.
-
-    Returns:
-        The engine's name and the reason for the choice.
-
-    Raises:
-        ValueError: no engine of that name. An engine asked for never falls back silently.
-
-    Example:
-        >>> from lstmjax.cells import LSTM
-        >>> choose_engine(LSTM(8))
-        ('scan', 'the only engine')
-    """
-    if name is None:
-        return "scan", "the only engine"
-    if name not in ENGINES:
-        raise ValueError(f"no engine {name!r}; there are: {', '.join(ENGINES)}")
-    return name, "asked for by name"
+from lstmjax.recurrence.choice import choose_engine, platform
+from lstmjax.recurrence.engine import Engine, Workload
 
 
 def unroll(
@@ -56,7 +25,7 @@ def unroll(
     reverse: bool = False,
     time_major: bool = False,
     precision: Precision = "float32",
-    engine: str | None = None,
+    engine: str | Engine | None = None,
 ) -> tuple[Float[Array, "B T H"], Carry]:
     """Run ``cell`` over every time step of a batch.
 
@@ -76,13 +45,14 @@ def unroll(
         reverse: run from the last step to the first; outputs keep their places.
         time_major: ``x``, ``mask``, ``resets`` and the outputs are ``(T, B, ...)``.
         precision: ``"float32"``, or ``"bfloat16"`` products with wide accumulation and state.
-        engine: an engine by name, or None to let `choose_engine` decide.
+        engine: an engine by name or as a value with settings of its own, or None to let
+            `choose_engine` decide.
 
     Returns:
         Hidden states ``(B, T, H)`` and the carry after the last step processed.
 
     Raises:
-        ValueError: shapes that do not fit, or an engine that does not exist.
+        ValueError: shapes that do not fit, or an engine that does not exist or cannot run this.
 
     Example:
         >>> from lstmjax.cells import GRU
@@ -97,23 +67,10 @@ def unroll(
         raise ValueError(f"x must have shape (B, T, D), or (T, B, D) if time_major; got {x.shape}")
     xs, mask, resets = (x, mask, resets) if time_major else _swapped(x, mask, resets)
     steps, batch, features = xs.shape
-    for name, a in (("mask", mask), ("resets", resets)):
-        if a is not None and a.shape != (steps, batch):
-            raise ValueError(f"{name} must cover {batch} rows x {steps} steps, as x {x.shape} does")
+    _check(params, xs, mask, resets, lengths)
     if lengths is not None:
-        if lengths.shape != (batch,):
-            raise ValueError(f"lengths must have shape ({batch},), got {lengths.shape}")
         valid = length_mask(lengths, steps, padding).T
         mask = valid if mask is None else mask & valid
-    if "kernel" in params and params["kernel"].shape[0] != features:
-        raise ValueError(
-            f"x has {features} features, the cell's kernel takes {params['kernel'].shape[0]}"
-        )
-    if "kernel" in params and params["kernel"].dtype != xs.dtype:
-        raise ValueError(
-            f"x is {xs.dtype}, the cell's kernel {params['kernel'].dtype}: cast one of them "
-            '(for fast products keep float32 and pass precision="bfloat16")'
-        )
     if mask is not None:
         xs = jnp.where(mask[..., None], xs, 0)
     if resets is not None and reverse:
@@ -121,9 +78,30 @@ def unroll(
         resets = jnp.roll(resets, -1, axis=0).at[-1:].set(False)
     if initial is None:
         initial = cell.initial_carry(batch, xs.dtype)
-    name, _ = choose_engine(cell, engine)
-    hs, final = ENGINES[name](cell, params, xs, initial, mask, resets, reverse, precision)
+    work = Workload(platform(), str(xs.dtype), precision, steps, batch, features)
+    chosen, _ = choose_engine(cell, work, engine)
+    hs, final = chosen(cell, params, xs, initial, mask, resets, reverse, precision)
     return (hs if time_major else hs.swapaxes(0, 1)), final
+
+
+def _check(
+    params: Params, xs: Array, mask: Array | None, resets: Array | None, lengths: Array | None
+) -> None:
+    """Raise `ValueError` where the arguments do not fit ``xs (T, B, D)``."""
+    steps, batch, features = xs.shape
+    for name, a in (("mask", mask), ("resets", resets)):
+        if a is not None and a.shape != (steps, batch):
+            raise ValueError(f"{name} must cover {batch} rows x {steps} steps, got {a.shape}")
+    if lengths is not None and lengths.shape != (batch,):
+        raise ValueError(f"lengths must have shape ({batch},), got {lengths.shape}")
+    kernel = params.get("kernel")
+    if kernel is not None and kernel.shape[0] != features:
+        raise ValueError(f"x has {features} features, the cell's kernel takes {kernel.shape[0]}")
+    if kernel is not None and kernel.dtype != xs.dtype:
+        raise ValueError(
+            f"x is {xs.dtype}, the cell's kernel {kernel.dtype}: cast one of them "
+            '(for fast products keep float32 and pass precision="bfloat16")'
+        )
 
 
 def _swapped(

@@ -1,0 +1,61 @@
+"""Which engine runs a cell: the one asked for, or the first that serves, and why."""
+
+from collections.abc import Mapping
+
+import jax
+
+from lstmjax.cells.base import Cell
+from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.scan import Scan
+
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (Scan(),)}
+"""Every engine in its default settings, the most wanted first."""
+
+
+def platform() -> str:
+    """The platform that a program traced now is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def choose_engine(
+    cell: Cell, work: Workload, engine: str | Engine | None = None
+) -> tuple[Engine, str]:
+    """Which engine runs ``cell`` on ``work``, and why.
+
+    Args:
+        cell: the cell to run.
+        work: what to run it on.
+        engine: one asked for by name or as a value, or None to choose.
+
+    Returns:
+        The engine and the reason for the choice.
+
+    Raises:
+        ValueError: no engine of that name, or it cannot run this: an engine asked for never falls
+            back silently.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> work = Workload("cpu", "float32", "float32", steps=500, batch=64, features=32)
+        >>> choose_engine(LSTM(100), work, "scan")
+        (Scan(), 'asked for')
+    """
+    if engine is None:
+        reasons: list[str] = []
+        for candidate in ENGINES.values():
+            refusal = candidate.refusal(cell, work)
+            if refusal is None:
+                return candidate, "; ".join(reasons) or "the first choice"
+            reasons.append(f"no {candidate.name}: {refusal}")
+        raise ValueError(f"no engine runs {cell}: {'; '.join(reasons)}")
+    if isinstance(engine, str):
+        if engine not in ENGINES:
+            raise ValueError(f"no engine {engine!r}; there are: {', '.join(ENGINES)}")
+        engine = ENGINES[engine]
+    refusal = engine.refusal(cell, work)
+    if refusal is not None:
+        raise ValueError(f"engine {engine.name!r} cannot run {cell}: {refusal}")
+    return engine, "asked for"
