@@ -38,6 +38,28 @@ def make_dot_general(mode: Precision) -> Callable[..., Array]:
     return dot_general
 
 
+def make_matmul(
+    mode: Precision, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Callable[[Array, Array], Array]:
+    """`jnp.matmul` in the given mode with results of ``dtype``, for code with its own gradient.
+
+    Operands may have been rounded to bfloat16 beforehand.
+
+    Example:
+        >>> a = jnp.full((2, 2), 1.001)
+        >>> round(float(make_matmul("bfloat16")(a, a)[0, 0]), 3)
+        2.0
+    """
+
+    def matmul(a: Array, b: Array) -> Array:
+        if mode == "float32":
+            return jnp.matmul(a, b, precision="highest")
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype)
+
+    return matmul
+
+
 def _wide_dot(x: Array, w: Array) -> Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision="highest")
 

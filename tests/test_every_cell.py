@@ -1,9 +1,11 @@
 """Every cell, values and all gradients, against the float64 NumPy reference.
 
 `Outsider` is a cell that the library has never seen, written here as a user would write it. It goes
-through every test that the library's own cells go through.
+through every test that the library's own cells go through. Unless a test says otherwise it runs the
+derived engine, with chunks of three of the seven steps, so that the last one is not full.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
-from lstmjax.recurrence import unroll
+from lstmjax.recurrence import Derived, Scan, unroll
 from tests import numpy_reference as reference
 from tests.tolerances import assert_close, recurrence_terms
 
@@ -68,6 +70,14 @@ CELLS = {
     "Outsider": Outsider(H, leak=LEAK),
 }
 every_cell = pytest.mark.parametrize("name", CELLS)
+ENGINES = {
+    "scan": Scan(),
+    "plain": Scan(recompute=False),
+    "derived": Derived(chunk=3),
+    "chunks": Derived(chunk=3, save="chunks"),
+    "one chunk": Derived(chunk=7),
+}
+every_engine = pytest.mark.parametrize("engine", ENGINES)
 both_directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
@@ -219,21 +229,25 @@ def solve(name, p):
 
 # --- The library on a problem --------------------------------------------------------------------
 
-STATIC = ("padding", "reverse", "time_major", "precision")
+STATIC = ("padding", "reverse", "time_major", "precision", "engine")
 
 
-def values_and_gradients(cell, params, x, initial, d_hs, d_final, **options):
+def values_and_gradients(
+    cell, params, x, initial, d_hs, d_final, engine=ENGINES["derived"], **options
+):
     """((hs, final), (d_params, d_x, d_initial)); d_initial is None where no carry was given."""
 
     def run(params, x, initial):
-        return unroll(cell, params, x, initial, **options)
+        return unroll(cell, params, x, initial, engine=engine, **options)
 
     out, pull_back = jax.vjp(run, params, x, initial)
     return out, pull_back((d_hs, d_final))
 
 
 jitted = jax.jit(values_and_gradients, static_argnums=0, static_argnames=STATIC)
-just_values = jax.jit(unroll, static_argnums=0, static_argnames=STATIC)
+just_values = jax.jit(
+    functools.partial(unroll, engine=ENGINES["derived"]), static_argnums=0, static_argnames=STATIC
+)
 
 # Compiling is nearly all of the time that this file takes. Float64, where it is the equations that
 # are compared and not the rounding, does without the compiler's optimisations.
@@ -311,10 +325,19 @@ def compare(name, p, dtype, *, rule=None, run=jitted, **further):
 
 @every_case
 @every_cell
-def test_float64_agrees_with_the_reference(name, case):
+@pytest.mark.parametrize("engine", ["scan", "derived"])
+def test_float64_agrees_with_the_reference(engine, name, case):
     with jax.enable_x64(True):
         p = make_problem(name, dtype="float64", **CASES[case])
-        compare(name, p, "float64", run=jitted_float64)
+        compare(name, p, "float64", run=jitted_float64, engine=ENGINES[engine])
+
+
+@every_cell
+@pytest.mark.parametrize("engine", ["plain", "chunks", "one chunk"])
+def test_other_settings_of_the_engines_agree_with_the_reference(engine, name):
+    with jax.enable_x64(True):
+        p = make_problem(name, dtype="float64", **CASES["reverse, mask and resets"])
+        compare(name, p, "float64", run=jitted_float64, engine=ENGINES[engine])
 
 
 @every_case
@@ -324,9 +347,17 @@ def test_float32_agrees_with_the_reference(name, case):
 
 
 @every_cell
-def test_bfloat16_products_agree_with_the_reference(name):
+@every_engine
+def test_every_engine_agrees_with_the_reference_in_float32(engine, name):
     p = make_problem(name, **CASES["mask and resets"])
-    compare(name, p, "float32", rule="bfloat16", precision="bfloat16")
+    compare(name, p, "float32", engine=ENGINES[engine])
+
+
+@every_cell
+@pytest.mark.parametrize("engine", ["scan", "derived"])
+def test_bfloat16_products_agree_with_the_reference(engine, name):
+    p = make_problem(name, **CASES["mask and resets"])
+    compare(name, p, "float32", rule="bfloat16", precision="bfloat16", engine=ENGINES[engine])
 
 
 @every_cell

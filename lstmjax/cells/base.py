@@ -12,7 +12,7 @@ Shapes: ``B`` rows, ``D`` input features, ``H`` units (``hidden_size``), ``G`` g
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -218,8 +218,12 @@ class Cell:
         h = (carry.h,) if self.uses_h else ()
         return Carry(*self.step(pre, carry.state, units, *h))
 
+    def named(self, blocks: Sequence[Array]) -> Any:
+        """The blocks of a pre-activation under the names of the gates."""
+        return _record("Pre", self.gates)(*blocks)
+
     def _named(self, pre: Array) -> Any:
-        return _record("Pre", self.gates)(*jnp.split(pre, len(self.gates), axis=-1))
+        return self.named(jnp.split(pre, len(self.gates), axis=-1))
 
 
 def _draw(

@@ -1,8 +1,18 @@
 """The recurrence over time: one contract (`unroll`), one file an engine."""
 
 from lstmjax.recurrence.choice import ENGINES, choose_engine
+from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.scan import Scan
 from lstmjax.recurrence.unroll import length_mask, unroll
 
-__all__ = ["ENGINES", "Engine", "Scan", "Workload", "choose_engine", "length_mask", "unroll"]
+__all__ = [
+    "ENGINES",
+    "Derived",
+    "Engine",
+    "Scan",
+    "Workload",
+    "choose_engine",
+    "length_mask",
+    "unroll",
+]

@@ -2,22 +2,13 @@
 
 from collections.abc import Mapping
 
-import jax
-
 from lstmjax.cells.base import Cell
+from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.scan import Scan
 
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (Scan(),)}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (Derived(), Scan())}
 """Every engine in its default settings, the most wanted first."""
-
-
-def platform() -> str:
-    """The platform that a program traced now is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
 
 
 def choose_engine(
@@ -41,7 +32,7 @@ def choose_engine(
         >>> from lstmjax.cells import LSTM
         >>> work = Workload("cpu", "float32", "float32", steps=500, batch=64, features=32)
         >>> choose_engine(LSTM(100), work, "scan")
-        (Scan(), 'asked for')
+        (Scan(recompute=True), 'asked for')
     """
     if engine is None:
         reasons: list[str] = []

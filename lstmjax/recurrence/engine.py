@@ -1,10 +1,10 @@
 """What an engine is: a frozen value that runs any cell it does not refuse over time."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params
@@ -29,6 +29,14 @@ class Workload(NamedTuple):
     steps: int
     batch: int
     features: int
+
+
+def platform() -> str:
+    """The platform that a program traced now is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,3 +75,22 @@ def select_rows(rows: Bool[Array, "*T B"], yes: Carry, no: Carry) -> Carry:
         return jax.numpy.where(rows.reshape(rows.shape + (1,) * (a.ndim - rows.ndim)), a, b)
 
     return jax.tree.map(select, yes, no)
+
+
+def vary_alike(tree: Any, *references: Any) -> Any:
+    """``tree`` marked as varying over the mesh axes, inside `jax.shard_map`, of any reference.
+
+    Loops ask for carries of one type; and the gradient of what is the same on all devices is then
+    summed over them here, once, and not at every step.
+    """
+
+    def varying(a: Array) -> frozenset[Any]:
+        return jax.typeof(a).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves(references)))
+
+    def vary(a: Array) -> Array:
+        missing = tuple(axes - varying(a))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(vary, tree)

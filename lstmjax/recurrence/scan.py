@@ -17,9 +17,12 @@ from lstmjax.recurrence.engine import Engine, select_rows
 class Scan(Engine):
     """Differentiable any number of times, forward and backward; runs every cell.
 
-    The gradient keeps each step's carry and recomputes the rest, which costs less here than
-    reading every intermediate back.
+    Attributes:
+        recompute: the gradient keeps each step's carry and recomputes the rest, which costs less
+            than reading every intermediate back; False is `jax.lax.scan` as it is.
     """
+
+    recompute: bool = True
 
     name: ClassVar[str] = "scan"
 
@@ -49,6 +52,6 @@ class Scan(Engine):
                 return new, new.h
             return select_rows(valid, new, carry), jnp.where(valid[:, None], new.h, 0)
 
-        step = jax.checkpoint(body, prevent_cse=False)
+        step = jax.checkpoint(body, prevent_cse=False) if self.recompute else body
         final, hs = lax.scan(step, initial, (xs, mask, resets), reverse=reverse)
         return hs, final

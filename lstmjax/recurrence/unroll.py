@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision
-from lstmjax.recurrence.choice import choose_engine, platform
-from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.choice import choose_engine
+from lstmjax.recurrence.engine import Engine, Workload, platform, vary_alike
 
 
 def unroll(
@@ -78,6 +78,7 @@ def unroll(
         resets = jnp.roll(resets, -1, axis=0).at[-1:].set(False)
     if initial is None:
         initial = cell.initial_carry(batch, xs.dtype)
+    params, xs, initial = vary_alike((params, xs, initial), params, xs, initial)
     work = Workload(platform(), str(xs.dtype), precision, steps, batch, features)
     chosen, _ = choose_engine(cell, work, engine)
     hs, final = chosen(cell, params, xs, initial, mask, resets, reverse, precision)

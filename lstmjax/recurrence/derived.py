@@ -1,0 +1,553 @@
+"""The derived engine: a gradient made for recurrences, from nothing but the cell's step.
+
+Time is cut into chunks. The forward pass keeps the carry after every step (or at the start of every
+chunk only) and nothing else. The backward pass goes through the chunks from the end: it recomputes
+all pre-activations of a chunk in one large product, walks back through its steps with only what is
+truly sequential (the vector-Jacobian product of ``step``, one product with the recurrent kernel),
+and adds up the weight gradient in one large product.
+
+As nothing differentiates the loops, their bounds may depend on the data: chunks at either end in
+which every row is masked are not run, at no cost in compiled shapes.
+
+Inside, arrays are feature-major, ``(features, B)``: the blocks of the gates are then contiguous and
+every product has the rows of the batch along the vector registers.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Bool, Float
+
+from lstmjax.cells.base import Carry, Cell, Params, Parts
+from lstmjax.precision import Precision, make_matmul
+from lstmjax.recurrence.engine import Engine, Workload, platform, vary_alike
+from lstmjax.recurrence.scan import Scan
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived(Engine):
+    """Exact first derivatives, faster and in less memory than differentiating a scan.
+
+    Second and higher reverse-mode derivatives come from the plain scan. Forward mode
+    (`jax.jvp`, `jax.hessian`) is refused by JAX, as for every `jax.custom_vjp`: ask for
+    ``engine="scan"`` there.
+
+    Attributes:
+        chunk: steps a chunk; by default what keeps a chunk's pre-activations in the cache.
+        save: what the forward pass keeps: the carry after all ``"steps"``, or only at the starts
+            of ``"chunks"``. The latter runs every chunk forward once more on the way back and
+            needs memory for ``T / chunk + chunk`` carries; its chunk is √T by default.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> from lstmjax.recurrence import unroll
+        >>> cell = LSTM(4)
+        >>> params = cell.init(jax.random.key(0), input_size=3)
+        >>> hs, final = unroll(cell, params, jnp.ones((2, 90, 3)), engine=Derived(chunk=30))
+        >>> hs.shape
+        (2, 90, 4)
+    """
+
+    chunk: int | None = None
+    save: Literal["steps", "chunks"] = "steps"
+
+    name: ClassVar[str] = "derived"
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+        if self.save not in ("steps", "chunks"):
+            raise ValueError(f'save must be "steps" or "chunks", got {self.save!r}')
+
+    def refusal(self, cell: Cell, work: Workload) -> str | None:
+        """It needs the parts of a step apart: a cell with a transition of its own has none."""
+        for part in ("transition", "recurrent_product", "apply_step"):
+            if getattr(type(cell), part) is not getattr(Cell, part):
+                return f"{type(cell).__name__} overrides {part}"
+        return None
+
+    def __call__(
+        self,
+        cell: Cell,
+        params: Params,
+        xs: Float[Array, "T B D"],
+        initial: Carry,
+        mask: Bool[Array, "T B"] | None,
+        resets: Bool[Array, "T B"] | None,
+        reverse: bool,
+        precision: Precision,
+    ) -> tuple[Float[Array, "T B H"], Carry]:
+        """Run ``cell`` over time."""
+        steps, batch = xs.shape[:2]
+        if steps == 0:
+            return Scan()(cell, params, xs, initial, mask, resets, reverse, precision)
+        size = self._chunk_size(steps, batch * len(cell.gates) * cell.hidden_size * xs.itemsize)
+        padding = -steps % size
+        if padding and mask is None:
+            mask = jnp.ones((steps, batch), bool)
+
+        def prepare(a: Array) -> Array:
+            a = a[::-1] if reverse else a
+            return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))) if padding else a
+
+        plan = Plan(cell, size, self.save, precision)
+        hs, final = _run(
+            plan,
+            params,
+            prepare(xs),
+            initial,
+            *(None if a is None else prepare(a) for a in (mask, resets)),
+        )
+        hs = hs[:steps]
+        return hs[::-1] if reverse else hs, final
+
+    def _chunk_size(self, steps: int, bytes_a_step: int) -> int:
+        """The chunk asked for; else a divisor of ``steps`` near the one wanted, if there is one."""
+        if self.chunk is not None:
+            return min(self.chunk, steps)
+        if self.save == "chunks":
+            wanted = round(steps**0.5)
+        else:
+            budget = 2**20 if platform() == "cpu" else 2**25
+            wanted = max(8, min(128, budget // bytes_a_step))
+        if wanted >= steps:
+            return steps
+        near = [k for k in range(wanted // 2 + 1, 2 * wanted) if steps % k == 0]
+        return min(near, key=lambda k: abs(k - wanted), default=wanted)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is fixed when a recurrence is traced."""
+
+    cell: Cell
+    chunk: int
+    save: Literal["steps", "chunks"]
+    precision: Precision
+    differentiate_xs: bool = True
+
+
+Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
+"""params, xs (T, B, D), initial, mask (T, B), resets (T, B); T is a multiple of the chunk."""
+
+
+# --- Derivatives: the first by `_backward`, higher ones by those of the plain scan ---------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(plan: Plan, *inputs: Any) -> tuple[Array, Carry]:
+    return _forward(plan, *inputs)[0]
+
+
+def _run_forward(plan: Plan, *inputs: Any) -> tuple[tuple[Array, Carry], Any]:
+    plan = dataclasses.replace(plan, differentiate_xs=inputs[1].perturbed)
+    values: Any = jax.tree.map(lambda a: a.value, inputs)
+    outputs, saved = _forward(plan, *values)
+    return outputs, (plan, values, saved)
+
+
+def _run_backward(_: Plan, kept: Any, cotangents: Any) -> Any:
+    plan, inputs, saved = kept
+    d_hs: Array | None = None if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
+    d_final = jax.tree.map(
+        lambda d, a: jnp.zeros_like(a) if isinstance(d, SymbolicZero) else d,
+        cotangents[1],
+        inputs[2],
+        is_leaf=lambda d: isinstance(d, SymbolicZero),
+    )
+    d_params, d_xs, d_initial = _backward(plan, inputs, saved, d_hs, d_final)
+    return d_params, d_xs, d_initial, None, None
+
+
+_run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
+
+
+def _plain(plan: Plan, inputs: Inputs) -> tuple[Array, Carry]:
+    return Scan()(plan.cell, *inputs, reverse=False, precision=plan.precision)
+
+
+def _plain_gradient(plan: Plan, inputs: Inputs, d_hs: Array | None, d_final: Carry) -> Any:
+    params, xs, initial, mask, resets = inputs
+    (hs, _), pull = jax.vjp(lambda *a: _plain(plan, (*a, mask, resets)), params, xs, initial)
+    d_params, d_xs, d_initial = pull((jnp.zeros_like(hs) if d_hs is None else d_hs, d_final))
+    return d_params, d_xs if plan.differentiate_xs else jnp.zeros_like(d_xs), d_initial
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _forward(plan: Plan, *inputs: Any) -> tuple[tuple[Array, Carry], Carry]:
+    return _run_chunks(plan, inputs)
+
+
+def _forward_backward(plan: Plan, inputs: Inputs, cotangents: Any) -> Any:
+    (d_hs, d_final), _ = cotangents  # what is saved leads to nothing but `_backward`, see there
+    return *_plain_gradient(plan, inputs, d_hs, d_final), None, None
+
+
+_forward.defvjp(lambda plan, *inputs: (_forward(plan, *inputs), inputs), _forward_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _backward(plan: Plan, inputs: Inputs, saved: Carry, d_hs: Array | None, d_final: Carry) -> Any:
+    return _run_chunks_back(plan, inputs, saved, d_hs, d_final)
+
+
+def _backward_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
+    inputs, saved, d_hs, d_final = kept
+    differentiable, (mask, resets) = inputs[:3], inputs[3:]
+    _, pull = jax.vjp(
+        lambda a, *d: _plain_gradient(plan, (*a, mask, resets), *d), differentiable, d_hs, d_final
+    )
+    d_inputs, dd_hs, dd_final = pull(cotangents)
+    # `saved` is a function of the inputs, whose whole derivative is in d_inputs already.
+    return (*d_inputs, None, None), jax.tree.map(jnp.zeros_like, saved), dd_hs, dd_final
+
+
+_backward.defvjp(lambda plan, *a: (_backward(plan, *a), a), _backward_backward)
+
+
+# --- The two passes ------------------------------------------------------------------------------
+
+
+def _run_chunks(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry]:
+    """All steps forward: ``(hs (T, B, H), final)`` and what `_run_chunks_back` needs.
+
+    That is the carry before every step and after the last, ``(T + 1, H, B)``, or that before
+    every chunk and after the last, ``(T / chunk + 1, H, B)``.
+    """
+    params, xs, initial, mask, resets = inputs
+    steps, size, every_step = xs.shape[0], plan.chunk, plan.save == "steps"
+    first, last = _active_chunks(plan, steps, mask, resets)
+    scale = size if every_step else 1  # places in `saved` a chunk
+    rnn = _Recurrence(plan, params, xs.shape[1], xs.dtype)
+
+    def run_chunk(k: Array, loop: tuple[Carry, Carry, Array]) -> tuple[Carry, Carry, Array]:
+        carry, saved, hs = loop
+        x, valid, reset = (_chunk(a, k, size) for a in (xs, mask, resets))
+        carry, after = rnn.walk(carry, x, valid, reset)
+        kept = after if every_step else jax.tree.map(lambda a: a[None], carry)
+        saved = _write(saved, kept, k * scale + 1)
+        return carry, saved, hs if every_step else _write(hs, after.h, k * size)
+
+    carry = _transposed(initial)
+    places = steps // size * scale + 1
+    saved = jax.tree.map(lambda a: _zeros((places, *a.shape), a), carry)
+    saved = _write(saved, jax.tree.map(lambda a: a[None], carry), first * scale)
+    out = _zeros((0 if every_step else steps, *carry.h.shape), carry.h)
+    carry, saved, out = lax.fori_loop(first, last, run_chunk, (carry, saved, out))
+    hs = (saved.h[1:] if every_step else out).swapaxes(1, 2)
+    if mask is not None:
+        hs = jnp.where(mask[..., None], hs, 0)
+    return (hs, _transposed(carry)), saved
+
+
+def _run_chunks_back(
+    plan: Plan, inputs: Inputs, saved: Carry, d_hs: Array | None, d_final: Carry
+) -> tuple[Params, Array, Carry]:
+    """All steps backward: the gradients of parameters, ``xs`` and the initial carry."""
+    params, xs, _, mask, resets = inputs
+    size = plan.chunk
+    first, last = _active_chunks(plan, xs.shape[0], mask, resets)
+    rnn = _Recurrence(plan, params, xs.shape[1], xs.dtype)
+
+    def run_chunk(j: Array, loop: tuple[Carry, Params, Array]) -> tuple[Carry, Params, Array]:
+        d_carry, d_params, d_xs = loop
+        k = first + last - 1 - j
+        x, valid, reset, d_h = (_chunk(a, k, size) for a in (xs, mask, resets, d_hs))
+        if plan.save == "steps":
+            before = jax.tree.map(lambda a: _chunk(a, k, size), saved)
+        else:
+            start = jax.tree.map(lambda a: a[k], saved)
+            _, after = rnn.walk(start, x, valid, reset)
+            before = jax.tree.map(lambda s, a: jnp.concatenate([s[None], a[:-1]]), start, after)
+        d_carry, shares, d_x = rnn.walk_back(d_carry, before, x, valid, reset, d_h)
+        d_params = jax.tree.map(jnp.add, d_params, shares)
+        return d_carry, d_params, _write(d_xs, d_x[None], k) if plan.differentiate_xs else d_xs
+
+    (_, batch, features), count = xs.shape, xs.shape[0] // size
+    # Feature-major to the end: turned in the loop, it would become a slower product.
+    d_xs = _zeros((count, features, size * batch), xs)
+    start = (_transposed(d_final), rnn.no_gradient(), d_xs)
+    d_carry, d_params, d_xs = lax.fori_loop(first, last, run_chunk, start)
+    d_xs = d_xs.reshape(count, features, size, batch).transpose(0, 2, 3, 1).reshape(xs.shape)
+    return rnn.turned(d_params), d_xs, _transposed(d_carry)
+
+
+def _active_chunks(
+    plan: Plan, steps: int, mask: Array | None, resets: Array | None
+) -> tuple[Any, Any]:
+    """The first chunk with anything to do, and the one after the last."""
+    count = steps // plan.chunk
+    if mask is None:
+        return 0, count
+    active = mask if resets is None else mask | resets
+    active = active.reshape(count, -1).any(1)
+    first = jnp.argmax(active)
+    last = count - jnp.argmax(active[::-1])
+    return first, jnp.where(active.any(), last, first)
+
+
+def _chunk(a: Array | None, k: Array, size: int) -> Any:
+    return None if a is None else lax.dynamic_slice_in_dim(a, k * size, size)
+
+
+def _write(target: Any, part: Any, at: Any) -> Any:
+    return jax.tree.map(
+        lambda a, b: lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), at, 0), target, part
+    )
+
+
+def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+    """Zeros of the type of another array."""
+    return vary_alike(jnp.zeros(shape, like.dtype), like)
+
+
+def _transposed(carry: Carry) -> Carry:
+    """``(B, H)`` to ``(H, B)`` and back."""
+    return jax.tree.map(jnp.transpose, carry)
+
+
+class _Recurrence:
+    """One chunk of a cell's recurrence, there and back; arrays ``(features, [chunk,] B)``."""
+
+    def __init__(self, plan: Plan, params: Params, batch: int, dtype: Any) -> None:
+        self.cell, self.size = plan.cell, plan.chunk
+        self.products = _Products(plan, params, dtype)
+        self.start = vary_alike(_transposed(plan.cell.initial_carry(batch, dtype)), params)
+        self.units = {name: value[:, None] for name, value in params.get("units", {}).items()}
+        self.step = _feature_major_step(plan.cell, batch, dtype)
+
+    def split(self, pre: Any) -> Any:
+        """Pre-activations ``(G H, B)`` to a list of G blocks ``(H, B)``."""
+        return _map_pre(lambda a: jnp.split(a, len(self.cell.gates)), pre)
+
+    def walk(
+        self, carry: Carry, x: Array, valid: Array | None, reset: Array | None
+    ) -> tuple[Carry, Carry]:
+        """Run the steps of a chunk: the carry after it, and those after each of its steps."""
+
+        def step(i: Array, loop: tuple[Carry, Carry]) -> tuple[Carry, Carry]:
+            carry, after = loop
+            if reset is not None:
+                carry = _where(reset[i], self.start, carry)
+            pre = self.split(self.products.pre(x[i].T, carry.h))
+            new = self.step(pre, carry, self.units)
+            if valid is not None:
+                new = _where(valid[i], new, carry)
+            return new, jax.tree.map(lambda a, b: a.at[i].set(b), after, new)
+
+        after = jax.tree.map(lambda a: _zeros((self.size, *a.shape), a), carry)
+        return lax.fori_loop(0, self.size, step, (carry, after))
+
+    def no_gradient(self) -> Params:
+        """Zeros to add the gradients of `walk_back` to."""
+        return {**self.products.no_gradient(), "units": jax.tree.map(jnp.zeros_like, self.units)}
+
+    def turned(self, sums: Params) -> Params:
+        """Sums of those gradients, shaped like the parameters."""
+        units = {name: d[:, 0] for name, d in sums["units"].items()}
+        return {**self.products.turned(sums), **({"units": units} if units else {})}
+
+    def walk_back(
+        self,
+        d_carry: Carry,
+        before: Carry,
+        x: Array,
+        valid: Array | None,
+        reset: Array | None,
+        d_hs: Array | None,
+    ) -> tuple[Carry, Params, Array]:
+        """Run the steps of a chunk backward: gradients of the carry, the parameters, the input."""
+        if reset is not None:
+            start = jax.tree.map(lambda a: a[None], self.start)
+            before = _where(reset[:, None], start, before)
+
+        def step(j: Array, loop: tuple[Carry, Any, Params]) -> tuple[Carry, Any, Params]:
+            d_carry, d_pres, d_units = loop
+            i = self.size - 1 - j
+            at = jax.tree.map(lambda a: a[i], before)
+            d_new, d_past = d_carry, None
+            if d_hs is not None:
+                d_new = d_new._replace(h=d_new.h + d_hs[i].T)
+            if valid is not None:
+                zeros = jax.tree.map(jnp.zeros_like, d_carry)
+                d_new, d_past = _where(valid[i], d_new, zeros), _where(valid[i], zeros, d_carry)
+            pre = self.split(self.products.pre(x[i].T, at.h))
+            d_pre, d_at, d_unit = jax.vjp(self.step, pre, at, self.units)[1](d_new)
+            d_pre = _map_pre(self.products.operand, d_pre)
+            d_at = d_at._replace(h=d_at.h + self.products.recur_back(d_pre))
+            if d_past is not None:
+                d_at = jax.tree.map(jnp.add, d_at, d_past)
+            if reset is not None:
+                d_at = _where(reset[i], jax.tree.map(jnp.zeros_like, d_at), d_at)
+            d_pres = jax.tree.map(
+                # As wide as ever: XLA:CPU would copy all of a narrow buffer to write a part of it.
+                lambda a, b: lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), i, 1),
+                d_pres,
+                d_pre,
+            )
+            return d_at, d_pres, jax.tree.map(jnp.add, d_units, d_unit)
+
+        d_pres = self.products.empty_pres(self.size, x.shape[1])
+        start = (d_carry, d_pres, jax.tree.map(jnp.zeros_like, self.units))
+        d_carry, d_pres, d_units = lax.fori_loop(0, self.size, step, start)
+        shares, d_x = self.products.gradients(d_pres, x, before.h)
+        return d_carry, {**shares, "units": d_units}, d_x
+
+
+class _Products:
+    """The matrix products of a cell, feature-major: ``pre = Wᵀ x + Rᵀ h + b`` and its gradient.
+
+    A cell that adds the two parts of its pre-activations gets them from one product with the
+    kernels stacked.
+    """
+
+    def __init__(self, plan: Plan, params: Params, dtype: Any) -> None:
+        self.cell, self.params = plan.cell, params
+        self.matmul = make_matmul(plan.precision, dtype)
+        self.operand_dtype = jnp.bfloat16 if plan.precision == "bfloat16" else dtype
+        self.dtype = dtype
+        kernel, recurrent = params["kernel"], params["recurrent_kernel"]
+        gates, heads, block = len(plan.cell.gates), plan.cell.heads, recurrent.shape[0]
+        self.shape = (gates, heads, block)
+        by_head = recurrent.reshape(block, gates, heads, block)
+        self.recurrent = self._cast(by_head.transpose(2, 1, 3, 0).reshape(heads, -1, block))
+        self.back = self._cast(by_head.transpose(2, 0, 1, 3).reshape(heads, block, -1))
+        self.kernel = self._cast(kernel.T)
+        self.stacked = heads == 1 and not plan.cell.parts_apart
+        if self.stacked:
+            self.both = self._cast(jnp.concatenate([kernel, recurrent]).T)
+
+    def _cast(self, a: Array) -> Array:
+        return a.astype(self.operand_dtype)
+
+    def operand(self, blocks: list[Array]) -> Float[Array, "GH B"]:
+        """Blocks of the gates as one operand of a product."""
+        return self._cast(jnp.concatenate(blocks))
+
+    def pre(self, x: Float[Array, "D B"], h: Float[Array, "H B"]) -> Any:
+        """Pre-activations ``(G H, B)``, or their two parts."""
+        bias = self.params["bias"][:, None]
+        if self.stacked:
+            return self.matmul(self.both, jnp.concatenate([x, h])) + bias
+        from_x = self.matmul(self.kernel, x) + bias
+        gates, heads, block = self.shape
+        from_h = self.matmul(self.recurrent, h.reshape(heads, block, -1))
+        from_h = from_h.reshape(heads, gates, block, -1).swapaxes(0, 1).reshape(from_x.shape)
+        if self.cell.parts_apart:
+            return Parts(from_x, from_h + self.params["recurrent_bias"][:, None])
+        return from_x + from_h
+
+    def recur_back(self, d_pre: Any) -> Float[Array, "H B"]:
+        """The gradient of h from that of the pre-activations."""
+        d_pre = _parts(d_pre).h
+        gates, heads, block = self.shape
+        if heads == 1:
+            return self.matmul(self.back[0], d_pre)
+        d_pre = d_pre.reshape(gates, heads, block, -1).swapaxes(0, 1)
+        return self.matmul(self.back, d_pre.reshape(heads, gates * block, -1)).reshape(
+            heads * block, -1
+        )
+
+    def empty_pres(self, size: int, batch: int) -> Any:
+        """Room for the gradients of a chunk's pre-activations."""
+        room = _zeros((self.kernel.shape[0], size, batch), self.params["bias"])
+        return Parts(room, room) if self.cell.parts_apart else room
+
+    def no_gradient(self) -> Params:
+        """Zeros to add the shares of `gradients` to."""
+        names = ["both"] if self.stacked else ["kernel", "recurrent"]
+        bias = self.params["bias"]
+        sums = {name: _zeros(getattr(self, name).shape, bias) for name in names}
+        sums["bias"] = jnp.zeros_like(bias)
+        if self.cell.parts_apart:
+            sums["recurrent_bias"] = jnp.zeros_like(bias)
+        return sums
+
+    def gradients(
+        self, d_pres: Any, x: Float[Array, "K B D"], h: Float[Array, "K H B"]
+    ) -> tuple[Params, Float[Array, "D KB"]]:
+        """The chunk's share of the parameters' gradients, turned as here, and that of its input."""
+        d_x, d_h = (a.reshape(a.shape[0], -1) for a in _parts(d_pres))
+        x_rows = x.reshape(-1, x.shape[-1])
+        h_rows = h.swapaxes(1, 2).reshape(-1, h.shape[1])
+        shares = {"bias": d_x.sum(1, dtype=self.dtype)}
+        if self.stacked:
+            shares["both"] = self.matmul(d_x, jnp.concatenate([x_rows, h_rows], 1))
+        else:
+            gates, heads, block = self.shape
+            d_heads = d_h.reshape(gates, heads, block, -1).swapaxes(0, 1)
+            d_heads = d_heads.reshape(heads, gates * block, -1)
+            h_heads = h_rows.reshape(-1, heads, block).swapaxes(0, 1)
+            shares["kernel"] = self.matmul(d_x, x_rows)
+            shares["recurrent"] = self.matmul(d_heads, h_heads)
+        if self.cell.parts_apart:
+            shares["recurrent_bias"] = d_h.sum(1, dtype=self.dtype)
+        return shares, self.matmul(self._cast(self.params["kernel"]), d_x)
+
+    def turned(self, sums: Params) -> Params:
+        """Sums of `gradients`, shaped like the parameters."""
+        turned: Params = {name: a for name, a in sums.items() if name.endswith("bias")}
+        features = self.params["kernel"].shape[0]
+        if self.stacked:
+            both = sums["both"].T
+            return {"kernel": both[:features], "recurrent_kernel": both[features:], **turned}
+        gates, heads, block = self.shape
+        recurrent = sums["recurrent"].reshape(heads, gates, block, block).transpose(3, 1, 0, 2)
+        turned["kernel"] = sums["kernel"].T
+        turned["recurrent_kernel"] = recurrent.reshape(block, -1)
+        return turned
+
+
+def _parts(pre: Any) -> Parts:
+    return pre if isinstance(pre, Parts) else Parts(pre, pre)
+
+
+def _where(rows: Bool[Array, "*K B"], yes: Carry, no: Carry) -> Carry:
+    """`select_rows` for feature-major arrays."""
+    return jax.tree.map(lambda a, b: jnp.where(rows, a, b), yes, no)
+
+
+def _feature_major_step(
+    cell: Cell, batch: int, dtype: Any
+) -> Callable[[Any, Carry, Params], Carry]:
+    """``cell.step`` for lists of pre-activations, carries ``(H, B)`` and units ``(H, 1)``.
+
+    An element-wise step runs as that of a cell of one unit, mapped over the units. Where the step
+    mixes units, or contains arrays as wide as the cell, it sees transposed arrays instead.
+    """
+
+    def by_unit(pre: Any, carry: Carry, units: Params) -> Carry:
+        def step(pre: Any, carry: Carry, units: Params) -> Carry:
+            return cell.apply_step(pre, carry, {"units": units})
+
+        pre = _map_pre(lambda a: cell.named([b[..., None] for b in a]), pre)
+        new = jax.vmap(step)(pre, jax.tree.map(lambda a: a[..., None], carry), units)
+        return jax.tree.map(lambda a: jnp.squeeze(a, -1), new)  # raises where it is wider than 1
+
+    def by_row(pre: Any, carry: Carry, units: Params) -> Carry:
+        pre = _map_pre(lambda a: cell.named([b.T for b in a]), pre)
+        params = {"units": {name: value[:, 0] for name, value in units.items()}}
+        return _transposed(cell.apply_step(pre, _transposed(carry), params))
+
+    if not cell.elementwise:
+        return by_row
+    block = [jax.ShapeDtypeStruct((cell.hidden_size, batch), dtype)] * len(cell.gates)
+    carry = jax.eval_shape(lambda: _transposed(cell.initial_carry(batch, dtype)))
+    unit = jax.ShapeDtypeStruct((cell.hidden_size, 1), dtype)
+    pre = Parts(block, block) if cell.parts_apart else block
+    try:
+        new = jax.eval_shape(by_unit, pre, carry, dict.fromkeys(cell.unit_params, unit))
+    except (TypeError, ValueError):
+        return by_row
+    return by_unit if new == carry else by_row
+
+
+def _map_pre(function: Callable[[Any], Any], pre: Any) -> Any:
+    return Parts(*map(function, pre)) if isinstance(pre, Parts) else function(pre)

@@ -1,0 +1,327 @@
+"""What the derived engine does beyond running every cell, which `test_every_cell.py` compares."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
+from lstmjax.recurrence import Derived, Scan, Workload, choose_engine, unroll
+from tests.tolerances import assert_close, recurrence_terms
+
+B, T, D, H = 4, 10, 3, 6
+WORK = Workload("cpu", "float32", "float32", steps=T, batch=B, features=D)
+
+
+# --- Cells that are not in the library -----------------------------------------------------------
+
+
+class Heads(Cell):
+    """Block-diagonal recurrence, and state arrays that are not called c."""
+
+    gates = ("a", "b")
+    heads: int = 3
+
+    class State(NamedTuple):
+        n: jax.Array
+        m: jax.Array
+
+    def step(self, pre, state, params):
+        n = 0.5 * state.n + jnp.tanh(pre.a)
+        m = jax.nn.sigmoid(pre.b) * state.m + n
+        return jnp.tanh(m - n), self.State(n, m)
+
+
+class HeadsApart(Heads):
+    """The same with the two parts of its pre-activations apart, and h_{t-1}."""
+
+    parts_apart = True
+    uses_h = True
+
+    def step(self, pre, state, params, h):
+        n = 0.5 * state.n + jnp.tanh(pre.x.a + h * pre.h.a)
+        m = jax.nn.sigmoid(pre.x.b + pre.h.b) * state.m + n
+        return jnp.tanh(m - n), self.State(n, m)
+
+
+class Normalised(Cell):
+    """Layer normalisation: mixes the units of a row."""
+
+    gates = ("a",)
+    elementwise = False
+    unit_params = {"gain": 1.5}
+
+    def step(self, pre, state, params):
+        centred = pre.a - pre.a.mean(-1, keepdims=True)
+        scale = jnp.sqrt((centred**2).mean(-1, keepdims=True) + 0.1)
+        return jnp.tanh(params.gain * centred / scale), state
+
+
+class Clocked(Cell):
+    """Element-wise, but with a constant as wide as the cell."""
+
+    gates = ("a",)
+    uses_h = True
+
+    def step(self, pre, state, params, h):
+        pace = jnp.linspace(0.1, 0.9, self.hidden_size, dtype=h.dtype)[None]
+        return pace * jnp.tanh(pre.a) + (1 - pace) * h, state
+
+
+class Restarting(LSTM):
+    """Starts, and starts anew, from a carry other than zeros."""
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        ones = jnp.ones((batch_size, self.hidden_size), dtype)
+        return Carry(0.5 * ones, self.State(-0.25 * ones))
+
+
+class TwoProducts(LSTM):
+    """A transition of its own: only the plain scan runs it."""
+
+    def transition(self, params, x, carry, dot):
+        carry = carry._replace(h=jnp.tanh(dot(carry.h, params["recurrent_kernel"]))[:, :H])
+        return super().transition(params, x, carry, dot)
+
+
+CELLS = [Heads(H), HeadsApart(H), Normalised(H), Clocked(H), Restarting(H)]
+every_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: type(cell).__name__)
+
+
+def make(cell, seed=0, dtype=jnp.float32):
+    """Parameters (none of them zero), inputs, a mask and resets."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = cell.init(keys[0], D, dtype)
+    leaves, structure = jax.tree.flatten(params)
+    noise = jax.random.split(keys[1], len(leaves))
+    leaves = [
+        a + 0.1 * jax.random.normal(k, a.shape, dtype) for a, k in zip(leaves, noise, strict=True)
+    ]
+    x = jax.random.normal(keys[2], (B, T, D), dtype)
+    mask = jnp.arange(T)[None] < jnp.array([T - 2, 3, 5, 0])[:, None]
+    resets = jax.random.bernoulli(keys[3], 0.2, (B, T))
+    return jax.tree.unflatten(structure, leaves), x, {"mask": mask, "resets": resets}
+
+
+def loss(cell, engine, **options):
+    """A scalar that depends on every output and on the final carry."""
+
+    def function(params, x):
+        hs, final = unroll(cell, params, x, engine=engine, **options)
+        weights = jnp.cos(jnp.arange(hs.size, dtype=hs.dtype)).reshape(hs.shape)
+        return (weights * hs**2).sum() + sum((a**3).sum() for a in jax.tree.leaves(final))
+
+    return function
+
+
+def assert_same_gradients(cell, got, expected, batch=B, time=T):
+    terms = recurrence_terms(batch, time, D, H, len(cell.gates), gradient=True)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: assert_close(a, b, reduction=terms), got, expected)
+
+
+@every_cell
+@pytest.mark.parametrize("save", ["steps", "chunks"])
+def test_gradients_are_those_of_the_scan(cell, save):
+    params, x, options = make(cell)
+    for reverse in (False, True):
+        got, expected = (
+            jax.jit(jax.value_and_grad(loss(cell, e, reverse=reverse, **options), (0, 1)))(
+                params, x
+            )
+            for e in (Derived(chunk=4, save=save), Scan())
+        )
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(expected))
+        assert_same_gradients(cell, got, expected)
+
+
+# --- Only what is asked for ----------------------------------------------------------------------
+
+
+def test_gradients_of_the_parameters_alone():
+    cell = LSTM(H)
+    params, x, options = make(cell)
+    got, expected = (jax.grad(loss(cell, e, **options))(params, x) for e in (Derived(4), Scan()))
+    assert_same_gradients(cell, got, expected)
+
+
+def test_gradients_of_the_final_carry_alone():
+    cell = GRU(H)
+    params, x, options = make(cell)
+
+    def gradients(engine):
+        final = lambda *a: (unroll(cell, *a, engine=engine, **options)[1].h ** 2).sum()  # noqa: E731
+        return jax.grad(final, (0, 1))(params, x)
+
+    assert_same_gradients(cell, gradients(Derived(chunk=5)), gradients(Scan()))
+
+
+# --- Higher derivatives --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", ["steps", "chunks"])
+@pytest.mark.parametrize("cell", [LSTM(H), PeepholeLSTM(H)], ids=["LSTM", "PeepholeLSTM"])
+def test_second_derivatives_are_those_of_the_scan(cell, save):
+    with jax.enable_x64(True):
+        params, x, options = make(cell, dtype=jnp.float64)
+
+        def penalty(engine):
+            def function(params, x):
+                gradients = jax.grad(loss(cell, engine, **options), (0, 1))(params, x)
+                return sum((g**2).sum() for g in jax.tree.leaves(gradients))
+
+            return jax.jit(jax.value_and_grad(function, (0, 1)))(params, x)
+
+        assert_same_gradients(cell, penalty(Derived(chunk=4, save=save)), penalty(Scan()))
+
+
+def test_forward_mode_is_refused():
+    cell = LSTM(H)
+    params, x, _ = make(cell)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: unroll(cell, params, x, engine="derived")[0], (x,), (x,))
+
+
+# --- Under the transformations of JAX ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_under_shard_map(check_vma):
+    """Rows over two devices, parameters on both."""
+    cell = PeepholeLSTM(H)
+    params, x, options = make(cell)
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+
+    def local(params, x, mask, resets):
+        value, gradients = jax.value_and_grad(
+            lambda p: (unroll(cell, p, x, mask=mask, resets=resets, engine="derived")[0] ** 2).sum()
+        )(params)
+        if check_vma:  # the transpose of spreading the parameters has summed the gradient already
+            return jax.lax.psum(value, "rows"), gradients
+        return jax.lax.psum((value, gradients), "rows")
+
+    rows = P("rows")
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(P(), rows, rows, rows), out_specs=P(), check_vma=check_vma
+    )
+    got = jax.jit(run)(params, x, options["mask"], options["resets"])
+    expected = jax.value_and_grad(
+        lambda p: (unroll(cell, p, x, engine="scan", **options)[0] ** 2).sum()
+    )(params)
+    assert_same_gradients(cell, got, expected)
+
+
+def test_under_jit_with_sharded_rows():
+    cell = LSTM(H)
+    params, x, options = make(cell)
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    spread = jax.device_put(x, NamedSharding(mesh, P("rows")))
+    gradients = jax.jit(jax.grad(loss(cell, Derived(chunk=4), **options), (0, 1)))
+    expected = jax.grad(loss(cell, Scan(), **options), (0, 1))(params, x)
+    assert_same_gradients(cell, gradients(params, spread), expected)
+
+
+def test_vmap_over_rows_of_their_own_lengths():
+    """The trip count differs from one mapped batch to the next."""
+    cell = LSTM(H)
+    params, x, _ = make(cell)
+    xs = jnp.stack([x, 2 * x, -x])
+    lengths = jnp.array([[1, 2, 0, 2], [T, 1, 3, 4], [0, 0, 0, 0]])
+
+    def gradients(engine):
+        def one(x, lengths):
+            return jax.grad(loss(cell, engine, lengths=lengths), (0, 1))(params, x)
+
+        return jax.jit(jax.vmap(one))(xs, lengths)
+
+    assert_same_gradients(cell, gradients(Derived(chunk=2)), gradients(Scan()))
+
+
+# --- Chunks that are not run ---------------------------------------------------------------------
+
+
+def counted(cell_type):
+    """A cell that counts, on the host, how often its step runs."""
+    calls = []
+
+    class Counted(cell_type):
+        def step(self, pre, state, params):
+            jax.debug.callback(lambda: calls.append(1))
+            return super().step(pre, state, params)
+
+    return Counted(H), calls
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize(("longest", "steps"), [(0, 0), (1, 2), (4, 4), (5, 6), (10, 10)])
+def test_one_program_runs_the_chunks_that_have_something_to_do(longest, steps, padding):
+    cell, calls = counted(LSTM)
+    params, x, _ = make(cell)
+
+    @jax.jit
+    def run(lengths):
+        return unroll(cell, params, x, lengths=lengths, padding=padding, engine=Derived(chunk=2))[0]
+
+    run(jnp.array([T] * B))
+    jax.effects_barrier()
+    calls.clear()
+    run(jnp.array([longest, 0, longest // 2, 0]))
+    jax.effects_barrier()
+    assert len(calls) in (steps, steps * H)  # once a step, or once a step for each unit
+    assert run._cache_size() == 1
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def memory(engine, steps):
+    """Bytes of temporaries of a gradient with respect to the parameters."""
+    cell = LSTM(32)
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), 4))
+    x = jax.ShapeDtypeStruct((8, steps, 4), "float32")
+
+    def final(params, x):
+        return (unroll(cell, params, x, engine=engine)[1].h ** 2).sum()
+
+    compiled = jax.jit(jax.grad(final)).lower(params, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_the_memory_of_a_thousand_steps_serves_sixteen_thousand():
+    plain = memory(Scan(recompute=False), 1_000)
+    assert memory(Derived(save="chunks"), 16_384) < plain
+    assert memory(Derived(), 1_000) < plain / 2
+
+
+# --- Choice --------------------------------------------------------------------------------------
+
+
+def test_it_is_chosen_and_says_what_it_cannot_run():
+    assert choose_engine(LSTM(H), WORK) == (Derived(), "the first choice")
+    chosen, reason = choose_engine(TwoProducts(H), WORK)
+    assert chosen == Scan()
+    assert reason == "no derived: TwoProducts overrides transition"
+    with pytest.raises(ValueError, match=r"'derived' cannot run .*: TwoProducts overrides"):
+        choose_engine(TwoProducts(H), WORK, "derived")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"chunk": 0}, "chunk must be at least 1, got 0"), ({"save": "all"}, "save must be .*'all'")],
+)
+@pytest.mark.usefixtures("no_type_checks")
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Derived(**settings)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 97, 500, 16_384])
+@pytest.mark.parametrize("save", ["steps", "chunks"])
+def test_the_chunk_chosen_divides_where_it_can(steps, save):
+    size = Derived(save=save)._chunk_size(steps, 51_200)
+    assert 1 <= size <= steps
+    assert steps % size == 0 or steps in (7, 97)
