@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lstmjax.data import Batch, Batches
 from lstmjax.errors import UserError
 from lstmjax.training.checkpoint import Checkpoints, Interruption, Position
-from lstmjax.training.devices import sharded
+from lstmjax.training.devices import replicated, sharded
 from lstmjax.training.report import RunFolder
 from lstmjax.training.step import Steps, Sums, TrainState, training_key
 
@@ -155,7 +155,7 @@ def _train_epoch(
     stop: Interruption,
 ) -> tuple[TrainState, Position]:
     """Train from ``at`` to the epoch's end, or to the step at which a signal was noticed."""
-    key, first = training_key(seed), int(state.step)
+    key, first = jax.device_put(training_key(seed), replicated(mesh)), int(state.step)
     pending: collections.deque[tuple[int, Sums]] = collections.deque()
     done, started = at.batch, time.perf_counter()
     for batch in on_device(batches.epoch(seed, at.epoch, start=at.batch), mesh):
