@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -23,6 +24,7 @@ from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
+from lstmjax.training import devices
 from lstmjax.training.devices import replicated
 from lstmjax.training.loop import IN_FLIGHT, on_device
 from lstmjax.training.step import Steps, Sums, TrainState
@@ -92,6 +94,58 @@ def test_mesh_takes_devices_that_divide_the_rows():
     assert training.make_mesh("cpu", rows=64).size == 8
     assert training.make_mesh("cpu", rows=12).size == 6
     assert training.make_mesh("cpu", rows=1).size == 1
+
+
+V1 = "9:name=systemd:/\n4:cpu,cpuacct:{}\n"
+QUOTAS = {
+    "version 2": ("0::/", {"cpu.max": "200000 100000"}, 2),
+    "part of a core": ("0::/", {"cpu.max": "50000 100000"}, 0.5),
+    "no limit": ("0::/", {"cpu.max": "max 100000"}, math.inf),
+    "of an enclosing group": (
+        "0::/a/b",
+        {"a/cpu.max": "150000 100000", "a/b/cpu.max": "400000 100000"},
+        1.5,
+    ),
+    "of another group": ("0::/a", {"b/cpu.max": "100000 100000"}, math.inf),
+    "version 1": (
+        V1.format("/"),
+        {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+    "version 1 without a limit": (
+        V1.format("/"),
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+        math.inf,
+    ),
+    "version 1, named from outside the container": (
+        V1.format("/docker/123"),
+        {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "50000"},
+        4,
+    ),
+    "outside the container's view": ("0::/../other", {"cpu.max": "100000 100000"}, 1),
+    "unreadable": ("0::/", {"cpu.max": "much"}, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_cpu_quota(name, tmp_path):
+    groups, files, cores = QUOTAS[name]
+    files = {f"sys/fs/cgroup/{path}": text for path, text in files.items()}
+    for path, text in {"proc/self/cgroup": groups, **files}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    assert devices.cpu_quota(tmp_path) == cores
+
+
+def test_cpu_quota_where_there_are_no_control_groups(tmp_path):
+    assert devices.cpu_quota(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(2, 2), (1.5, 2), (0.5, 1), (64, 5), (math.inf, 5)])
+def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
+    monkeypatch.setattr(devices, "cpu_quota", lambda: quota)
+    assert devices.usable_cores() == cores
 
 
 def test_a_missing_accelerator_is_named_with_its_remedy():
