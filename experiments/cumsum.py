@@ -1,12 +1,18 @@
 """Per-step classification: has the running sum of ten random numbers reached ten quarters yet?
 
-    python experiments/cumsum.py                      # under 5 s, compilation included
-    python experiments/cumsum.py --recipe notebook    # one sequence an update, Adam(1e-3)
+    python experiments/cumsum.py                      # learning rate from 2e-2 down to 0
+    python experiments/cumsum.py --recipe notebook    # Adam(1e-3) throughout
 
 LSTM(20) with an output at every step and one dense layer shared by all steps; 1,000 updates on one
 fresh sequence each, all of them inside one compiled program; then accuracy on 10,000 fresh
-sequences and a table of expected against predicted. ``default`` differs from ``notebook`` in the
-learning rate alone: from 2e-2 down to 0 along a cosine. Results over seeds are in the README.
+sequences and a table of expected against predicted. The recipes differ in the learning rate alone.
+
+Expect, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2), a per-step accuracy of
+
+    default     98.21 %  (97.20-98.57)
+    notebook    93.89 %  (93.69-94.19)
+
+A run takes 4 to 5 s from start to end there, most of it start-up and compilation.
 """
 
 import dataclasses
@@ -19,6 +25,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from lstmjax import training
@@ -76,7 +83,7 @@ def check(config: Config) -> None:
 
 
 class Outcome(NamedTuple):
-    """What the compiled program returns.
+    """What the compiled program returns; once fetched, NumPy arrays.
 
     Attributes:
         curves: loss and accuracy of every update, each ``(updates,)``.
@@ -84,9 +91,9 @@ class Outcome(NamedTuple):
         example: the first of those: numbers, labels, probabilities, each ``(steps,)``.
     """
 
-    curves: tuple[Array, Array]
-    test: tuple[Array, Array]
-    example: tuple[Array, Array, Array]
+    curves: tuple[Any, Any]
+    test: tuple[Any, Any]
+    example: tuple[Any, Any, Any]
 
 
 def make_model(config: Config, cell: Cell) -> Tagger:
@@ -136,43 +143,48 @@ def main(config: Config) -> None:
     """Run the experiment."""
     started = time.perf_counter()
     check(config)
-    mesh = training.make_mesh(config.accelerator)
+    mesh = training.make_mesh(config.accelerator, rows=1)
     cell = load_cell(config.cell, config.hidden_size)
-    path = config.run_dir or training.RunFolder.free(
-        f"cumsum-{config.recipe}-{config.cell.rpartition(':')[2]}-seed{config.seed}"
-    )
-    run = training.RunFolder.create(path, training.as_dict(config))
+    name = training.run_name("cumsum", config.recipe, cell=config.cell, seed=config.seed)
+    run = training.RunFolder.open(name, training.as_dict(config), path=config.run_dir)
     model = nnx.eval_shape(lambda: make_model(config, cell))
     print(summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32")))
+    outcome = compute(config, cell, mesh)
+    print_table(*outcome.example)
+    seconds = time.perf_counter() - started
+    test_loss, test_accuracy = map(float, outcome.test)
+    run.write_result(
+        config,
+        mesh,
+        {"test_accuracy": test_accuracy, "test_loss": test_loss},
+        parameters=count_parameters(model),
+        seconds=seconds,
+        data=f"{EVALUATION_SEQUENCES} fresh sequences",
+    )
+    print(
+        f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
+        f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
+    )
+    draw(config, run, *outcome.curves)
+
+
+def compute(config: Config, cell: Cell, mesh: Mesh) -> Outcome:
+    """Compile `experiment` and run it on the first device; the outcome is on the host.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
     compiled = jax.jit(
         experiment, static_argnums=(0, 1), compiler_options=training.quick_compilation(mesh)
     )
     with jax.default_device(mesh.devices.flat[0]):
         outcome = jax.device_get(compiled(config, cell))
-    (loss, accuracy), (test_loss, test_accuracy), example = outcome
-    if not (np.isfinite(loss).all() and np.isfinite(test_loss)):
-        first = int(np.argmin([*np.isfinite(loss), False])) + 1
-        raise UserError(f"loss is not finite at update {first}; lower --learning-rate")
-    print_table(*example)
-    seconds = time.perf_counter() - started
-    result = {
-        "test_accuracy": float(test_accuracy),
-        "test_loss": float(test_loss),
-        "parameters": count_parameters(model),
-        "seconds": seconds,
-        "data": f"{EVALUATION_SEQUENCES} fresh sequences",
-        "accelerator": training.accelerator_name(mesh),
-        "devices": 1,
-        "seed": config.seed,
-        "config": training.as_dict(config),
-        "versions": training.versions(),
-    }
-    run.write("result.json", result)
-    print(
-        f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
-        f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
-    )
-    draw(config, run, loss, accuracy)
+    finite = np.isfinite([*outcome.curves[0], outcome.test[0]])
+    if not finite.all():
+        raise UserError(
+            f"loss is not finite at update {finite.argmin() + 1}; lower --learning-rate"
+        )
+    return outcome
 
 
 def print_table(

@@ -5,8 +5,17 @@
 
 Recipes: ``notebook`` is Embedding(5000, 32) -> LSTM(100) -> Dense(1), reviews cut and padded at the
 front to 500 ids; ``notebook-dropout`` adds dropout 0.2 before and after the LSTM; ``conv`` puts a
-convolution and max pooling in front; ``default`` is what we would train today. Their results, with
-seeds and machine, are in the README.
+convolution and max pooling in front; ``default`` is what we would train today.
+
+Expect on IMDB after three epochs, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2,
+two CPU devices), this test accuracy; for seed 0, this time with compilation and evaluation:
+
+    notebook            86.91 ± 0.83 %  (85.66-87.94)    191 s
+    notebook-dropout    84.13 ± 6.24 %  (73.01-87.46)
+    conv                87.89 ± 1.11 %  (85.99-88.66)
+    default             88.02 ± 0.09 %  (87.94-88.14)    174 s
+
+The README has the single runs, and says which version of the program each row is from.
 """
 
 import dataclasses
@@ -17,6 +26,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from lstmjax import training
 from lstmjax.cells import load_cell, source_digest
@@ -148,18 +158,15 @@ def check(config: Config) -> None:
 
 def open_run(config: Config) -> training.RunFolder:
     """The folder of this run: new, or with ``resume`` the one to go on with."""
-    cell = config.cell.rpartition(":")[2]
-    name = f"imdb-{config.recipe}-{config.data.data}-{cell}-seed{config.seed}"
+    name = training.run_name(
+        "imdb", config.recipe, config.data.data, cell=config.cell, seed=config.seed
+    )
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
     for here_only in ("run_dir", "resume", "accelerator"):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
-    if config.resume:
-        return training.RunFolder.reopen(
-            config.run_dir or training.RunFolder.newest(name), settings
-        )
-    return training.RunFolder.create(config.run_dir or training.RunFolder.free(name), settings)
+    return training.RunFolder.open(name, settings, path=config.run_dir, resume=config.resume)
 
 
 def load(config: Config, split: Literal["train", "test"]) -> Dataset:
@@ -214,14 +221,39 @@ def main(config: Config) -> None:
         f"shape(s), {train.padding_share:.1%} padding; {training.accelerator_name(mesh)} x "
         f"{mesh.size}; run folder {run.path}"
     )
-    steps = training.make_steps(
-        model,
-        training.make_optimizer(config.optimizer, config.epochs * len(train)),
-        mesh,
-        padding=train.padding,
-        masked=config.data.padding == "bucketed",
-    )
     started = time.perf_counter()
+    history = learn(config, model, train, evaluations, run, mesh)
+    seconds = time.perf_counter() - started
+    (name,) = evaluations
+    last = history[-1]
+    run.write_result(
+        config,
+        mesh,
+        {key: last[key] for key in (f"{name}_accuracy", f"{name}_loss")},
+        parameters=count_parameters(model),
+        seconds=seconds,
+        epoch_seconds=[record["seconds"] for record in history],
+        data=config.data.data,
+        epochs=history,
+    )
+    corpus = CORPUS[config.data.data]
+    run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
+    print_table(history, name)
+    print(f"{corpus}, {name} accuracy {last[f'{name}_accuracy']:.2%}; everything in {run.path}")
+
+
+def learn(
+    config: Config,
+    model: Classifier,
+    train: Batches,
+    evaluations: dict[str, Batches],
+    run: training.RunFolder,
+    mesh: Mesh,
+) -> list[dict[str, Any]]:
+    """Train and evaluate; one record an epoch."""
+    optimizer = training.make_optimizer(config.optimizer, config.epochs * len(train))
+    masked = config.data.padding == "bucketed"
+    steps = training.make_steps(model, optimizer, mesh, padding=train.padding, masked=masked)
     try:
         _, history = training.fit(
             steps,
@@ -236,38 +268,11 @@ def main(config: Config) -> None:
     except training.Interrupted:
         print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
         raise
-    facts = {
-        "parameters": count_parameters(model),
-        "seconds": time.perf_counter() - started,
-        "accelerator": training.accelerator_name(mesh),
-        "devices": mesh.size,
-    }
-    (name,) = evaluations
-    report(config, run, history, name, facts)
+    return history
 
 
-def report(
-    config: Config,
-    run: training.RunFolder,
-    history: list[dict[str, Any]],
-    name: str,
-    facts: dict[str, Any],
-) -> None:
-    """Write ``result.json`` and the curves, print the table; ``name`` is the split evaluated."""
-    outcome = {key: history[-1][key] for key in (f"{name}_accuracy", f"{name}_loss")}
-    result = {
-        **outcome,
-        **facts,
-        "epoch_seconds": [record["seconds"] for record in history],
-        "data": config.data.data,
-        "seed": config.seed,
-        "epochs": history,
-        "config": training.as_dict(config),
-        "versions": training.versions(),
-    }
-    run.write("result.json", result)
-    corpus = CORPUS[config.data.data]
-    run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
+def print_table(history: list[dict[str, Any]], name: str) -> None:
+    """A line an epoch; ``name`` is the split that was evaluated."""
     heads = ("epoch", "train loss", "train acc", f"{name} loss", f"{name} acc", "seconds")
     print("\n" + "  ".join(f"{head:>15}" for head in heads))
     for r in history:
@@ -280,7 +285,6 @@ def report(
             f"{r['seconds']:.1f}",
         )
         print("  ".join(f"{value:>15}" for value in values))
-    print(f"{corpus}, {name} accuracy {outcome[f'{name}_accuracy']:.2%}; everything in {run.path}")
 
 
 if __name__ == "__main__":

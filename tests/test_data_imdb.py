@@ -2,6 +2,7 @@ import functools
 import hashlib
 import http.server
 import io
+import json
 import os
 import shutil
 import stat
@@ -20,6 +21,8 @@ from lstmjax.data import archive as archives
 from lstmjax.data import imdb, load_imdb
 from lstmjax.errors import UserError
 
+ROOT = Path(__file__).parent.parent
+EXPERIMENT = ROOT / "experiments" / "imdb.py"
 FEW = {"train/neg": 6, "train/pos": 6, "train/unsup": 4, "test/neg": 5, "test/pos": 5}
 SENTENCES = {
     "neg": "A dull boat, number {n}; I slept.<br />It sank, it SANK!",
@@ -354,6 +357,51 @@ def test_the_constants_are_those_of_tfds():
         archives.ORIGINAL_BYTES,
         archives.ORIGINAL_SHA256,
     )
+
+
+# The command
+
+
+def run_experiment(folder, archive, program):
+    """``experiments/imdb.py`` as ``program`` starts it, in a process of its own."""
+    flags = {"hidden-size": 2, "embedding-size": 2, "top-words": 30, "batch-size": 4, "epochs": 1}
+    flags |= {"recipe": "notebook", "max-length": 8}
+    flags |= {"archive": archive, "data-dir": "data", "run-dir": "run"}
+    return subprocess.run(
+        [sys.executable, *program, *(f"--{name}={value}" for name, value in flags.items())],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_from_an_archive_to_a_result(tmp_path):
+    archive = write_archive(tmp_path / "small.tar.gz")
+    # As a user would run it, but for the number of reviews that makes an archive a whole one.
+    program = (
+        "import runpy; from lstmjax.data.archive import REVIEWS; "
+        f"REVIEWS.update({FEW}); runpy.run_path({str(EXPERIMENT)!r}, run_name='__main__')"
+    )
+    outcome = run_experiment(tmp_path, archive, ["-c", program])
+    assert outcome.returncode == 0, outcome.stderr
+    assert "IMDB: 3 batches an epoch" in outcome.stdout
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["data"], result["config"]["data"]["archive"]) == ("imdb", str(archive))
+    assert [record["step"] for record in result["epochs"]] == [3]
+    assert (tmp_path / "data" / "imdb_reviews").is_dir()
+
+
+def test_another_archive_is_refused_in_one_line(tmp_path):
+    archive = write_archive(tmp_path / "small.tar.gz")
+    outcome = run_experiment(tmp_path, archive, [EXPERIMENT])
+    assert outcome.returncode == 2
+    printed = [text for text in outcome.stderr.splitlines() if text.strip()]
+    (line,) = (text for text in printed if not text.startswith("Checking the archive: "))
+    assert line.startswith(f"error: cannot use the archive {archive}: wrong checksum")
+    assert "Traceback" not in outcome.stderr + outcome.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"small.tar.gz"}
 
 
 # Download

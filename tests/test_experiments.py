@@ -13,6 +13,7 @@ import pytest
 
 from experiments import cumsum, imdb
 from lstmjax.training.command import run_command
+from lstmjax.training.devices import usable_cores
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = (
@@ -238,9 +239,7 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     subprocess.run(command(tmp_path / "r", "--resume"), **quiet)
     subprocess.run(command(tmp_path / "whole"), **quiet)
     resumed, whole = result(tmp_path / "r"), result(tmp_path / "whole")
-    assert resumed["devices"] == max(
-        n for n in range(1, len(os.sched_getaffinity(0)) + 1) if 500 % n == 0
-    )
+    assert resumed["devices"] == max(n for n in range(1, usable_cores() + 1) if 500 % n == 0)
     for name in ("test_loss", "test_accuracy"):
         assert resumed[name] == whole[name]
     losses = [[epoch["train_loss"] for epoch in run["epochs"]] for run in (resumed, whole)]

@@ -1,11 +1,16 @@
 """Training: devices, the compiled step, interruption and resumption, non-finite losses, reports."""
 
+import collections
+import contextlib
+import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +24,10 @@ from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
-from lstmjax.training.loop import on_device
+from lstmjax.training import devices
+from lstmjax.training.devices import replicated
+from lstmjax.training.loop import IN_FLIGHT, on_device
+from lstmjax.training.step import Steps, Sums, TrainState
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +96,58 @@ def test_mesh_takes_devices_that_divide_the_rows():
     assert training.make_mesh("cpu", rows=1).size == 1
 
 
+V1 = "9:name=systemd:/\n4:cpu,cpuacct:{}\n"
+QUOTAS = {
+    "version 2": ("0::/", {"cpu.max": "200000 100000"}, 2),
+    "part of a core": ("0::/", {"cpu.max": "50000 100000"}, 0.5),
+    "no limit": ("0::/", {"cpu.max": "max 100000"}, math.inf),
+    "of an enclosing group": (
+        "0::/a/b",
+        {"a/cpu.max": "150000 100000", "a/b/cpu.max": "400000 100000"},
+        1.5,
+    ),
+    "of another group": ("0::/a", {"b/cpu.max": "100000 100000"}, math.inf),
+    "version 1": (
+        V1.format("/"),
+        {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"},
+        3,
+    ),
+    "version 1 without a limit": (
+        V1.format("/"),
+        {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+        math.inf,
+    ),
+    "version 1, named from outside the container": (
+        V1.format("/docker/123"),
+        {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "50000"},
+        4,
+    ),
+    "outside the container's view": ("0::/../other", {"cpu.max": "100000 100000"}, 1),
+    "unreadable": ("0::/", {"cpu.max": "much"}, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_cpu_quota(name, tmp_path):
+    groups, files, cores = QUOTAS[name]
+    files = {f"sys/fs/cgroup/{path}": text for path, text in files.items()}
+    for path, text in {"proc/self/cgroup": groups, **files}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    assert devices.cpu_quota(tmp_path) == cores
+
+
+def test_cpu_quota_where_there_are_no_control_groups(tmp_path):
+    assert devices.cpu_quota(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(2, 2), (1.5, 2), (0.5, 1), (64, 5), (math.inf, 5)])
+def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
+    monkeypatch.setattr(devices, "cpu_quota", lambda: quota)
+    assert devices.usable_cores() == cores
+
+
 def test_a_missing_accelerator_is_named_with_its_remedy():
     with pytest.raises(UserError, match=r"no tpu here; this JAX finds: cpu\..*\.\[tpu\]"):
         training.make_mesh("tpu")
@@ -111,22 +171,21 @@ def test_filler_rows_count_for_nothing():
     assert results[0][2] == 4
 
 
-def test_the_step_does_not_recompile_on_known_shapes():
-    mesh = make_mesh(2)
-    functions = make_steps(mesh)
-    state = functions.init()
-    for epoch in range(3):
-        for batch in on_device(batches().epoch(0, epoch), mesh):
-            state, _ = functions.train(state, batch, jax.random.key(0))
-    assert functions.train._cache_size() == len(batches().shapes)
-
-
 def test_the_state_is_donated():
     functions = make_steps(make_mesh(2))
     state = functions.init()
     functions.train(state, next(batches().epoch(0, 0)), jax.random.key(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(functions.init().params))
+
+
+def test_every_step_drops_something_else():
+    functions = make_steps(make_mesh(1))
+    batch, found = next(batches().epoch(0, 0)), []
+    for number in (0, 1, 0):
+        state = functions.init()._replace(step=jnp.int32(number))
+        found.append(float(functions.train(state, batch, jax.random.key(3))[1].loss))
+    assert found[0] == found[2] != found[1]
 
 
 def test_devices_exchange_sums_once_a_step_not_once_a_time_step():
@@ -208,13 +267,13 @@ def new_run(path):
     return training.RunFolder.create(path, {"seed": 0})
 
 
-def fit(path, steps=None, resume=False, epochs=3):
+def fit(path, steps=None, resume=False, epochs=3, rows=30):
     mesh = make_mesh(2)
     run = training.RunFolder(path) if resume else new_run(path)
     return training.fit(
         steps or make_steps(mesh),
         batches(),
-        {"test": batches(30, seed=1)},
+        {"test": batches(rows, seed=1)},
         run,
         mesh,
         epochs=epochs,
@@ -232,6 +291,108 @@ def at_step(steps, number, action):
         return action(state, sums) if next(count) == number else (state, sums)
 
     return steps._replace(train=train)
+
+
+def test_a_run_compiles_each_shape_once(tmp_path):
+    compiled = collections.Counter()
+
+    def count(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled[details["fun_name"]] += 1
+
+    steps = compiled_steps.__wrapped__(2)  # as in a new process
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        fit(tmp_path / "run", steps)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    shapes = len(batches().shapes)
+    assert (compiled["jit(train)"], compiled["jit(local_evaluation)"]) == (shapes, shapes)
+
+
+def test_nothing_is_moved_to_the_devices_by_a_step_itself(tmp_path):
+    steps = make_steps(make_mesh(2))
+
+    def guarded(function):
+        def call(*arguments):
+            with jax.transfer_guard("disallow"):
+                return function(*arguments)
+
+        return call
+
+    guarded_steps = steps._replace(train=guarded(steps.train), evaluate=guarded(steps.evaluate))
+    fit(tmp_path / "run", guarded_steps, epochs=1)
+
+
+def test_every_epoch_takes_its_batches_in_its_own_order(tmp_path):
+    steps, taken = make_steps(make_mesh(2)), []
+
+    def train(state, batch, key):
+        taken.append(jax.device_get(batch))
+        return steps.train(state, batch, key)
+
+    fit(tmp_path / "run", steps._replace(train=train), epochs=2)
+    wanted = [batch for epoch in range(2) for batch in batches().epoch(0, epoch)]
+    assert len(taken) == len(wanted)
+    jax.tree.map(np.testing.assert_array_equal, taken, wanted)
+
+
+def held_back(function, last, late, guard):
+    """``function``, whose call k ends only after call min(k + IN_FLIGHT, ``last``) has begun.
+
+    Whoever looks at what call k returned before that waits in vain: k is then put into ``late``.
+    From the first call to the last one, implicit transfers raise: ``guard`` ends that.
+    """
+    begun, change = 0, threading.Condition()
+
+    def wait(number):
+        with change:
+            enough = min(int(number) + IN_FLIGHT, last)
+            if not (late or change.wait_for(lambda: begun >= enough, timeout=30)):
+                late.append(int(number))
+        return np.float32(0)
+
+    @jax.jit
+    def compute(number, *arguments):
+        zero = jax.pure_callback(wait, jax.ShapeDtypeStruct((), np.float32), number)
+        return jax.tree.map(lambda a: a + zero.astype(a.dtype), function(*arguments))
+
+    def call(*arguments):
+        nonlocal begun
+        with change:
+            begun += 1
+            change.notify_all()
+        if begun == 1:
+            guard.enter_context(jax.transfer_guard("disallow"))
+        results = compute(jax.device_put(np.int32(begun), replicated(make_mesh(2))), *arguments)
+        if begun == last:
+            guard.close()
+        return results
+
+    return call
+
+
+def test_the_loop_does_not_wait_for_the_newest_steps(tmp_path):
+    def sums(batch):
+        return Sums(batch.weights.sum(), batch.labels.sum(), batch.weights.sum(), 1.0)
+
+    def train(state, batch, key):
+        return state._replace(step=state.step + 1), jax.tree.map(jnp.float32, sums(batch))
+
+    def evaluate(params, batch):
+        return jax.tree.map(jnp.float32, sums(batch))
+
+    late = [], []
+    state = TrainState({"w": jnp.zeros(3)}, (), jnp.int32(0))
+    with contextlib.ExitStack() as guard:
+        steps = Steps(
+            lambda: jax.device_put(state, replicated(make_mesh(2))),
+            held_back(train, 7, late[0], guard),
+            held_back(evaluate, 7, late[1], guard),
+        )
+        _, (record,) = fit(tmp_path / "run", steps, epochs=1, rows=50)
+    assert late == ([], [])
+    assert (record["step"], record["train_loss"]) == (7, 1.0)
 
 
 def test_fit_learns_and_reports(tmp_path):
@@ -315,17 +476,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_used(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
 
 
-def test_evaluation_sees_every_row_once():
+@pytest.mark.parametrize("pooling", [("last",), ("mean", "max")])
+def test_evaluation_sees_every_row_once_and_no_padding(pooling):
+    rows, labels, _ = dataset(90, seed=1)
+    few = [row for row, ids in enumerate(rows) if len(ids) in (2, 5, 11)]
+    rows, labels = [rows[row] for row in few], labels[few]
     mesh = make_mesh(2)
-    steps = make_steps(mesh)
-    data = batches(30, seed=1)
+    model = Classifier(LSTM(5), dataclasses.replace(CONFIG, pooling=pooling), rngs=nnx.Rngs(0))
+    optimizer = training.make_optimizer(training.OptimizerConfig(), 1)
+    steps = training.make_steps(model, optimizer, mesh)
+    data = Batches(Dataset(rows, labels, Vocabulary(("word",))), 8, boundaries=(6, 12))
+    assert len(data) * 8 > len(rows)  # there are filler rows
     sums = training.evaluate(steps, steps.init().params, data, mesh)
-    assert sums.rows == 30
-    model = Classifier(LSTM(5), CONFIG, rngs=nnx.Rngs(0))
-    logits = [float(model(jnp.asarray(ids)[None])[0]) for ids in dataset(30, 1).sequences]
-    labels = dataset(30, 1).labels
-    want = np.mean([np.logaddexp(0, -x if y else x) for x, y in zip(logits, labels, strict=True)])
-    np.testing.assert_allclose(sums.loss / sums.rows, want, rtol=1e-5)
+    alone = jax.jit(lambda ids: model(ids)[0])
+    logits = np.array([alone(ids[None]) for ids in rows])
+    assert sums.rows == len(rows)
+    assert sums.tokens == sum(map(len, rows))
+    assert 0 < sums.correct < len(rows)
+    assert sums.correct == np.sum((logits > 0) == (labels == 1))
+    want = np.logaddexp(0, np.where(labels == 1, -logits, logits)).sum()
+    np.testing.assert_allclose(sums.loss, want, rtol=1e-5)
 
 
 # -- the run folder -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from lstmjax.training.devices import (
     sharded,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
-from lstmjax.training.report import RunFolder, as_dict, draw_curves, versions
+from lstmjax.training.report import RunFolder, as_dict, draw_curves, run_name, versions
 from lstmjax.training.step import (
     OptimizerConfig,
     make_optimizer,
@@ -33,6 +33,7 @@ __all__ = [
     "make_steps",
     "quick_compilation",
     "replicated",
+    "run_name",
     "sharded",
     "training_key",
     "versions",

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from lstmjax.data import Batch, Batches
 from lstmjax.errors import UserError
 from lstmjax.training.checkpoint import Checkpoints, Interruption, Position
-from lstmjax.training.devices import sharded
+from lstmjax.training.devices import replicated, sharded
 from lstmjax.training.report import RunFolder
 from lstmjax.training.step import Steps, Sums, TrainState, training_key
 
@@ -84,15 +84,11 @@ def fit(
         Interrupted: after a signal, once the state is saved.
     """
     checkpoints = Checkpoints(run.checkpoints)
-    state, position = steps.init(), Position()
-    restored = checkpoints.restore(state) if resume else None
-    if restored is not None:
-        state, position = restored
-    history = run.rewind(int(state.step), position.epoch + 1)
+    state, at = _beginning(steps, checkpoints, resume)
+    history = run.rewind(int(state.step), at.epoch + 1)
     try:
         with Interruption().watching() as stop:
-            for epoch in range(position.epoch, epochs):
-                at = position if epoch == position.epoch else Position(epoch)
+            while at.epoch < epochs:
                 meter = _Meter(run, at, len(train), epochs, checkpoints.latest())
                 state, at = _train_epoch(steps, state, at, train, mesh, seed, meter, stop)
                 checkpoints.save(state, at)
@@ -100,18 +96,20 @@ def fit(
                 record = _record(at, int(state.step), len(train))
                 for name, batches in evaluations.items():
                     sums = evaluate(steps, state.params, batches, mesh, name, stop)
-                    if not math.isfinite(sums.loss):
-                        raise NonFiniteLossError(
-                            f"{name} loss is {sums.loss} after epoch {epoch + 1}; "
-                            "lower --learning-rate, or set --clip-norm 1"
-                        )
-                    record[f"{name}_loss"] = sums.loss / sums.rows
-                    record[f"{name}_accuracy"] = sums.correct / sums.rows
+                    record |= _means(name, sums, at.epoch + 1)
                 history.append(record)
                 run.log(record)
+                at = Position(at.epoch + 1)
     finally:
         checkpoints.close()
     return state, history
+
+
+def _beginning(steps: Steps, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:
+    """The state and place to go on from: the newest checkpoint's if asked for, else the start."""
+    state = steps.init()
+    restored = checkpoints.restore(state) if resume else None
+    return restored or (state, Position())
 
 
 def evaluate(
@@ -157,7 +155,7 @@ def _train_epoch(
     stop: Interruption,
 ) -> tuple[TrainState, Position]:
     """Train from ``at`` to the epoch's end, or to the step at which a signal was noticed."""
-    key, first = training_key(seed), int(state.step)
+    key, first = jax.device_put(training_key(seed), replicated(mesh)), int(state.step)
     pending: collections.deque[tuple[int, Sums]] = collections.deque()
     done, started = at.batch, time.perf_counter()
     for batch in on_device(batches.epoch(seed, at.epoch, start=at.batch), mesh):
@@ -249,6 +247,20 @@ def _record(at: Position, step: int, batches: int) -> dict[str, Any]:
         "train_accuracy": at.sums.correct / at.sums.rows,
         "seconds": at.seconds,
     }
+
+
+def _means(name: str, sums: Sums, epoch: int) -> dict[str, float]:
+    """What an evaluation adds to the epoch's record.
+
+    Raises:
+        NonFiniteLossError: its loss is not finite.
+    """
+    if not math.isfinite(sums.loss):
+        raise NonFiniteLossError(
+            f"{name} loss is {sums.loss} after epoch {epoch}; "
+            "lower --learning-rate, or set --clip-norm 1"
+        )
+    return {f"{name}_loss": sums.loss / sums.rows, f"{name}_accuracy": sums.correct / sums.rows}
 
 
 def _on_host(sums: Sums) -> Sums:

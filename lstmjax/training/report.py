@@ -10,7 +10,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lstmjax.errors import UserError
+from lstmjax.training.devices import accelerator_name
 
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -22,6 +25,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from source
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def run_name(*parts: str, cell: str, seed: int) -> str:
+    """What a run is called; of a cell from a user's file, its class.
+
+    >>> run_name("imdb", "default", cell="path/to/file.py:MyCell", seed=3)
+    'imdb-default-MyCell-seed3'
+    """
+    return "-".join([*parts, cell.rpartition(":")[2], f"seed{seed}"])
 
 
 class RunFolder:
@@ -44,6 +56,30 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        config: Mapping[str, Any],
+        *,
+        path: pathlib.Path | None = None,
+        resume: bool = False,
+    ) -> "RunFolder":
+        """The folder of a run: a new one, or with ``resume`` the one to go on with.
+
+        Args:
+            name: what the run is called; gives the folder if there is no ``path``.
+            config: what the run is asked for, as JSON-ready values.
+            path: the folder.
+            resume: go on with the run in ``path``, else with the newest of this name.
+
+        Raises:
+            UserError: as `create` and `reopen`.
+        """
+        if resume:
+            return cls.reopen(path or cls.newest(name), config)
+        return cls.create(path or cls.free(name), config)
 
     @staticmethod
     def free(name: str) -> pathlib.Path:
@@ -107,6 +143,26 @@ class RunFolder:
                 "resume with the same settings, or start anew with another --run-dir"
             )
         return cls(path)
+
+    def write_result(
+        self, config: Any, mesh: Mesh, outcome: Mapping[str, Any], **facts: Any
+    ) -> None:
+        """Write ``result.json``: the outcome first, then the facts and what every run records.
+
+        Args:
+            config: the config dataclass of the run; it has a ``seed``.
+            mesh: the devices that the run used.
+            outcome: what was measured.
+            facts: what else this experiment has to say.
+        """
+        common = {
+            "accelerator": accelerator_name(mesh),
+            "devices": mesh.size,
+            "seed": config.seed,
+            "config": as_dict(config),
+            "versions": versions(),
+        }
+        self.write("result.json", {**outcome, **facts, **common})
 
     def write(self, name: str, value: Any) -> None:
         """Write ``value`` as JSON, as a whole or not at all."""

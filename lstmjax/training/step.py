@@ -5,6 +5,7 @@ over a sharded batch would sum its weight gradient over the devices at every tim
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -74,6 +75,12 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return adam
 
 
+_SumsOf = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
+_GradientOf = Callable[[Any, Batch, Array], tuple[Any, Sums]]
+_EvaluationOf = Callable[[Any, Batch], Sums]
+_Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
+
+
 class Steps(NamedTuple):
     """The compiled functions of a run.
 
@@ -84,8 +91,8 @@ class Steps(NamedTuple):
     """
 
     init: Callable[[], TrainState]
-    train: Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
-    evaluate: Callable[[Any, Batch], Sums]
+    train: _Train
+    evaluate: _EvaluationOf
 
 
 def make_steps(
@@ -106,11 +113,27 @@ def make_steps(
         masked: hide the padding from the model; else it sees zeros as words.
     """
     graphdef, params = nnx.split(model, nnx.Param)
-    rows, whole = PartitionSpec(BATCH), PartitionSpec()
+    sums_of = _classification(graphdef, padding if masked else None)
+    gradient_of, evaluation_of = _summed_over_devices(sums_of, mesh)
 
-    def sums(params: Any, batch: Batch, keys: Array | None) -> tuple[Array, Sums]:
+    def init() -> TrainState:
+        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
+
+    options = quick_compilation(mesh)
+    return Steps(
+        init,
+        jax.jit(_update(gradient_of, optimizer), donate_argnums=0, compiler_options=options),
+        jax.jit(evaluation_of, compiler_options=options),
+    )
+
+
+def _classification(graphdef: Any, hidden: Literal["left", "right"] | None) -> _SumsOf:
+    """Loss and sums of a batch; padding on the side ``hidden`` is kept from the model."""
+
+    def sums_of(params: Any, batch: Batch, keys: Array | None) -> tuple[Array, Sums]:
         lengths = jnp.asarray(batch.lengths)
-        mask = length_mask(lengths, batch.ids.shape[1], padding) if masked else None
+        mask = length_mask(lengths, batch.ids.shape[1], hidden) if hidden else None
         logits = nnx.merge(graphdef, params)(batch.ids, mask, keys)
         targets = batch.labels.astype(logits.dtype)
         loss = (optax.sigmoid_binary_cross_entropy(logits, targets) * batch.weights).sum()
@@ -118,20 +141,29 @@ def make_steps(
         tokens = lengths.sum().astype(loss.dtype)
         return loss, Sums(loss, correct, batch.weights.sum(), tokens)
 
+    return sums_of
+
+
+def _summed_over_devices(sums_of: _SumsOf, mesh: Mesh) -> tuple[_GradientOf, _EvaluationOf]:
+    """The loss's gradient with the sums, and the sums alone, each added up over the mesh once."""
+
     def local_gradient(params: Any, batch: Batch, keys: Array) -> tuple[Any, Sums]:
-        gradient, totals = jax.grad(sums, has_aux=True)(params, batch, keys)
-        return lax.psum((gradient, totals), BATCH)
+        return lax.psum(jax.grad(sums_of, has_aux=True)(params, batch, keys), BATCH)
 
     def local_evaluation(params: Any, batch: Batch) -> Sums:
-        return lax.psum(sums(params, batch, None)[1], BATCH)
+        return lax.psum(sums_of(params, batch, None)[1], BATCH)
 
+    rows, whole = PartitionSpec(BATCH), PartitionSpec()
     # check_vma=False: with it, replicated parameters get their sum inside the time loop.
-    gradient_of = jax.shard_map(
-        local_gradient, mesh=mesh, in_specs=(whole, rows, rows), out_specs=whole, check_vma=False
+    spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=whole, check_vma=False)
+    return (
+        spread(local_gradient, in_specs=(whole, rows, rows)),
+        spread(local_evaluation, in_specs=(whole, rows)),
     )
-    evaluation_of = jax.shard_map(
-        local_evaluation, mesh=mesh, in_specs=(whole, rows), out_specs=whole, check_vma=False
-    )
+
+
+def _update(gradient_of: _GradientOf, optimizer: optax.GradientTransformation) -> _Train:
+    """The training step."""
 
     def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
         keys = row_keys(jax.random.fold_in(key, state.step), batch.ids.shape[0])
@@ -144,13 +176,4 @@ def make_steps(
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), totals
 
-    def init() -> TrainState:
-        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-        return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
-
-    options = quick_compilation(mesh)
-    return Steps(
-        init,
-        jax.jit(train, donate_argnums=0, compiler_options=options),
-        jax.jit(evaluation_of, compiler_options=options),
-    )
+    return train
