@@ -16,13 +16,17 @@ TOP_WORDS = 5000
 
 
 def cell_weights(case: Case) -> dict[str, np.ndarray]:
-    """An LSTM's ``kernel (D, 4H)``, ``recurrent_kernel (H, 4H)``, ``bias (4H,)``: i, f, g, o."""
+    """An LSTM's ``kernel (D, 4H)``, ``recurrent_kernel (H, 4H)``, ``bias (4H,)``: i, f, g, o.
+
+    As lstmjax draws them: uniform, a block a gate orthogonal, 1 for the forget gate.
+    """
     rng, features, hidden = np.random.default_rng(0), case["features"], case["hidden"]
+    limit = (6 / (features + 4 * hidden)) ** 0.5
+    blocks = [np.linalg.qr(rng.standard_normal((hidden, hidden)))[0] for _ in range(4)]
     return {
-        "kernel": rng.standard_normal((features, 4 * hidden), np.float32) / (2 * features**0.5),
-        "recurrent_kernel": rng.standard_normal((hidden, 4 * hidden), np.float32)
-        / (2 * hidden**0.5),
-        "bias": rng.standard_normal(4 * hidden, np.float32) / 10,
+        "kernel": rng.uniform(-limit, limit, (features, 4 * hidden)).astype(np.float32),
+        "recurrent_kernel": np.concatenate(blocks, axis=1).astype(np.float32),
+        "bias": np.repeat(np.array([0, 1, 0, 0], np.float32), hidden),
     }
 
 

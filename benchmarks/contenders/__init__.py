@@ -98,7 +98,7 @@ LARGE = (
 )
 TRAIN_STEP = (
     Contender("lstmjax", "lstmjax", "ours:train_step"),
-    *_keras("train_step"),
+    *_keras("train_step", slow=("torch",)),
     Contender("PyTorch, own loop", "torch", "torch_peers:train_step", "torch"),
 )
 EPOCH = (

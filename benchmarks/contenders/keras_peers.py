@@ -13,6 +13,11 @@ from benchmarks import problems
 from benchmarks.contenders import Job
 from benchmarks.problems import Case
 
+if keras.backend.backend() == "torch":
+    import torch
+
+    torch.set_flush_denormal(True)  # see torch_peers.py
+
 
 def _model(*stack: Any) -> Any:
     model = keras.Sequential(list(stack))
