@@ -161,8 +161,9 @@ class Session:
                 arrays = unpack(found.pop("check"))
                 expected = references.setdefault(json.dumps(case), arrays)
                 self._compare(contender, column, expected, arrays)
-                row = {"column": column, "contender": contender.name, "case": case, "turns": []}
-                ready.append((self._workers[contender.process], number, row | found))
+                row: Row = {"column": column, "contender": contender.name, "case": case}
+                row |= {"turns": []} | found
+                ready.append((self._workers[contender.process], number, row))
         for count in itertools.count(1):
             started = time.perf_counter()
             for worker, number, row in ready[count % len(ready) :] + ready[: count % len(ready)]:

@@ -22,6 +22,20 @@ class Job(NamedTuple):
     memory: Callable[[], int | None] = lambda: None
 
 
+def training_job(run: Callable[[], float]) -> Job:
+    """A job whose runs train and return a loss: those of the first two runs are compared."""
+    losses: list[float] = []
+
+    def once() -> None:
+        losses.append(run())
+
+    def check() -> dict[str, np.ndarray]:
+        once()
+        return {"losses": np.array(losses)}
+
+    return Job(once, check)
+
+
 class Unavailable(Exception):
     """A contender cannot run here; the message says why."""
 
@@ -104,7 +118,8 @@ TRAIN_STEP = (
 EPOCH = (
     Contender("lstmjax", "lstmjax", "ours:epoch"),
     *_keras("epoch", slow=("torch",)),
-    Contender("PyTorch, packed", "torch", "torch_peers:epoch", "torch"),
+    Contender("PyTorch, padded", "torch", "torch_peers:epoch", "torch", {"packed": False}),
+    Contender("PyTorch, packed", "torch", "torch_peers:epoch", "torch", {"packed": True}),
 )
 CUMSUM = (
     Contender("lstmjax", "lstmjax", "ours:cumsum"),

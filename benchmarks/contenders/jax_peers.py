@@ -50,17 +50,16 @@ def nnx_rnn(case: Case) -> Job:
 
     rngs = nnx.Rngs(0)
     cell = nnx.OptimizedLSTMCell(case["features"], case["hidden"], rngs=rngs)
-    graph, weights, rest = nnx.split(nnx.RNN(cell, time_major=True, rngs=rngs), nnx.Param, ...)
-    zeros, order = (
-        jnp.zeros((case["batch"], case["hidden"])),
-        ("bias", "recurrent_kernel", "kernel"),
-    )
+    rnn = nnx.RNN(cell, time_major=True, rngs=rngs)
+    graph, weights, *rest = nnx.split(rnn, nnx.Param, ...)
+    zeros = jnp.zeros((case["batch"], case["hidden"]))
 
     def from_ours(params: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(weights), [params[name] for name in order])
+        leaves = [params[name] for name in ("bias", "recurrent_kernel", "kernel")]
+        return jax.tree.unflatten(jax.tree.structure(weights), leaves)
 
     def forward(weights: Any, x: Any) -> Any:
-        return nnx.merge(graph, weights, rest)(x, initial_carry=(zeros, zeros))
+        return nnx.merge(graph, weights, *rest)(x, initial_carry=(zeros, zeros))
 
     return _job(case, forward, from_ours)
 

@@ -6,11 +6,10 @@ import sys
 from typing import Any
 
 import keras
-import numpy as np
 from keras import layers
 
 from benchmarks import problems
-from benchmarks.contenders import Job
+from benchmarks.contenders import Job, training_job
 from benchmarks.problems import Case
 
 if keras.backend.backend() == "torch":
@@ -33,22 +32,22 @@ def _notebook(features: int = 32, hidden: int = 100) -> Any:
 def train_step(case: Case) -> Job:
     """``fit`` on a few batches of full length."""
     weights, ids, labels = problems.notebook(case)
-    model, losses = _notebook(case["features"], case["hidden"]), []
+    model = _notebook(case["features"], case["hidden"])
     model.build((None, case["steps"]))
     model.set_weights(list(weights.values()))
 
-    def run() -> None:
+    def run() -> float:
         fitted = model.fit(ids, labels, batch_size=case["batch"], shuffle=False, verbose=0)
-        losses.append(fitted.history["loss"][0])
+        return fitted.history["loss"][0]
 
-    return Job(run, lambda: (run(), {"losses": np.array(losses)})[1])
+    return training_job(run)
 
 
 def epoch(case: Case) -> Job:
-    """``fit`` on reviews padded in front; each run trains the next few batches."""
+    """``fit`` on reviews padded in front; each run trains the next ``share`` batches."""
     rows, labels = problems.imdb(case)
     ids, model = problems.front_padded(rows, case["steps"]), _notebook()
-    share = 64 * -(-len(ids) // (64 * case["turns"]))
+    share = 64 * case["share"]
     cuts = iter([slice(start, start + share) for start in range(0, len(ids), share)])
 
     def fit(cut: slice) -> None:

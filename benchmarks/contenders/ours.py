@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import problems
-from benchmarks.contenders import Job, Unavailable
+from benchmarks.contenders import Job, Unavailable, training_job
 from benchmarks.problems import Case
 from experiments import cumsum as cumsum_experiment
 from experiments import imdb as imdb_experiment
@@ -57,7 +57,7 @@ def recurrence(
         return unroll(cell, params, x, time_major=True, engine=engine, precision=precision)[0]
 
     def both(params: Any, x: Array, d_hs: Array) -> tuple[Array, Any, Array]:
-        last, (d_params, d_x) = with_gradient(forward)(params, x, d_hs)
+        last, d_params, d_x = with_gradient(forward)(params, x, d_hs)
         return last, lax.psum(d_params, BATCH), d_x
 
     inputs: Any = (WHOLE, STEP_ROWS, STEP_ROWS)
@@ -71,11 +71,11 @@ def recurrence(
 
 
 def with_gradient(forward: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """``(weights, x, d_hs) -> (last output, gradients)`` of ``forward(weights, x) -> hs``."""
+    """``(weights, x, d_hs) -> (last output, d_weights, d_x)`` of ``forward(weights, x) -> hs``."""
 
     def both(weights: Any, x: Any, d_hs: Any) -> Any:
         hs, pull_back = jax.vjp(forward, weights, x)
-        return hs[-1], pull_back(d_hs)
+        return (hs[-1], *pull_back(d_hs))
 
     return both
 
@@ -90,10 +90,9 @@ def jax_job(
     """
 
     def check() -> dict[str, np.ndarray]:
-        outputs = function(*arguments)
         if len(arguments) == 2:
-            return {"last": np.asarray(outputs[-1])}
-        last, d_weights, d_x = outputs if len(outputs) == 3 else (outputs[0], *outputs[1])
+            return {"last": np.asarray(function(*arguments)[-1])}
+        last, d_weights, d_x = function(*arguments)
         found = {"last": last, "d x": d_x[0], **to_ours(d_weights)}
         return {name: np.asarray(value) for name, value in found.items()}
 
@@ -151,9 +150,8 @@ def set_weights(model: Classifier, weights: Mapping[str, np.ndarray]) -> None:
 
 def train_step(case: Case) -> Job:
     """The notebook's whole training step, a batch after the other."""
-    mesh, rows, (weights, ids, labels) = (
-        make_mesh(case["batch"]), case["batch"], problems.notebook(case)
-    )  # fmt: skip
+    weights, ids, labels = problems.notebook(case)
+    mesh, rows = make_mesh(case["batch"]), case["batch"]
     config = ClassifierConfig(problems.TOP_WORDS, case["features"], case["hidden"])
     model = Classifier(LSTM(case["hidden"]), config, rngs=nnx.Rngs(0))
     set_weights(model, weights)
@@ -162,21 +160,21 @@ def train_step(case: Case) -> Job:
     full, real = np.full(rows, case["steps"], np.int32), np.ones(rows, np.float32)
     cuts = [slice(start, start + rows) for start in range(0, len(ids), rows)]
     batches = [Batch(ids[cut], full, labels[cut], real) for cut in cuts]
-    state, key, losses = steps.init(), training.training_key(0), []
+    state, key = steps.init(), training.training_key(0)
 
-    def run() -> None:
+    def run() -> float:
         nonlocal state
         found = []
         for batch in on_device(batches, mesh):
             state, sums = steps.train(state, batch, key)
             found.append(sums.loss / sums.rows)
-        losses.append(float(np.mean(jax.device_get(found))))
+        return float(np.mean(jax.device_get(found)))
 
-    return Job(run, lambda: (run(), {"losses": np.array(losses)})[1])
+    return training_job(run)
 
 
 def epoch(case: Case) -> Job:
-    """The ``notebook`` model on IMDB, padding skipped: each run trains the next few batches."""
+    """The ``notebook`` model on IMDB, padding skipped; each run trains ``share`` batches."""
     base = imdb_experiment.NOTEBOOK
     data = dataclasses.replace(base.data, padding="bucketed", data_dir=case["data_dir"])
     mesh = make_mesh(data.batch_size)
@@ -185,7 +183,6 @@ def epoch(case: Case) -> Job:
     adam = training.make_optimizer(base.optimizer, len(train))
     steps = training.make_steps(model, adam, mesh, padding=train.padding)
     state, key, waiting = steps.init(), training.training_key(0), train.epoch(seed=0, epoch=0)
-    share = -(-len(train) // case["turns"])
 
     def train_on(batches: Iterator[Batch]) -> None:
         nonlocal state
@@ -195,10 +192,11 @@ def epoch(case: Case) -> Job:
 
     def blank(rows: int, length: int) -> Batch:
         ones = np.ones(rows, np.int32)
-        return Batch(np.ones((rows, length), np.int32), ones * length, ones, np.float32(ones))
+        ids = np.ones((rows, length), np.int32)
+        return Batch(ids, ones * length, ones, ones.astype(np.float32))
 
     return Job(
-        lambda: train_on(itertools.islice(waiting, share)),
+        lambda: train_on(itertools.islice(waiting, case["share"])),
         warm_up=lambda: train_on(blank(*shape) for shape in train.shapes),
     )
 

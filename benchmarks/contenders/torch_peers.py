@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 from benchmarks import problems
-from benchmarks.contenders import Job
+from benchmarks.contenders import Job, training_job
 from benchmarks.problems import Case
 
 torch.set_flush_denormal(True)
@@ -32,9 +32,7 @@ def _set(lstm: nn.LSTM, weights: Mapping[str, np.ndarray]) -> None:
 def recurrence(case: Case) -> Job:
     """``torch.nn.LSTM``, time-major as it comes."""
     params, x, d_hs = problems.recurrence(case)
-    lstm, inputs, cotangents = (
-        nn.LSTM(case["features"], case["hidden"]), torch.from_numpy(x), torch.from_numpy(d_hs)
-    )  # fmt: skip
+    lstm, inputs = nn.LSTM(case["features"], case["hidden"]), torch.from_numpy(x)
     _set(lstm, params)
 
     def forward() -> torch.Tensor:
@@ -45,7 +43,7 @@ def recurrence(case: Case) -> Job:
         lstm.zero_grad()
         inputs.grad = None
         hs = lstm(inputs.requires_grad_())[0]
-        hs.backward(cotangents)
+        hs.backward(torch.from_numpy(d_hs))
         return hs
 
     def check() -> dict[str, np.ndarray]:
@@ -100,32 +98,33 @@ def train_step(case: Case) -> Job:
         model.embedding.weight.copy_(torch.from_numpy(weights["embedding"]))
         model.head.weight.copy_(torch.from_numpy(weights["head_kernel"].T.copy()))
         model.head.bias.zero_()
-    step, losses, size = _trainer(model), [], case["batch"]
+    step, size = _trainer(model), case["batch"]
     wanted, words = torch.from_numpy(labels).float().split(size), torch.from_numpy(ids).split(size)
 
-    def run() -> None:
-        losses.append(float(np.mean([step(*batch) for batch in zip(wanted, words, strict=True)])))
+    def run() -> float:
+        return float(np.mean([step(*batch) for batch in zip(wanted, words, strict=True)]))
 
-    return Job(run, lambda: (run(), {"losses": np.array(losses)})[1])
+    return training_job(run)
 
 
-def epoch(case: Case) -> Job:
-    """Packed sequences from a shuffling `DataLoader`; each run trains the next few batches."""
+def epoch(case: Case, packed: bool) -> Job:
+    """Packed sequences, or reviews padded in front, from a shuffling `DataLoader`."""
     rows, labels = problems.imdb(case)
     step = _trainer(Model())
 
     def collate(picked: list[int]) -> tuple[torch.Tensor, ...]:
-        sequences = [torch.from_numpy(rows[k]) for k in picked]
+        sequences, wanted = [rows[k] for k in picked], torch.from_numpy(labels[picked]).float()
+        if not packed:
+            return wanted, torch.from_numpy(problems.front_padded(sequences, case["steps"]))
         lengths = torch.tensor([len(s) for s in sequences])
-        wanted = torch.from_numpy(labels[picked]).float()
-        return wanted, pad_sequence(sequences, batch_first=True), lengths
+        return wanted, pad_sequence([*map(torch.from_numpy, sequences)], batch_first=True), lengths
 
     numbers: Any = range(len(rows))
     loader: Any = DataLoader(numbers, 64, shuffle=True, collate_fn=collate)
-    share, waiting = -(-len(loader) // case["turns"]), iter(loader)
+    waiting = iter(loader)
 
     def run() -> None:
-        for _, batch in zip(range(share), waiting, strict=False):
+        for _, batch in zip(range(case["share"]), waiting, strict=False):
             step(*batch)
 
     return Job(run, warm_up=lambda: step(*collate(list(range(64)))))
