@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo imdb test lint format lock clean
+.PHONY: help demo imdb test bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -16,6 +16,9 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 
 test: .venv/ready-test  ## all tests that this machine can run
 	$(RUN) -m pytest $(ARGS)
+
+bench: .venv/ready-bench  ## side by side with what a user would take instead: 15 minutes on 2 cores
+	$(RUN) -m benchmarks $(ARGS)
 
 lint: .venv/ready-lint  ## style, format, types
 	.venv/bin/ruff check
@@ -41,6 +44,10 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 
 .venv/ready-test: .venv/ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
+	touch $@
+
+.venv/ready-bench: .venv/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[bench]'
 	touch $@
 
 .venv/ready-lint: .venv/ready

@@ -1,0 +1,294 @@
+"""A light benchmark that turns red when a fast path is lost, and the harness of the full one."""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import contenders, harness, parts, problems, report, worker
+from benchmarks.contenders import Contender, Job, ours, training_job
+from lstmjax.recurrence import ENGINES
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- What must stay fast -------------------------------------------------------------------------
+
+
+def speed_up(slow, fast, enough, rounds=5, turns=5):
+    """How many times faster ``fast`` is: the best ratio of interleaved medians of a few rounds.
+
+    Other work on the machine can hide a speed-up in one round; it cannot make up one.
+    """
+    best = 0.0
+    for _ in range(rounds):
+        times = {slow: [], fast: []}
+        for _ in range(turns):
+            for run, found in times.items():
+                started = time.perf_counter()
+                run()
+                found.append(time.perf_counter() - started)
+        best = max(best, statistics.median(times[slow]) / statistics.median(times[fast]))
+        if best >= enough:
+            break
+    return best
+
+
+@pytest.mark.skipif("derived" not in ENGINES, reason="there is no engine 'derived' yet")
+def test_the_derived_engine_is_faster_than_the_scan():
+    devices = max(n for n in range(1, min(CORES, 8) + 1) if problems.S["batch"] % n == 0)
+    case = problems.S | {"steps": 250, "mode": "forward+backward"}
+    scan, derived = (
+        ours.recurrence(case, engine, devices=devices) for engine in ("scan", "derived")
+    )
+    assert harness.deviation(scan.check(), derived.check()) < contenders.DERIVED.tolerance
+    assert speed_up(scan.run, derived.run, enough=1.3) >= 1.3
+
+
+@pytest.fixture
+def compilations():
+    """Programs compiled so far, as JAX counts them."""
+    events = []
+
+    def listener(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_a_training_step_compiles_once(compilations):
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes integers and floats
+        case = problems.S | parts.TINY | {"batches": 3}
+        job = ours.train_step(case)
+        before = len(compilations)
+        job.run()
+        first = len(compilations)
+        assert first > before
+        job.run()
+    assert len(compilations) == first, "a later step was compiled again"
+
+
+def test_speed_up_takes_the_best_round():
+    seconds = iter([0.0, 2, 2, 3, 3, 7, 7, 8])  # slow 2, fast 1; then slow 4, fast 1
+    clock = pytest.MonkeyPatch()
+    clock.setattr(time, "perf_counter", lambda: next(seconds))
+    try:
+        assert speed_up(lambda: 1, lambda: 2, enough=3, rounds=2, turns=1) == 4
+    finally:
+        clock.undo()
+
+
+# --- The harness ---------------------------------------------------------------------------------
+
+
+def test_deviation():
+    expected = {"a": np.array([1.0, -4.0]), "b": np.zeros(2)}
+    assert harness.deviation({"a": expected["a"]}, {"a": np.array([1.0, -4.5])}) == 0.125
+    assert harness.deviation({"a": expected["a"]}, {"a": np.array([1.0, np.nan])}) != 0
+    assert harness.deviation(expected, {"a": expected["a"]}) == float("inf")
+    assert harness.deviation({}, {}) == 0
+
+
+def test_arrays_survive_the_way_between_processes():
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "d x": np.ones(1)}
+    found = worker.unpack(worker.pack(arrays))
+    assert found.keys() == arrays.keys()
+    assert all((found[name] == arrays[name]).all() for name in arrays)
+
+
+class FakeWorker:
+    """Answers as a worker would; times are 1, 2, 3, ... seconds in the order asked for."""
+
+    asked = []
+
+    def __init__(self, process):
+        self.clock = 0
+
+    def ask(self, do, **request):
+        FakeWorker.asked.append((do, request.get("job")))
+        if do == "prepare" and request["source"] == "none":
+            return {"unavailable": "not here"}
+        if do == "prepare":
+            check = {"y": np.array([1.0, request["options"].get("y", 2.0)])}
+            return {"first": 9.0, "memory": None, "check": worker.pack(check)}
+        self.clock += 1
+        return {"seconds": self.clock} if do == "measure" else {}
+
+    def close(self):
+        FakeWorker.asked.append(("close", None))
+
+
+@pytest.fixture
+def session(monkeypatch):
+    monkeypatch.setattr(harness, "Worker", FakeWorker)
+    monkeypatch.setattr(harness, "PAUSE", 0)
+    FakeWorker.asked = []
+    with harness.Session("test") as session:
+        yield session
+
+
+def fake(name, source="some", **options):
+    return Contender(name, "jax", source, options=options)
+
+
+def test_turns_are_interleaved_and_medians_taken(session):
+    who = [fake("lstmjax"), fake("absent", "none"), fake("peer")]
+    rows = session.measure(parts.work(who, {"steps": 2}, "c"), turns=3, per=2)
+    jobs = [job for do, job in FakeWorker.asked if do == "measure"]
+    assert jobs == [2, 0, 0, 2, 2, 0]  # who begins changes from turn to turn
+    assert [(row["turns"], row["seconds"]) for row in rows] == [
+        ([1, 1.5, 3], 1.5),
+        ([0.5, 2, 2.5], 2),
+    ]
+    assert session.skipped == {"absent": "not here"}
+    assert session.deviations == {"lstmjax": 0, "peer": 0}
+    assert parts.against_peers(rows, "c") == {"c: lstmjax / peer (fastest peer)": 0.75}
+
+
+def test_contenders_that_compute_something_else_are_not_timed(session):
+    who = [fake("lstmjax"), fake("peer", y=2.1)]
+    with pytest.raises(harness.BenchmarkError, match=r"peer deviates .* by 5.0e-02"):
+        session.measure(parts.work(who, {}, "c"))
+    assert "measure" not in dict(FakeWorker.asked)
+
+
+def test_what_is_not_installed_or_slow_is_skipped_by_name(session):
+    who = [fake("a")._replace(packages="no_such_package"), fake("b")._replace(slow=True), fake("c")]
+    session.measure(parts.work(who, {}, "c"), turns=1)
+    assert session.skipped["a"] == "no_such_package is not installed"
+    assert "--full" in session.skipped["b"]
+    assert [row["contender"] for row in session.rows] == ["c"]
+
+
+def test_training_jobs_compare_their_first_two_losses():
+    losses = iter([3.0, 2.0])
+    job = training_job(lambda: next(losses))
+    job.run()
+    assert job.check()["losses"].tolist() == [3, 2]
+
+
+def test_workers_repeat_short_jobs(monkeypatch):
+    seconds = iter([0.0, 2.0, 2.0, 3.0, 3.0, 9.0])
+    monkeypatch.setitem(worker.JOBS, 7, Job(lambda: None))
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: next(seconds))
+    assert worker.measure(7, least=3.0) == {"seconds": 1.5}
+
+
+def test_without_imdb_the_epoch_is_skipped_by_name(session, tmp_path):
+    options = argparse.Namespace(data_dir=str(tmp_path), full=False, tiny=False)
+    assert parts.epoch(session, options) == {}
+    assert "--data-dir" in session.skipped["all"]
+
+
+def test_a_part_runs_from_the_command_line_to_the_page(tmp_path, monkeypatch, capsys):
+    """Two real processes, at a tiny size."""
+    monkeypatch.setattr(contenders, "RECURRENCE", [contenders.SCAN, contenders.LINEN])
+    monkeypatch.setattr(harness, "LEAST", 0.0)
+    assert command.main(["recurrence", "--tiny", "--results", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("*.json")
+    part = json.loads(file.read_text())["recurrence"]
+    assert {"lstmjax scan", "Flax linen RNN"} <= {row["contender"] for row in part["rows"]}
+    assert all(row["seconds"] > 0 for row in part["rows"])
+    assert max(part["deviations"].values()) < 1e-4
+    assert "lstmjax scan" in capsys.readouterr().out
+
+
+def test_time_to_accuracy_stops_the_run_at_the_target(tmp_path):
+    script = "import signal, sys; print(sys.argv[2], file=open(sys.argv[1], 'w')); {}"
+    metrics = tmp_path / "metrics.jsonl"
+
+    def command(accuracy, then):
+        record = json.dumps({"test_accuracy": accuracy})
+        return ["-c", script.format(then), str(metrics), record]
+
+    found = parts.time_to_accuracy("jax", command(0.9, "signal.pause()"), str(tmp_path))
+    assert 0 < found < 60
+    metrics.unlink()
+    assert parts.time_to_accuracy("jax", command(0.5, "pass"), str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [["speed"], ["--tiny"]], ids=["unknown part", "tiny without a folder"]
+)
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert "error: " in capsys.readouterr().err
+
+
+# --- The report ----------------------------------------------------------------------------------
+
+
+def result(seconds, **case):
+    rows = [
+        {"column": "c", "contender": name, "case": problems.S | case, "seconds": s, "memory": 2**20}
+        for name, s in zip(("lstmjax scan", "peer"), (seconds, 2 * seconds), strict=True)
+    ]
+    session = argparse.Namespace(rows=rows, skipped={"x": "why"}, deviations={"peer": 1e-7})
+    return report.record(session, {"ratio": 0.5}, "python -m benchmarks recurrence", 3.21)
+
+
+def test_one_part_replaces_only_itself(tmp_path):
+    path = tmp_path / "device.json"
+    for name, seconds in (("recurrence", 0.1), ("floor", 0.2), ("recurrence", 0.123456)):
+        report.merge(path, name, result(seconds))
+    found = report.load(tmp_path)["device"]
+    assert [found[name]["rows"][0]["seconds"] for name in ("recurrence", "floor")] == [0.1235, 0.2]
+
+
+def test_the_table_gives_medians_and_ratios_to_the_first():
+    lines = report.table(result(0.05)).splitlines()
+    assert [cell.strip() for cell in lines[3].split("|")] == ["", "peer", "100 ms (2.00)", ""]
+    assert [report.duration(s) for s in (2.5e-5, 0.0123, 1.5, 123.4)] == [
+        *("25 µs", "12.3 ms", "1.5 s", "123 s")
+    ]
+
+
+def test_the_page_is_renewed_between_its_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for name in ("recurrence", "growth"):
+        report.merge(tmp_path / "device.json", name, result(0.05))
+    report.write_page(tmp_path, page)
+    text = page.read_text()
+    report.write_page(tmp_path, page)
+    assert page.read_text() == text, "renewing twice changes nothing"
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    for expected in ("100 ms (2.00)", "ratio: 0.5", "x was skipped: why", "1.0e-07 (peer)"):
+        assert expected in text
+    for plot in ("device-recurrence.png", "device-growth.png"):
+        assert f"]({plot})" in text
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_the_results_there_are():
+    for device, found in report.load(report.FOLDER).items():
+        for name, part in found.items():
+            assert report.text(name, part) in report.PAGE.read_text(), (
+                f"{device}, {name}: renew docs/performance.md by python -m benchmarks --report"
+            )
+
+
+def test_results_name_no_folder_and_no_host():
+    case = {"steps": 500, "data_dir": "/home/somebody/data"}
+    row = {"column": "epoch", "contender": "lstmjax", "case": case, "seconds": 1.0}
+    session = argparse.Namespace(rows=[row], skipped={}, deviations={})
+    found = json.dumps(report.record(session, {}, "python -m benchmarks epoch", 1.0))
+    assert "somebody" not in found
+    assert os.uname().nodename not in found
+
+
+def test_a_device_is_named_by_processor_and_cores():
+    facts = {"processor": "Intel(R) Xeon(R) Platinum 8480C @ 2.00GHz", "cores": 2}
+    assert report.device_name(facts) == "intel-xeon-platinum-8480c-2-cores"
