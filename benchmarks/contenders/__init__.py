@@ -87,15 +87,17 @@ def _keras(function: str, note: str = "", slow: tuple[str, ...] = (), **options:
     )
 
 
-DERIVED, SCAN = _ours("lstmjax derived", engine="derived"), _ours("lstmjax scan", engine="scan")
+DERIVED = _ours("lstmjax derived", engine="derived")
+SCAN = _ours("lstmjax scan", engine="scan")
+PLAIN = _ours("lstmjax plain scan", engine="scan", recompute=False)
 BFLOAT16 = _ours(
     "lstmjax derived, bfloat16", "lstmjax", 0.1, engine="derived", precision="bfloat16"
 )
 LINEN = Contender("Flax linen RNN", "jax", "jax_peers:linen", "flax")
 RECURRENCE = (
-    *(DERIVED, SCAN, BFLOAT16),
+    *(DERIVED, SCAN, PLAIN, BFLOAT16),
     _ours("lstmjax derived, one device", "jax", engine="derived", devices=1),
-    _ours("lstmjax scan, one device", "jax", engine="scan", devices=1),
+    _ours("lstmjax plain scan, one device", "jax", engine="scan", recompute=False, devices=1),
     LINEN,
     Contender("Flax NNX RNN", "jax", "jax_peers:nnx_rnn", "flax"),
     Contender("Haiku", "jax", "jax_peers:haiku", "haiku"),

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import problems
-from benchmarks.contenders import Job, Unavailable, training_job
+from benchmarks.contenders import Job, training_job
 from benchmarks.problems import Case
 from experiments import cumsum as cumsum_experiment
 from experiments import imdb as imdb_experiment
@@ -46,15 +46,18 @@ def spread(function: Any, mesh: Mesh, inputs: Any, outputs: Any) -> Any:
 
 
 def recurrence(
-    case: Case, engine: str, precision: Precision = "float32", devices: int | None = None
+    case: Case,
+    engine: str,
+    precision: Precision = "float32",
+    devices: int | None = None,
+    **settings: Any,
 ) -> Job:
-    """`unroll` in a user's own program, time-major."""
-    if engine not in ENGINES:
-        raise Unavailable(f"there is no engine {engine!r} yet")
+    """`unroll` in a user's own program, time-major; ``settings`` are the engine's."""
+    chosen = dataclasses.replace(ENGINES[engine], **settings)
     mesh, cell = make_mesh(case["batch"], devices), LSTM(case["hidden"])
 
     def forward(params: Any, x: Array) -> Array:
-        return unroll(cell, params, x, time_major=True, engine=engine, precision=precision)[0]
+        return unroll(cell, params, x, time_major=True, engine=chosen, precision=precision)[0]
 
     def both(params: Any, x: Array, d_hs: Array) -> tuple[Array, Any, Array]:
         last, d_params, d_x = with_gradient(forward)(params, x, d_hs)
