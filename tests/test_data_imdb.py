@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lstmjax.cache import cache_folder
 from lstmjax.data import archive as archives
 from lstmjax.data import imdb, load_imdb
 from lstmjax.errors import UserError
@@ -578,10 +579,12 @@ def test_a_cache_that_cannot_be_written(prepared, tmp_path, monkeypatch):
 def test_where_the_cache_is(prepared, tmp_path, monkeypatch):
     monkeypatch.delenv("LSTMJAX_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert imdb._cache_file(prepared).parent == tmp_path / "xdg" / "lstmjax"
+    assert imdb._cache_file(prepared).parent == cache_folder() == tmp_path / "xdg" / "lstmjax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert imdb._cache_file(prepared).parent == tmp_path / ".cache" / "lstmjax"
+    assert imdb._cache_file(prepared).parent == cache_folder() == tmp_path / ".cache" / "lstmjax"
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", "~/c")
+    assert imdb._cache_file(prepared).parent == cache_folder() == tmp_path / "c"
 
 
 # Real data

@@ -246,6 +246,37 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_later_starts_take_their_programs_from_disk(tmp_path):
+    """Two at once begin with nothing; the third finds one program damaged. All do the same."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    started = [
+        subprocess.Popen(command(tmp_path / name, "--epochs", "1"), **options) for name in "ab"
+    ]
+    for process in started:
+        out, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+        assert re.search(r"^(\d+) shape\(s\) trained on; \d+ programs compiled", out, re.MULTILINE)
+    next((tmp_path / "cache" / "programs").glob("*train*")).write_bytes(b"not a program")
+    third = subprocess.run(command(tmp_path / "c", "--epochs", "1"), check=True, **options)
+    assert re.search(r"; 1 programs compiled, [1-9]\d* found on disk$", third.stdout, re.MULTILINE)
+
+    def records(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [{**json.loads(line), "seconds": 0} for line in lines]
+
+    assert records("a") == records("b") == records("c")
+    assert len(records("a")) > 1
+
+
+def test_a_run_needs_no_place_for_its_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", "/proc/nothing")
+    program = [sys.executable, str(ROOT / "experiments" / "cumsum.py"), "--updates", "5"]
+    outcome = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert outcome.returncode == 0
+    assert outcome.stderr.startswith("compiled programs are not kept: ")
+    assert len(outcome.stderr.splitlines()) == 1
+
+
 # -- the cumulative sum ---------------------------------------------------------------------------
 
 

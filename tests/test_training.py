@@ -1,6 +1,5 @@
 """Training: devices, the compiled step, interruption and resumption, non-finite losses, reports."""
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +23,7 @@ from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
-from lstmjax.training import devices
+from lstmjax.training import compilation, devices
 from lstmjax.training.devices import replicated
 from lstmjax.training.loop import IN_FLIGHT, on_device
 from lstmjax.training.step import Steps, Sums, TrainState
@@ -294,20 +293,12 @@ def at_step(steps, number, action):
 
 
 def test_a_run_compiles_each_shape_once(tmp_path):
-    compiled = collections.Counter()
-
-    def count(event, seconds, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled[details["fun_name"]] += 1
-
     steps = compiled_steps.__wrapped__(2)  # as in a new process
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
+    with training.counting_compilations() as made:
         fit(tmp_path / "run", steps)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
     shapes = len(batches().shapes)
-    assert (compiled["jit(train)"], compiled["jit(local_evaluation)"]) == (shapes, shapes)
+    assert made.programs["jit(train)"] == made.programs["jit(local_evaluation)"] == shapes
+    assert made.kept == 0
 
 
 def test_nothing_is_moved_to_the_devices_by_a_step_itself(tmp_path):
@@ -476,16 +467,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_used(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
 
 
-@pytest.mark.parametrize("pooling", [("last",), ("mean", "max")])
-def test_evaluation_sees_every_row_once_and_no_padding(pooling):
+@pytest.mark.parametrize(("pooling", "padding"), [(("last",), "right"), (("mean", "max"), "left")])
+def test_evaluation_sees_every_row_once_and_no_padding(pooling, padding):
     rows, labels, _ = dataset(90, seed=1)
     few = [row for row, ids in enumerate(rows) if len(ids) in (2, 5, 11)]
     rows, labels = [rows[row] for row in few], labels[few]
     mesh = make_mesh(2)
     model = Classifier(LSTM(5), dataclasses.replace(CONFIG, pooling=pooling), rngs=nnx.Rngs(0))
     optimizer = training.make_optimizer(training.OptimizerConfig(), 1)
-    steps = training.make_steps(model, optimizer, mesh)
-    data = Batches(Dataset(rows, labels, Vocabulary(("word",))), 8, boundaries=(6, 12))
+    steps = training.make_steps(model, optimizer, mesh, padding=padding)
+    few = Dataset(rows, labels, Vocabulary(("word",)))
+    data = Batches(few, 8, boundaries=(6, 12), padding=padding)
     assert len(data) * 8 > len(rows)  # there are filler rows
     sums = training.evaluate(steps, steps.init().params, data, mesh)
     alone = jax.jit(lambda ids: model(ids)[0])
@@ -496,6 +488,29 @@ def test_evaluation_sees_every_row_once_and_no_padding(pooling):
     assert sums.correct == np.sum((logits > 0) == (labels == 1))
     want = np.logaddexp(0, np.where(labels == 1, -logits, logits)).sum()
     np.testing.assert_allclose(sums.loss, want, rtol=1e-5)
+
+
+# -- compiled programs ----------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_hold_programs_is_named_and_not_used(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert not compilation._ready(tmp_path / "file" / "programs")
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"compiled programs are not kept: .*file/programs'\n", line)
+    assert compilation._ready(tmp_path / "new" / "programs")
+    assert (tmp_path / "new" / "programs").stat().st_mode & 0o777 == 0o700
+
+
+def test_of_too_many_programs_the_oldest_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "MAX_BYTES", 25)
+    for age, (name, size) in enumerate([("a", 10), ("empty", 0), ("c/d", 10), ("b", 10), ("e", 5)]):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(size))
+        os.utime(path, (age, age))
+    assert compilation._ready(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["b", "d", "e"]
 
 
 # -- the run folder -------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Training: devices, the compiled step, the loop, checkpoints and the run folder."""
 
+from lstmjax.training.compilation import Compilations, counting_compilations, keep_compiled
 from lstmjax.training.devices import (
     Accelerator,
     accelerator_name,
@@ -19,15 +20,18 @@ from lstmjax.training.step import (
 
 __all__ = [
     "Accelerator",
+    "Compilations",
     "Interrupted",
     "NonFiniteLossError",
     "OptimizerConfig",
     "RunFolder",
     "accelerator_name",
     "as_dict",
+    "counting_compilations",
     "draw_curves",
     "evaluate",
     "fit",
+    "keep_compiled",
     "make_mesh",
     "make_optimizer",
     "make_steps",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -34,13 +35,22 @@ class Checkpoints:
     """The two newest checkpoints in a folder, written as a whole or not at all."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        import orbax.checkpoint as ocp
-
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports each save at length
         self._folder = folder
-        self._args = ocp.args
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        import orbax.checkpoint  # slow to import: not before something is saved or read
+
+        logging.getLogger("absl").setLevel(logging.ERROR)  # it reports each save at length
+        return orbax.checkpoint
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        options = self._orbax.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False
+        )
+        return self._orbax.CheckpointManager(self._folder.absolute(), options=options)
 
     def save(self, state: TrainState, position: Position) -> None:
         """Write ``state``; nothing happens if this step is already there."""
@@ -49,9 +59,9 @@ class Checkpoints:
             return
         self._manager.save(
             step,
-            args=self._args.Composite(
-                state=self._args.StandardSave(jax.tree.leaves(state)),
-                position=self._args.JsonSave(dataclasses.asdict(position)),
+            args=self._orbax.args.Composite(
+                state=self._orbax.args.StandardSave(jax.tree.leaves(state)),
+                position=self._orbax.args.JsonSave(dataclasses.asdict(position)),
             ),
         )
 
@@ -68,8 +78,9 @@ class Checkpoints:
         try:
             saved = self._manager.restore(
                 step,
-                args=self._args.Composite(
-                    state=self._args.StandardRestore(leaves), position=self._args.JsonRestore()
+                args=self._orbax.args.Composite(
+                    state=self._orbax.args.StandardRestore(leaves),
+                    position=self._orbax.args.JsonRestore(),
                 ),
             )
             place: dict[str, Any] = dict(saved["position"])
@@ -83,12 +94,15 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Number of steps done in the newest checkpoint."""
+        if not any(self._folder.iterdir()):
+            return None
         step = self._manager.latest_step()
         return None if step is None else int(step)
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
 
 class Interruption:

@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from lstmjax.errors import UserError
+from lstmjax.training.compilation import keep_compiled
 from lstmjax.training.loop import Interrupted
 
 ConfigT = TypeVar("ConfigT")
@@ -20,8 +21,8 @@ def run_command(
     """Parse the command line and run ``main(config)``.
 
     The flags are the fields of the config dataclass; ``--recipe`` chooses the config that gives
-    their defaults. A `UserError` is printed as one line and exits with 2; a run stopped by a
-    signal exits with 128 + its number, as shells expect.
+    their defaults. Compiled programs are kept for the next run. A `UserError` is printed as one
+    line and exits with 2; a run stopped by a signal exits with 128 + its number, as shells expect.
     """
     import tyro
 
@@ -34,6 +35,7 @@ def run_command(
         default=default,
         description=description,
     )
+    keep_compiled()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         main(config)

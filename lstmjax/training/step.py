@@ -116,13 +116,14 @@ def make_steps(
     sums_of = _classification(graphdef, padding if masked else None)
     gradient_of, evaluation_of = _summed_over_devices(sums_of, mesh)
 
-    def init() -> TrainState:
+    @jax.jit
+    def first_state(params: Any) -> TrainState:
         state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-        return jax.device_put(jax.tree.map(jnp.copy, state), replicated(mesh))
+        return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
 
     options = quick_compilation(mesh)
     return Steps(
-        init,
+        lambda: first_state(jax.device_put(params, replicated(mesh))),
         jax.jit(_update(gradient_of, optimizer), donate_argnums=0, compiler_options=options),
         jax.jit(evaluation_of, compiler_options=options),
     )
