@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from lstmjax.cache import cache_folder
 from lstmjax.data import archive as archives
 from lstmjax.data.vocabulary import UNKNOWN, Dataset, Vocabulary, check_limits
 from lstmjax.errors import UserError
@@ -239,10 +240,7 @@ def _cache_file(root: Path) -> Path:
         for path in _record_files(root, split):
             with path.open("rb") as file:
                 key.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    base = os.environ.get("LSTMJAX_CACHE_DIR")
-    if base is None:
-        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lstmjax")
-    return Path(base).expanduser() / f"imdb-{key.hexdigest()[:16]}.npz"
+    return cache_folder() / f"imdb-{key.hexdigest()[:16]}.npz"
 
 
 def _read_cache(path: Path, split: str) -> tuple[_Encoded, Vocabulary] | None:
