@@ -34,6 +34,7 @@ from lstmjax.data import Batches, Dataset, bucket_boundaries, hold_out, load_dem
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
+from lstmjax.recurrence import Engine, Workload, choose_engine
 from lstmjax.training.command import (
     require_positive,
     require_rate,
@@ -77,6 +78,8 @@ class Config:
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
+    engine: Literal["auto", "derived", "scan"] = "auto"
+    """What runs the recurrence; auto takes the fastest that can run the cell, and says which."""
     seed: int = 0
     """Of parameters, order of batches and dropout."""
     epochs: int = 3
@@ -210,14 +213,16 @@ def main(config: Config) -> None:
     mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
+    engine, reason = engine_for(config, cell, mesh)
     run = open_run(config)
-    model = make_model(config, cell, mesh)
+    model = make_model(config, cell, engine, mesh)
     shape = (config.data.batch_size, config.data.max_length)
     print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
     print(
         f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "
         f"{len(train.shapes)} shape(s), each compiled once, {train.padding_share:.1%} padding; "
-        f"{training.accelerator_name(mesh)} x {mesh.size}; run folder {run.path}"
+        f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
+        f"run folder {run.path}"
     )
     started = time.perf_counter()
     with training.counting_compilations() as made:
@@ -242,13 +247,25 @@ def main(config: Config) -> None:
     print(f"{corpus}, {name} accuracy {last[f'{name}_accuracy']:.2%}; everything in {run.path}")
 
 
-def make_model(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
+def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
+    """The engine that runs the cell, and why that one."""
+    platform, rows = mesh.devices.flat[0].platform, config.data.batch_size // mesh.size
+    features = config.model.conv_filters or config.model.embedding_size
+    steps = config.data.max_length
+    work = Workload(platform, "float32", config.precision, steps, rows, features)
+    try:
+        return choose_engine(cell, work, None if config.engine == "auto" else config.engine)
+    except ValueError as error:
+        raise UserError(f"{error}; leave out --engine") from error
+
+
+def make_model(config: Config, cell: Cell, engine: Engine, mesh: Mesh) -> Classifier:
     """The model before the first step, drawn by one program: quicker to start than one a draw."""
 
     @nnx.jit
     def draw() -> Classifier:
         rngs = nnx.Rngs(config.seed)
-        return Classifier(cell, config.model, precision=config.precision, rngs=rngs)
+        return Classifier(cell, config.model, precision=config.precision, engine=engine, rngs=rngs)
 
     with jax.default_device(mesh.devices.flat[0]):
         return draw()

@@ -73,8 +73,22 @@ def test_demo_run_leaves_everything_behind(run, capsys):
         assert found[key]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
+    assert "engine derived (the first choice)" in out
     assert "DEMO" in out
     assert "not IMDB" in out
+
+
+def test_an_engine_that_cannot_run_the_cell_is_refused(error_of, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lstmjax.cells import LSTM\n"
+        "class Mine(LSTM):\n"
+        "    def transition(self, params, x, carry, dot):\n"
+        "        return super().transition(params, 2 * x, carry, dot)\n"
+    )
+    options = ("--data", "demo", "--cell", tmp_path / "mine.py:Mine", "--engine", "derived")
+    line = error_of(imdb, *options, *SMALL)
+    assert "engine 'derived' cannot run Mine(hidden_size=4): Mine overrides transition" in line
+    assert "leave out --engine" in line
 
 
 @pytest.mark.parametrize("recipe", sorted(imdb.RECIPES))
