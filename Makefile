@@ -17,7 +17,7 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 test: .venv/ready-test  ## all tests that this machine can run
 	$(RUN) -m pytest $(ARGS)
 
-bench: .venv/ready-bench  ## side by side with what a user would take instead: 15 minutes on 2 cores
+bench: .venv/ready-bench  ## side by side with what a user would take instead
 	$(RUN) -m benchmarks $(ARGS)
 
 lint: .venv/ready-lint  ## style, format, types
