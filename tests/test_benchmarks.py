@@ -39,6 +39,7 @@ def speed_up(slow, fast, enough, rounds=5, turns=5):
     return best
 
 
+@pytest.mark.alone
 def test_the_derived_engine_is_faster_than_the_plain_scan():
     devices = max(n for n in range(1, min(CORES, 8) + 1) if problems.S["batch"] % n == 0)
     case = problems.S | {"steps": 250, "mode": "forward+backward"}
