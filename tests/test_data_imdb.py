@@ -402,7 +402,9 @@ def test_another_archive_is_refused_in_one_line(tmp_path):
     (line,) = (text for text in printed if not text.startswith("Checking the archive: "))
     assert line.startswith(f"error: cannot use the archive {archive}: wrong checksum")
     assert "Traceback" not in outcome.stderr + outcome.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"small.tar.gz"}
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]  # the cache has no file
+    assert left == [archive]
+    assert {path.name for path in tmp_path.iterdir()} <= {"small.tar.gz", "cache"}
 
 
 # Download
