@@ -14,9 +14,6 @@ from benchmarks import __main__ as command
 from benchmarks import contenders, harness, parts, problems, report, worker
 from benchmarks.contenders import Contender, Job, ours, training_job
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # --- What must stay fast -------------------------------------------------------------------------
 
 
@@ -41,10 +38,10 @@ def speed_up(slow, fast, enough, rounds=5, turns=5):
 
 @pytest.mark.alone
 def test_the_derived_engine_is_faster_than_the_plain_scan():
-    devices = max(n for n in range(1, min(CORES, 8) + 1) if problems.S["batch"] % n == 0)
+    """On one device: the eight of a test process get in each other's way."""
     case = problems.S | {"steps": 250, "mode": "forward+backward"}
     scan, derived = (
-        ours.recurrence(case, engine, devices=devices, **settings)
+        ours.recurrence(case, engine, devices=1, **settings)
         for engine, settings in (("scan", {"recompute": False}), ("derived", {}))
     )
     assert harness.deviation(scan.check(), derived.check()) < contenders.DERIVED.tolerance
