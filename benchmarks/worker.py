@@ -81,7 +81,7 @@ def main() -> None:
             answer = serve(**request)
         except Unavailable as reason:
             answer = {"unavailable": str(reason)}
-        except Exception:
+        except Exception:  # whatever a peer raises: its whole traceback goes to who asked
             answer = {"error": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
 
