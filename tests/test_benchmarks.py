@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import statistics
 import time
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, harness, parts, problems, report, worker
+from benchmarks import contenders, harness, numerics, parts, problems, report, worker
 from benchmarks.contenders import Contender, Job, ours, training_job
 
 # --- What must stay fast -------------------------------------------------------------------------
@@ -220,6 +221,25 @@ def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert "error: " in capsys.readouterr().err
+
+
+def test_deviations_from_float64_get_onto_their_page(tmp_path):
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes integers and floats
+        found = numerics.measure(numerics.Sizes(6, 2, 3, 4, 5))
+    rows = {(row["engine"], row["precision"]): row for row in found["rows"]}
+    assert {(e, p) for e in ("derived", "scan") for p in ("float32", "bfloat16")} <= rows.keys()
+    for (engine, precision), row in rows.items():
+        most = 1e-4 if precision == "float32" else 0.1
+        assert all(0 <= row[what] < most for what in numerics.COLUMNS), (engine, row)
+        assert (row["last output"] > 1e-5) == (precision == "bfloat16")
+    common = {"machine": report.machine(), "versions": {}, "date": "now", "platform": "cpu"}
+    report.merge(tmp_path / "this.json", "numerics", found | common)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    numerics.write_page(tmp_path, page)
+    text = page.read_text()
+    assert re.fullmatch(r"before\n.*## this.*\| `derived` \| bfloat16 \|.*after\n", text, re.DOTALL)
+    assert "old" not in text
 
 
 # --- The report ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -147,6 +148,27 @@ def test_gradients_of_the_parameters_alone():
     params, x, options = make(cell)
     got, expected = (jax.grad(loss(cell, e, **options))(params, x) for e in (Derived(4), Scan()))
     assert_same_gradients(cell, got, expected)
+
+
+@pytest.mark.parametrize("cell", [LSTM(H), Heads(H), HeadsApart(H)], ids=repr)
+def test_bfloat16_trains_within_one_program(cell):
+    """XLA:CPU has no bfloat16 product with its left side turned, and must not be led to one."""
+    params, x = cell.init(jax.random.key(0), D), jax.random.normal(jax.random.key(1), (B, T, D))
+    optimizer = optax.adam(1e-2)
+
+    def loss(params):
+        return (unroll(cell, params, x, engine="derived", precision="bfloat16")[0] ** 2).mean()
+
+    def update(state, _):
+        params, moments = state
+        value, gradient = jax.value_and_grad(loss)(params)
+        changes, moments = optimizer.update(gradient, moments, params)
+        return (optax.apply_updates(params, changes), moments), value
+
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes integers and floats
+        train = jax.jit(lambda p: jax.lax.scan(update, (p, optimizer.init(p)), length=20)[1])
+        losses = train(params)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_gradients_of_the_final_carry_alone():

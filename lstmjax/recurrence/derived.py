@@ -1,10 +1,10 @@
 """The derived engine: a gradient made for recurrences, from nothing but the cell's step.
 
 Time is cut into chunks. The forward pass keeps the carry after every step (or at the start of every
-chunk only) and nothing else. The backward pass goes through the chunks from the end: it recomputes
-all pre-activations of a chunk in one large product, walks back through its steps with only what is
-truly sequential (the vector-Jacobian product of ``step``, one product with the recurrent kernel),
-and adds up the weight gradient in one large product.
+chunk only) and nothing else. The backward pass goes through the chunks from the end: it walks back
+through the steps of a chunk, recomputing pre-activations, with only what is truly sequential (the
+vector-Jacobian product of ``step``, one product with the recurrent kernel), and adds up the weight
+gradient in one large product.
 
 As nothing differentiates the loops, their bounds may depend on the data: chunks at either end in
 which every row is masked are not run, at no cost in compiled shapes.
@@ -504,6 +504,8 @@ class _Products:
 
     def turned(self, sums: Params) -> Params:
         """Sums of `gradients`, shaped like the parameters."""
+        # Else XLA would turn the operands instead, and XLA:CPU has no such product in bfloat16.
+        sums = lax.optimization_barrier(sums)
         turned: Params = {name: a for name, a in sums.items() if name.endswith("bias")}
         features = self.params["kernel"].shape[0]
         if self.stacked:
