@@ -12,7 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks import contenders, problems
-from benchmarks.contenders import BFLOAT16, CHAINS, DERIVED, LARGE, LINEN, SCAN, Contender
+from benchmarks.contenders import (
+    BFLOAT16,
+    CHAINS,
+    DERIVED,
+    LARGE,
+    LINEN,
+    SCAN,
+    STEPS,
+    Contender,
+)
 from benchmarks.harness import ROOT, Row, Session, Work, environment
 from benchmarks.problems import Case, S
 
@@ -86,6 +95,7 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
     for _ in session.over([sizes]):
         engines = [work((DERIVED, SCAN), sizes | {"mode": mode}, mode) for mode in MODES]
         alone = work(CHAINS, sizes, "products") + work(LARGE, big, "products")
+        alone += work(STEPS, sizes, "element-wise")
         session.measure([*alone, *itertools.chain(*engines)], seconds=20)
     seconds = {
         row["contender"]: row["seconds"] for row in session.rows if row["case"] in (sizes, big)
@@ -99,6 +109,12 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
     }
     facts = {"large products, GFLOP/s": rate / 1e9}
     facts |= {f"{mode}: floor, ms": 1e3 * least for mode, least in floors.items()}
+    # What the engine does besides: the step, its gradient, the pre-activations once more.
+    step, gradient = (seconds[who.name] for who in STEPS)
+    again = seconds[CHAINS[0].name] + one * features
+    besides = {"forward": step, "forward+backward": step + gradient + again}
+    for mode, extra in besides.items():
+        facts[f"{mode}: floor and what else must be computed, ms"] = 1e3 * (floors[mode] + extra)
     for mode, who in itertools.product(floors, (DERIVED, SCAN)):
         taken = median(session.rows, who, mode)
         if taken:

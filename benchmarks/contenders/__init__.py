@@ -108,6 +108,10 @@ CHAINS = (
     Contender("chain of h R", "lstmjax", "ours:chain", options={"both": False}),
     Contender("chain of h R and z Rᵀ", "lstmjax", "ours:chain", options={"both": True}),
 )
+STEPS = (
+    Contender("step", "lstmjax", "ours:steps_alone", options={"both": False}),
+    Contender("step and its gradient", "lstmjax", "ours:steps_alone", options={"both": True}),
+)
 LARGE = (
     Contender("large product, one device", "lstmjax", "ours:large", options={"spread": False}),
     Contender("large product, all devices", "lstmjax", "ours:large", options={"spread": True}),

@@ -19,7 +19,7 @@ from benchmarks.problems import Case
 from experiments import cumsum as cumsum_experiment
 from experiments import imdb as imdb_experiment
 from lstmjax import training
-from lstmjax.cells import LSTM
+from lstmjax.cells import LSTM, Carry
 from lstmjax.data import Batch
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.precision import Precision
@@ -131,6 +131,34 @@ def chain(case: Case, both: bool) -> Job:
         (training.sharded(mesh), training.replicated(mesh)),
     )
     return Job(lambda: jax.block_until_ready(run(h, *constants)))
+
+
+def steps_alone(case: Case, both: bool) -> Job:
+    """The LSTM's ``step`` alone, without any product, on all devices at once.
+
+    With ``both``, its vector-Jacobian product too, as the way back needs it.
+    """
+    mesh, cell = make_mesh(case["batch"]), LSTM(case["hidden"])
+    pre = np.random.default_rng(5).standard_normal((4, case["batch"], case["hidden"]), np.float32)
+
+    def local(pre: Array) -> Any:
+        def run(pre: tuple[Array, ...], carry: Carry) -> Carry:
+            return cell.apply_step(cell.named(pre), carry, {"units": {}})
+
+        def step(_: Any, loop: tuple[tuple[Array, ...], Carry]) -> Any:
+            pre, carry = loop
+            if both:
+                carry, pull_back = jax.vjp(run, pre, carry)
+                return pull_back(carry)
+            return tuple(a + carry.h for a in pre), run(pre, carry)
+
+        start = (tuple(pre), Carry(pre[0], cell.State(pre[1])))
+        return lax.fori_loop(0, case["steps"], step, start)
+
+    function = spread(local, mesh, PartitionSpec(None, BATCH), ROWS)
+    place = NamedSharding(mesh, PartitionSpec(None, BATCH))
+    given = jax.device_put(pre, place)
+    return Job(lambda: jax.block_until_ready(function(given)))
 
 
 def large(case: Case, spread: bool) -> Job:
