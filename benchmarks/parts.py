@@ -146,7 +146,12 @@ def epoch(session: Session, options: argparse.Namespace) -> Facts:
         session.measure(parts, turns=turns)
     for row in session.rows:
         row["seconds"] = sum(row["turns"]) * max(1, batches / (turns * row["case"]["share"]))
-    return against_peers(session.rows, "epoch")
+    compiling = {
+        f"{row['contender']}: compilation and one batch a shape, s": row["first"]
+        for row in session.rows
+        if row["contender"].startswith("lstmjax")
+    }
+    return against_peers(session.rows, "epoch") | compiling
 
 
 def cumsum(session: Session, options: argparse.Namespace) -> Facts:

@@ -201,7 +201,9 @@ def draw_bars(path: pathlib.Path, part: Part) -> bool:
         colours = ["tab:blue" if "lstmjax" in row["contender"] else "tab:gray" for row in here]
         bars = axes.barh([row["contender"] for row in here], seconds, color=colours)
         axes.bar_label(bars, [duration(s) for s in seconds], padding=3, fontsize=8)
-        axes.set(title=column, xlabel="seconds (median)", xlim=(0, 1.25 * max(seconds)))
+        axes.set_title(column, fontsize=9)
+        axes.set(xlabel="seconds (median)", xlim=(0, 1.25 * max(seconds)))
+        axes.locator_params(axis="x", nbins=4)
     figure.savefig(path, dpi=110)
     return True
 
@@ -220,6 +222,10 @@ def draw_growth(path: pathlib.Path, part: Part) -> bool:
                 points = [r["case"][axis] for r in mine], [r[value] / unit for r in mine]
                 axes.loglog(*points, marker="o", label=name)
                 axes.grid(alpha=0.3, which="both")
+        sizes = sorted({row["case"][axis] for row in rows})
+        for axes in pair:
+            axes.set_xticks(sizes, sizes)
+            axes.set_xticks([], minor=True)
         pair[1].set_xlabel({"steps": "T", "batch": "B", "hidden": "H"}[axis])
     panels[0, 0].set_ylabel("seconds (median)")
     panels[1, 0].set_ylabel("memory of the program, MiB")

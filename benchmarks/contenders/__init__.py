@@ -123,6 +123,7 @@ TRAIN_STEP = (
 )
 EPOCH = (
     Contender("lstmjax", "lstmjax", "ours:epoch"),
+    Contender("lstmjax, one shape", "lstmjax", "ours:epoch", options={"one_shape": True}),
     *_keras("epoch", slow=("torch",)),
     Contender("PyTorch, padded", "torch", "torch_peers:epoch", "torch", {"packed": False}),
     Contender("PyTorch, packed", "torch", "torch_peers:epoch", "torch", {"packed": True}),

@@ -204,8 +204,12 @@ def train_step(case: Case) -> Job:
     return training_job(run)
 
 
-def epoch(case: Case) -> Job:
-    """The ``notebook`` model on IMDB, padding skipped; each run trains ``share`` batches."""
+def epoch(case: Case, one_shape: bool = False) -> Job:
+    """The ``notebook`` model on IMDB, padding skipped; each run trains ``share`` batches.
+
+    With ``one_shape`` the same batches are all padded to one length, so that one program serves
+    them, and the engine skips the chunks of steps that no row has.
+    """
     base = imdb_experiment.NOTEBOOK
     data = dataclasses.replace(base.data, padding="bucketed", data_dir=case["data_dir"])
     mesh = make_mesh(data.batch_size)
@@ -226,9 +230,18 @@ def epoch(case: Case) -> Job:
         ids = np.ones((rows, length), np.int32)
         return Batch(ids, ones * length, ones, ones.astype(np.float32))
 
+    def padded(batch: Batch) -> Batch:
+        missing = case["steps"] - batch.ids.shape[1]
+        sides = (missing, 0) if train.padding == "left" else (0, missing)
+        return batch._replace(ids=np.pad(batch.ids, ((0, 0), sides)))
+
+    shapes = sorted(
+        {(rows, case["steps"] if one_shape else length) for rows, length in train.shapes}
+    )
+    batches = map(padded, waiting) if one_shape else waiting
     return Job(
-        lambda: train_on(itertools.islice(waiting, case["share"])),
-        warm_up=lambda: train_on(blank(*shape) for shape in train.shapes),
+        lambda: train_on(itertools.islice(batches, case["share"])),
+        warm_up=lambda: train_on(blank(*shape) for shape in shapes),
     )
 
 
