@@ -3,6 +3,7 @@
 from lstmjax.recurrence.choice import ENGINES, choose_engine
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.pallas_gpu import PallasGPU
 from lstmjax.recurrence.scan import Scan
 from lstmjax.recurrence.unroll import length_mask, unroll
 
@@ -10,6 +11,7 @@ __all__ = [
     "ENGINES",
     "Derived",
     "Engine",
+    "PallasGPU",
     "Scan",
     "Workload",
     "choose_engine",

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from lstmjax.cells.base import Cell
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.pallas_gpu import PallasGPU
 from lstmjax.recurrence.scan import Scan
 
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (Derived(), Scan())}
+ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (PallasGPU(), Derived(), Scan())}
 """Every engine in its default settings, the most wanted first."""
 
 
@@ -37,6 +38,8 @@ def choose_engine(
     if engine is None:
         reasons: list[str] = []
         for candidate in ENGINES.values():
+            if candidate.only_on not in (None, work.platform):
+                continue
             refusal = candidate.refusal(cell, work)
             if refusal is None:
                 return candidate, "; ".join(reasons) or "the first choice"

@@ -45,9 +45,11 @@ class Engine:
 
     Attributes:
         name: what ``unroll(engine=...)`` and ``--engine`` call it.
+        only_on: the platform it is made for; elsewhere nobody gets it without asking for it.
     """
 
     name: ClassVar[str]
+    only_on: ClassVar[str | None] = None
 
     def refusal(self, cell: Cell, work: Workload) -> str | None:
         """Why this engine cannot run ``cell`` on ``work``, in one clause; None where it can."""

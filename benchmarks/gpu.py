@@ -1,0 +1,491 @@
+"""The recurrence on a GPU: lstmjax' engines, Flax, PyTorch and cuDNN through JAX.
+
+    python -m benchmarks.gpu            under 8 minutes, no network; prints a table and writes
+                                        benchmarks/results/<device>.json
+    python -m benchmarks.gpu --check    tiny shapes, with or without a GPU, writes nothing: only
+                                        shows that every contender that is present runs
+
+Every contender runs forward, and forward with all gradients, on the same parameters, inputs and
+cotangents. Its values and gradients are compared with the plain scan in float64 before it is timed:
+``error`` is the largest distance, as a share of the largest element, of the hidden states and of
+the gradients. Times are the medians of several runs, compilation excluded, divided by the time
+steps. ``bound`` is the larger of what the products take at the peak of the device and what the
+inputs and outputs take at its bandwidth: the time of a step cannot be less.
+
+One that is not installed, cannot run here, or fails, has one line that says so.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
+from lstmjax.precision import Precision
+from lstmjax.recurrence import Workload, choose_engine, unroll
+from lstmjax.recurrence.engine import platform
+from lstmjax.recurrence.pallas_gpu import PallasGPU
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+SECONDS = 420.0
+"""After which nothing new is begun."""
+TURNS, LEAST = 7, 0.02
+"""Turns of a measurement, and the seconds that each takes at least."""
+
+PEAKS = {
+    "H200": {"bandwidth": 4.8e12, "bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
+    "H100": {"bandwidth": 3.35e12, "bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
+}
+"""Bytes and operations a second, from the makers' data sheets, dense."""
+
+
+class Shape(NamedTuple):
+    """T, B, H and the size of an input."""
+
+    steps: int
+    batch: int
+    hidden: int
+    features: int
+
+
+SHAPES = (
+    Shape(500, 64, 100, 32),
+    Shape(500, 64, 256, 256),
+    Shape(1024, 16, 768, 768),
+    Shape(500, 256, 512, 512),
+    Shape(500, 64, 1024, 1024),
+)
+
+
+class Leaky(Cell):
+    """A cell as a user would write it: coupled gates, a peephole, a leak."""
+
+    gates = ("f", "g", "o")
+    unit_params = {"p": 0.0}
+    uses_h = True
+    leak: float = 0.1
+
+    def step(self, pre: Any, state: Any, params: Any, h: jax.Array) -> tuple[jax.Array, Any]:
+        """One time step."""
+        f = jax.nn.sigmoid(pre.f + params.p * h)
+        new = f * h + (1 - f) * jax.nn.gelu(pre.g)
+        return (1 - self.leak) * jax.nn.sigmoid(pre.o) * jnp.tanh(new) + self.leak * h, state
+
+
+CELLS: dict[str, type[Cell]] = {
+    "LSTM": LSTM,
+    "PeepholeLSTM": PeepholeLSTM,
+    "GRU": GRU,
+    "Leaky": Leaky,
+}
+
+
+class Problem(NamedTuple):
+    """NumPy arrays: parameters, inputs ``(B, T, D)``, and the cotangent of the hidden states."""
+
+    cell: Cell
+    params: dict[str, Any]
+    x: np.ndarray
+    d_hs: np.ndarray
+
+
+class Runs(NamedTuple):
+    """What a contender does: each call starts the work, ``wait`` ends when all of it is done.
+
+    Attributes:
+        forward: returns the hidden states ``(B, T, H)``.
+        gradient: returns them, the gradient of the inputs, and the others.
+        wait: takes what either returned.
+        numpy: turns an array of its own into NumPy.
+    """
+
+    forward: Callable[[], Any]
+    gradient: Callable[[], Any]
+    wait: Callable[[Any], Any]
+    numpy: Callable[[Any], np.ndarray]
+
+
+class CannotRunError(Exception):
+    """A contender has not what it needs: a reason, in one clause."""
+
+
+class Contender(NamedTuple):
+    """One way to compute it.
+
+    Attributes:
+        name: as printed.
+        precision: of its products, a key of `PEAKS`.
+        cells: those that it has.
+        make: ``Problem -> Runs``.
+        needs: the package without which it is skipped.
+    """
+
+    name: str
+    precision: str
+    cells: tuple[str, ...]
+    make: Callable[[Problem], Runs]
+    needs: str = "jax"
+
+
+@functools.lru_cache(maxsize=2)
+def make_problem(name: str, shape: Shape, seed: int = 0) -> Problem:
+    """Draw one, alike for every contender."""
+    rng = np.random.default_rng(seed)
+    cell = CELLS[name](shape.hidden)
+    params = jax.tree.map(np.asarray, cell.init(jax.random.key(seed), shape.features))
+    x, d_hs = (
+        rng.standard_normal((shape.batch, shape.steps, size), dtype="float32")
+        for size in (shape.features, shape.hidden)
+    )
+    return Problem(cell, params, x, d_hs)
+
+
+# --- Contenders ----------------------------------------------------------------------------------
+
+
+def jax_runs(f: Callable[[Any, Any], Any], params: Any, problem: Problem) -> Runs:
+    """``f(params, x) -> hs`` under JAX."""
+    params, x, d_hs = jax.device_put((params, problem.x, problem.d_hs))
+
+    def gradient(params: Any, x: Any, d_hs: Any) -> tuple[Any, Any, Any]:
+        hs, pull_back = jax.vjp(f, params, x)
+        d_params, d_x = pull_back(d_hs)
+        return hs, d_x, d_params
+
+    forward, gradient = jax.jit(f), jax.jit(gradient)
+    return Runs(
+        lambda: forward(params, x),
+        lambda: gradient(params, x, d_hs),
+        jax.block_until_ready,
+        np.asarray,
+    )
+
+
+def lstmjax_runs(engine: Any, precision: Precision, problem: Problem) -> Runs:
+    """One of lstmjax' engines."""
+
+    batch, steps, features = problem.x.shape
+    work = Workload(platform(), str(problem.x.dtype), precision, steps, batch, features)
+    try:
+        choose_engine(problem.cell, work, engine)
+    except ValueError as refusal:
+        raise CannotRunError(str(refusal)) from refusal
+
+    def f(params: Any, x: Any) -> Any:
+        return unroll(problem.cell, params, x, precision=precision, engine=engine)[0]
+
+    return jax_runs(f, problem.params, problem)
+
+
+def flax_runs(problem: Problem) -> Runs:
+    """`nnx.RNN` around `nnx.OptimizedLSTMCell`."""
+    from flax import nnx
+
+    batch, _, features = problem.x.shape
+    hidden = problem.cell.hidden_size
+    cell = nnx.OptimizedLSTMCell(features, hidden, rngs=nnx.Rngs(0))
+    split: Any = nnx.split(nnx.RNN(cell), nnx.Param, ...)
+    graph, parameters, rest = split
+    ours = problem.params
+    state = nnx.to_pure_dict(parameters)
+    state["cell"]["dense_i"]["kernel"] = ours["kernel"]
+    state["cell"]["dense_h"]["kernel"] = ours["recurrent_kernel"]
+    state["cell"]["dense_h"]["bias"] = ours["bias"]
+    nnx.replace_by_pure_dict(parameters, state)
+    zeros = jnp.zeros((batch, hidden))
+
+    def f(parameters: Any, x: Any) -> Any:
+        return nnx.merge(graph, parameters, rest)(x, initial_carry=(zeros, zeros))
+
+    return jax_runs(f, parameters, problem)
+
+
+def cudnn_runs(problem: Problem) -> Runs:
+    """`jax.experimental.rnn`: cuDNN's LSTM, in float32."""
+    from jax.experimental import rnn
+
+    if platform() != "gpu":
+        raise CannotRunError(f"cuDNN needs a GPU, this is a {platform()}")
+    batch, steps, features = problem.x.shape
+    hidden, ours = problem.cell.hidden_size, problem.params
+    parts = (ours["kernel"].T, ours["recurrent_kernel"].T, ours["bias"], 0 * ours["bias"])
+    weights = np.concatenate([part.ravel() for part in parts])
+    zeros, lengths = jnp.zeros((1, batch, hidden)), jnp.full((batch,), steps, jnp.int32)
+
+    def f(weights: Any, x: Any) -> Any:
+        highest = jax.lax.Precision.HIGHEST
+        sizes = {"input_size": features, "hidden_size": hidden, "num_layers": 1}
+        rest = {"dropout": 0.0, "bidirectional": False, "precision": highest}
+        return rnn.lstm(x, zeros, zeros, weights, lengths, **sizes, **rest)[0]
+
+    return jax_runs(f, weights, problem)
+
+
+def torch_runs(mode: str, problem: Problem) -> Runs:
+    """`nn.LSTM` or `nn.GRU` of PyTorch, on cuDNN; without a GPU, on the CPU."""
+    import torch
+
+    device = "cuda" if platform() == "gpu" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CannotRunError("this PyTorch has no CUDA")
+    if device == "cpu" and mode != "float32":
+        raise CannotRunError(f"{mode} needs a GPU")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = mode == "tf32"
+    dtype = torch.bfloat16 if mode == "bfloat16" else torch.float32
+    ours, cell = problem.params, problem.cell
+    layer = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}[type(cell).__name__]
+    module = layer(problem.x.shape[-1], cell.hidden_size, batch_first=True).to(device, dtype)
+    second = ours.get("recurrent_bias", 0 * ours["bias"])
+    values = (ours["kernel"].T, ours["recurrent_kernel"].T, ours["bias"], second)
+    with torch.no_grad():
+        for parameter, value in zip(module.parameters(), values, strict=True):
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
+    x = torch.from_numpy(problem.x).to(device, dtype).requires_grad_()
+    d_hs = torch.from_numpy(problem.d_hs).to(device, dtype)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return module(x)[0]
+
+    def gradient() -> tuple[Any, Any]:
+        hs = module(x)[0]
+        return hs, torch.autograd.grad(hs, (x, *module.parameters()), d_hs)[0]
+
+    def to_numpy(a: Any) -> np.ndarray:
+        return a.detach().float().cpu().numpy()
+
+    def wait(_: Any) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    # What allow_tf32 says when the work is started is what counts; contenders run one by one.
+    return Runs(forward, gradient, wait, to_numpy)
+
+
+def contenders() -> Iterator[Contender]:
+    """All of them, the most telling first."""
+    ours, kernel = tuple(CELLS), PallasGPU()
+    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
+    for precision in precisions:
+        make = functools.partial(lstmjax_runs, kernel, precision)
+        yield Contender("lstmjax kernel", precision, ours, make)
+    for mode in ("bfloat16", "tf32", "float32"):
+        make = functools.partial(torch_runs, mode)
+        yield Contender("PyTorch cuDNN", mode, ("LSTM", "GRU"), make, "torch")
+    yield Contender("jax.experimental.rnn", "float32", ("LSTM",), cudnn_runs)
+    for engine in ("derived", "scan"):
+        for precision in precisions:
+            make = functools.partial(lstmjax_runs, engine, precision)
+            yield Contender(f"lstmjax {engine}", precision, ours, make)
+    yield Contender("Flax nnx.RNN", "float32", ("LSTM",), flax_runs, "flax")
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def reference(name: str, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states and gradient of the inputs, by the plain scan in float64."""
+    problem = make_problem(name, shape)
+    with jax.enable_x64(True):
+        wide: Any = jax.tree.map(lambda a: np.asarray(a, "float64"), problem[1:])
+        runs = lstmjax_runs("scan", "float32", Problem(problem.cell, *wide))
+        hs, d_x, *_ = runs.gradient()
+        return np.asarray(hs), np.asarray(d_x)
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """max |got - expected| / max |expected|; NaN if anything is not finite."""
+    return float(np.max(np.abs(got - expected)) / np.max(np.abs(expected)))
+
+
+def tolerance(name: str, shape: Shape, precision: str, *, gradient: bool) -> float:
+    """As in the project's tests; for TF32, with 10 bits, what bfloat16 may have, divided by 4."""
+    terms = shape.steps * (shape.features + shape.hidden)
+    if gradient:
+        gates = len(CELLS[name].gates)
+        terms += shape.steps * gates * shape.hidden + shape.batch * shape.steps
+    unit = {"bfloat16": 2.0**-8, "tf32": 2.0**-10, "float32": 16 * 2.0**-24}[precision]
+    return float(unit * np.sqrt(terms))
+
+
+def seconds(
+    run: Callable[[], Any], wait: Callable[[Any], Any], turns: int = TURNS, least: float = LEAST
+) -> float:
+    """Median time of one run, the first ones left out."""
+    wait(run())
+    start = time.perf_counter()
+    wait(run())
+    repeats = max(1, round(least / (time.perf_counter() - start)))
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = run()
+        wait(out)
+        times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def bound(name: str, shape: Shape, precision: str, device: str, *, gradient: bool) -> float | None:
+    """Seconds that no implementation can undercut on this device, if it is a known one."""
+    peaks = next((peaks for known, peaks in PEAKS.items() if known in device), None)
+    if peaks is None:
+        return None
+    steps, batch, hidden, features = shape
+    products = 2 * steps * batch * (features + hidden) * len(CELLS[name].gates) * hidden
+    traffic = 4 * steps * batch * (features + hidden)
+    if gradient:  # two more products for each; x and d hs are read, hs and d x written
+        products, traffic = 3 * products, 2 * traffic
+    return max(products / peaks[precision], traffic / peaks["bandwidth"])
+
+
+def measure(
+    name: str, shape: Shape, contender: Contender, device: str, **how: Any
+) -> dict[str, Any]:
+    """One row of the results; ``how`` is for `seconds`."""
+    row = header(name, shape, contender)
+    if importlib.util.find_spec(contender.needs) is None:
+        return row | {"skipped": f"{contender.needs} is not installed"}
+    try:
+        return row | _measured(name, shape, contender, device, **how)
+    except CannotRunError as reason:
+        return row | {"skipped": str(reason)[:200]}
+    except Exception as error:  # of any kind: the others go on
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        return row | {"failed": lines[0][:200]}
+
+
+def header(name: str, shape: Shape, contender: Contender) -> dict[str, Any]:
+    """What every row of the results begins with."""
+    row = {"cell": name, "shape": shape._asdict(), "contender": contender.name}
+    return row | {"precision": contender.precision}
+
+
+def _measured(
+    name: str, shape: Shape, contender: Contender, device: str, **how: Any
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    runs = contender.make(make_problem(name, shape))
+    runs.wait(runs.forward())
+    out = runs.gradient()
+    runs.wait(out)
+    hs, d_x, *_ = out
+    first = time.perf_counter() - start
+    result: dict[str, Any] = {"first_seconds": first}
+    checks = zip(("forward", "gradient"), (hs, d_x), reference(name, shape), strict=True)
+    for what, got, expected in checks:
+        error = relative_error(runs.numpy(got), expected)
+        allowed = tolerance(name, shape, contender.precision, gradient=what == "gradient")
+        result[f"{what}_error"] = error
+        if not error <= allowed:
+            raise ValueError(f"{what} is off by {error:.1e}, allowed are {allowed:.1e}")
+    for what, run in (("forward", runs.forward), ("gradient", runs.gradient)):
+        result[f"{what}_us_per_step"] = 1e6 * seconds(run, runs.wait, **how) / shape.steps
+        least = bound(name, shape, contender.precision, device, gradient=what == "gradient")
+        if least is not None:
+            result[f"{what}_bound_us_per_step"] = 1e6 * least / shape.steps
+    return result
+
+
+# --- Report --------------------------------------------------------------------------------------
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line of the table."""
+    steps, batch, hidden, _ = row["shape"].values()
+    head = f"{row['cell']:12} T{steps:5} B{batch:4} H{hidden:5}  "
+    head += f"{row['contender']:20} {row['precision']:9}"
+    for outcome in ("skipped", "failed"):
+        if outcome in row:
+            return f"{head} {outcome}: {row[outcome]}"
+    cells = []
+    for what in ("forward", "gradient"):
+        taken, least = row[f"{what}_us_per_step"], row.get(f"{what}_bound_us_per_step")
+        share = "" if least is None else f" ({100 * least / taken:3.0f} %)"
+        cells.append(f"{taken:9.3f}{share}")
+    return f"{head} {cells[0]} {cells[1]}  {row['forward_error']:.0e} {row['gradient_error']:.0e}"
+
+
+def environment() -> dict[str, str]:
+    """What the numbers are from; no host name."""
+    found = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    for package in ("flax", "torch"):
+        if importlib.util.find_spec(package) is not None:
+            found[package] = __import__(package).__version__
+    return found
+
+
+def jobs(shapes: tuple[Shape, ...]) -> Iterator[tuple[str, Shape, Contender]]:
+    """LSTM at all shapes first, then the other cells."""
+    for names in (("LSTM",), tuple(name for name in CELLS if name != "LSTM")):
+        for shape in shapes:
+            for name in names:
+                for contender in contenders():
+                    if name in contender.cells:
+                        yield name, shape, contender
+
+
+TINY = Shape(5, 3, 6, 4)
+"""Of ``--check``."""
+
+
+def check() -> int:
+    """Every contender on every cell that it has, in tiny; 1 if one failed."""
+    device, failed = environment()["device"], 0
+    for name, shape, contender in jobs((TINY,)):
+        row = measure(name, shape, contender, device, turns=1, least=0.0)
+        failed |= "failed" in row
+        print(line(row), flush=True)
+    return failed
+
+
+def run(shapes: tuple[Shape, ...], path: pathlib.Path, limit: float) -> None:
+    """Measure, print, and write after each row."""
+    found, rows, start = environment(), [], time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print("us per step, forward and forward+gradient (share of the bound), errors against float64")
+    for name, shape, contender in jobs(shapes):
+        if time.perf_counter() - start > limit:
+            rows.append(header(name, shape, contender) | {"skipped": "no time left"})
+        else:
+            rows.append(measure(name, shape, contender, found["device"]))
+        print(line(rows[-1]), flush=True)
+        path.write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
+    print(f"{time.perf_counter() - start:.0f} s, written to {path}")
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--check", action="store_true", help="tiny shapes, on any platform")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing after that")
+    parser.add_argument(
+        "--shapes", type=int, nargs="*", choices=range(len(SHAPES)), help="by number; default: all"
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="JSON; by default named by the device")
+    options = parser.parse_args(arguments)
+    if options.check:
+        return check()
+    if platform() != "gpu":
+        parser.error(f"JAX has no GPU here, its backend is {platform()}; --check runs anywhere")
+    shapes = SHAPES if options.shapes is None else tuple(SHAPES[k] for k in options.shapes)
+    name = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    run(shapes, options.output or RESULTS / f"{name}.json", options.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,283 @@
+"""Compile for a Hopper GPU that this machine does not have, by the real compiler.
+
+Needs the packages of JAX' CUDA plug-in, in the version of JAX, and no other of NVIDIA's::
+
+    pip install jax-cuda12-plugin jax-cuda12-pjrt     (or jax-cuda13-..., both alike)
+"""
+
+import contextlib
+import functools
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from lstmjax.cells.base import Cell
+from lstmjax.errors import UserError
+from lstmjax.precision import Precision
+from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.gpu_cells import Job, backward_recurrence, forward_recurrence
+from lstmjax.recurrence.gpu_plan import TILE, Plan, shared_memory
+from lstmjax.recurrence.pallas_gpu import PallasGPU
+
+HOPPER = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 core_count: 132 fpus_per_core: 128
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3350000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 80000000000
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+"""
+"""An H100: what the compiler is told of the device."""
+
+
+_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0}  # tuning would run what it compiles
+
+
+class Kernel(NamedTuple):
+    """What the assembler says of one kernel.
+
+    Attributes:
+        name: of the kernel.
+        registers: of a thread, of which there are at most 255.
+        spilled: bytes that a thread moves to memory for want of registers.
+    """
+
+    name: str
+    registers: int
+    spilled: int
+
+
+class Compiled(NamedTuple):
+    """Outcome of one compilation.
+
+    Attributes:
+        seconds: lowering and compiling.
+        temporaries: bytes of device memory beside arguments and results.
+        kernels: those of Mosaic GPU that were compiled for the first time in this process.
+    """
+
+    seconds: float
+    temporaries: int
+    kernels: list[Kernel]
+
+
+def compile_for_hopper(f: Callable[..., Any], *arguments: Any) -> Compiled:
+    """Compile ``f`` for one Hopper GPU.
+
+    Args:
+        f: the function.
+        arguments: shapes (`jax.ShapeDtypeStruct`) or arrays, as pytrees.
+
+    Raises:
+        UserError: the CUDA plug-in is not installed.
+    """
+    mesh = jax.sharding.Mesh(devices(), "device")
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
+    )
+    start = time.perf_counter()
+    lowered = jax.jit(f).lower(*shapes)
+    with _printed() as printed:
+        compiled = lowered.compile(compiler_options=_OPTIONS)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Compiled(seconds, getattr(memory, "temp_size_in_bytes", 0), _kernels(printed()))
+
+
+@functools.cache
+def devices() -> Any:
+    """The one device of the described topology.
+
+    Raises:
+        UserError: the CUDA plug-in is not installed.
+    """
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology="1x1x1", target_config=HOPPER
+        ).devices
+    except Exception as error:  # a RuntimeError of one kind or another, by version
+        raise UserError(
+            f"cannot compile for CUDA: {str(error).splitlines()[0]}; install jax-cuda12-plugin and "
+            f"jax-cuda12-pjrt, both {jax.__version__}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _printed() -> Iterator[Callable[[], str]]:
+    """What the compiler writes to standard output, the assembler's report included."""
+    sys.stdout.flush()
+    before, kept = os.environ.get("MOSAIC_GPU_DUMP_PTXAS"), os.dup(1)
+    with tempfile.TemporaryFile() as file:
+        os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+        os.dup2(file.fileno(), 1)
+        text = ""
+        try:
+            yield lambda: text
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.environ.pop("MOSAIC_GPU_DUMP_PTXAS")
+            if before is not None:
+                os.environ["MOSAIC_GPU_DUMP_PTXAS"] = before
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+
+
+_PTXAS = re.compile(
+    r"Function properties for (\S+?)(?:_mosaic_gpu_kernel)?\n"
+    r".*?(\d+) bytes spill stores.*?Used (\d+) registers",
+    re.DOTALL,
+)
+
+
+def _kernels(text: str) -> list[Kernel]:
+    return [Kernel(name, int(used), int(spilt)) for name, spilt, used in _PTXAS.findall(text)]
+
+
+class CellReport(NamedTuple):
+    """How a cell compiles for Hopper.
+
+    Attributes:
+        forward: its compilation.
+        gradient: that of values and gradients.
+        plans: layouts of the two kernels.
+        shared_memory: bytes of a block, of each.
+    """
+
+    forward: Compiled
+    gradient: Compiled
+    plans: tuple[Plan, Plan]
+    shared_memory: tuple[int, int]
+
+
+@functools.cache
+def compile_cell(
+    cell: Cell,
+    *,
+    steps: int = 500,
+    batch: int = 64,
+    features: int = 32,
+    precision: Precision = "bfloat16",
+    flags: bool = False,
+    engine: PallasGPU | None = None,
+) -> CellReport:
+    """Compile a cell's recurrence for Hopper, forward, and forward with its gradient.
+
+    Results are kept, as the assembler reports on a kernel once in a process.
+
+    Args:
+        cell: the cell.
+        steps: T.
+        batch: B.
+        features: size of an input.
+        precision: of the products.
+        flags: with a mask and resets.
+        engine: with settings of its own; by default that of the shape.
+
+    Raises:
+        UserError: the engine refuses the cell, with the reason, or the CUDA plug-in is missing.
+    """
+    engine = engine or PallasGPU(attached=False)
+    work = Workload("gpu", "float32", precision, steps, batch, features)
+    refusal = engine.refusal(cell, work)
+    if refusal is not None:
+        raise UserError(f"engine {engine.name} cannot run {cell}: {refusal}")
+    shapes, run = recurrence_program(cell, work, engine, flags=flags)
+    plans = engine.plans(cell, batch, precision)
+    assert plans is not None
+    job = Job(cell, flags, flags, reverse=False)
+    sizes = (
+        shared_memory(forward_recurrence(job, steps, batch), plans[0]),
+        shared_memory(backward_recurrence(job, steps, batch), plans[1]),
+    )
+    there, back = compile_for_hopper(run, *shapes), compile_for_hopper(_gradient(run), *shapes)
+    return CellReport(there, back, plans, sizes)
+
+
+def recurrence_program(
+    cell: Cell, work: Workload, engine: Engine, *, flags: bool = False
+) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    """A recurrence as a function of parameters, inputs, initial carry, mask and resets.
+
+    Returns:
+        The shapes of its arguments, and the function.
+    """
+    shape = jax.ShapeDtypeStruct
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), work.features))
+    xs = shape((work.steps, work.batch, work.features), jnp.float32)
+    initial = jax.eval_shape(lambda: cell.initial_carry(work.batch))
+    flag = shape((work.steps, work.batch), jnp.bool_) if flags else None
+
+    def run(params: Any, xs: Any, initial: Any, mask: Any, resets: Any) -> Any:
+        return engine(cell, params, xs, initial, mask, resets, False, work.precision)
+
+    return (params, xs, initial, flag, flag), run
+
+
+def _gradient(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a function of all outputs with respect to the first three arguments."""
+
+    def total(*arguments: Any) -> Any:
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*arguments)))
+
+    return jax.grad(total, (0, 1, 2))
+
+
+class Row(NamedTuple):
+    """What there is to say of one kernel.
+
+    Attributes:
+        name: of the kernel.
+        seconds: to compile the program that it was compiled in.
+        temporaries: bytes of device memory of that program, beside arguments and results.
+        shared_memory: bytes of a block.
+        registers: of a thread.
+        spilled: bytes that a thread moves to memory for want of registers.
+        blocks: in a cluster; 1 where no block waits for another.
+        rows: of the batch in a block.
+    """
+
+    name: str
+    seconds: float
+    temporaries: int
+    shared_memory: int
+    registers: int
+    spilled: int
+    blocks: int
+    rows: int
+
+
+def cell_rows(cell: Cell, **options: Any) -> list[Row]:
+    """A row for the forward kernel and one for the backward kernel of a cell.
+
+    Args:
+        cell: the cell.
+        options: of `compile_cell`.
+
+    Raises:
+        UserError: as `compile_cell`.
+    """
+    report = compile_cell(cell, **options)
+    rows = []
+    for k, compiled in enumerate((report.forward, report.gradient)):
+        plan, kernel = report.plans[k], compiled.kernels[-1]
+        figures = report.shared_memory[k], kernel.registers, kernel.spilled
+        blocks = -(-cell.hidden_size // TILE) if plan.cluster else 1
+        sizes = compiled.seconds, compiled.temporaries
+        rows.append(Row(kernel.name, *sizes, *figures, blocks, plan.rows))
+    return rows

@@ -1,0 +1,390 @@
+"""One Pallas Mosaic GPU kernel (Hopper) for a recurrence over all of time, forward or backward.
+
+At each of T steps, with everything cut into tiles of 64 units by ``rows`` rows of the batch::
+
+    product_g = W_g exchanged_g                       (tensor cores, W on chip for all of time)
+    carry, exchanged, outputs = cell(product, inputs, flags, constants, carry)
+
+A warpgroup (128 threads) owns one tile; at the next step it sees what all the others exchanged.
+Tiles are transposed, ``(units, rows)``: W is then the wide operand of the tensor cores, which want
+64 rows of it but only 8 columns of the other. Forward, h is exchanged and W_g is the recurrent
+kernel of gate g; backward, the gradients of the pre-activations are, and W_g is its transpose. What
+differs is `Recurrence.cell`, element-wise on tiles.
+
+Warpgroups of one block hand tiles on through its shared memory; `Plan.cluster` makes each
+warpgroup a block of its own, in a cluster whose blocks write into each other's shared memory.
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, Tiles, barriers, buffers, split
+
+
+def recurrence_kernel(what: Recurrence, plan: Plan) -> Callable[..., list[Array]]:
+    """The kernel as a function of arrays.
+
+    Returns:
+        ``f(weights (parts, G, H, H) bfloat16, *inputs, *flags, *constants, *carry, *exchanged)``,
+        all but the weights float32, ``exchanged (B, H)`` being what the first products multiply;
+        it returns the outputs and the final carry.
+    """
+    tiles = what.units // TILE
+    if plan.cluster:
+        mesh: dict[str, Any] = {"cluster": (tiles,), "cluster_names": ("tile",)}
+    else:
+        mesh = {"num_threads": tiles, "thread_name": "tile"}
+    per_step = [(what.steps, what.batch, n * what.units) for n in what.outputs]
+    final = [(what.batch, what.units)] * what.carry
+    kernel = plgpu.kernel(
+        _Body(what, plan),
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*per_step, *final)],
+        scratch_types=_scratch(what, plan),
+        grid=(what.batch // plan.rows,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=plan.fast_math,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+        interpret=plan.interpret,
+        **mesh,
+    )
+    return lambda *operands: kernel(jnp.ones(1, jnp.int32), *operands)
+
+
+def _scratch(what: Recurrence, plan: Plan) -> dict[str, Any]:
+    """Shared memory in the order in which the tensor cores and the copy engine want it."""
+    scratch: dict[str, Any] = {}
+    for name, (shape, width) in buffers(what, plan).items():
+        tiling = plgpu.TilingTransform((8, 128 // width))
+        scratch[name] = plgpu.SMEM(
+            shape,
+            {2: jnp.bfloat16, 4: jnp.float32}[width],
+            transforms=() if name == "flags" else (tiling, plgpu.SwizzleTransform(128)),
+        )
+    for name, (arrivals, number) in barriers(what, plan).items():
+        scratch[name] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
+    return scratch
+
+
+# --- Tiles in memory and in registers ------------------------------------------------------------
+#
+# The interpreter has arrays but no layouts, and neither transposed references nor tensor cores.
+
+_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+
+_index = inspect.signature(plgpu.load).parameters["idx"]
+_INDEX: tuple[Any, ...] = ((),) if _index.default is inspect.Parameter.empty else ()
+"""Before JAX 0.11 `plgpu.load` had to be given an index; since then giving one warns."""
+
+
+def _load(ref: Any, plan: Plan, *, optimized: bool = True) -> Array:
+    """``(rows, TILE)`` in memory to a tile in registers."""
+    if plan.interpret is not None:
+        return ref[...].T
+    ref = plgpu.transpose_ref(ref, (1, 0))
+    return plgpu.load(ref, *_INDEX, layout=_TRANSPOSED, optimized=optimized)
+
+
+def _load_flag(ref: Any, plan: Plan) -> Array:
+    """``(rows,)`` in memory to a tile that has the same number for all units."""
+    if plan.interpret is not None:
+        flag = ref[...]
+    else:
+        flag = plgpu.load(ref, *_INDEX, layout=_TRANSPOSED.reduce(0), optimized=False)
+    return lax.broadcast_in_dim(flag, (TILE, plan.rows), (1,))
+
+
+def _load_operand(ref: Any, plan: Plan) -> Array:
+    """``(TILE, TILE)`` in memory to the registers that a product reads its left operand from."""
+    if plan.interpret is not None:
+        return ref[...]
+    return plgpu.load(ref, *_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def _store(ref: Any, tile: Array, plan: Plan) -> None:
+    if plan.interpret is not None:
+        ref[...] = tile.T
+    else:
+        plgpu.transpose_ref(ref, (1, 0))[...] = _as_tile(tile, plan)
+
+
+def _as_tile(x: Array, plan: Plan) -> Array:
+    """Settles the layout of what could have any: constants, and sums with accumulators."""
+    return x if plan.interpret is not None else plgpu.layout_cast(x, _TRANSPOSED)
+
+
+def _as_carried(tiles: Tiles, plan: Plan) -> tuple[Array, ...]:
+    """Tiles of one type. Inside `jax.shard_map` one from memory varies along the axes of the mesh,
+    but nothing that is computed does; the factor vanishes when it is compiled."""
+    return tuple(_as_tile(x, plan) * 1.0 for x in tiles)
+
+
+def _add_product(total: Any, left: Any, right: Any, plan: Plan) -> Any:
+    """``total + left right^T``: issued to the tensor cores, or computed by the interpreter."""
+    if plan.interpret is None:
+        plgpu.wgmma(total, left, plgpu.transpose_ref(right, (1, 0)))
+        return total
+    left = left if isinstance(left, Array) else left[...]
+    return total + jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
+
+
+def _remainder(i: Any, n: int) -> Any:
+    return i % n if isinstance(i, int) else lax.rem(i, n)
+
+
+def _divided(i: Any, n: int) -> tuple[Any, Any]:
+    return divmod(i, n) if isinstance(i, int) else (lax.div(i, n), lax.rem(i, n))
+
+
+# --- The kernel ----------------------------------------------------------------------------------
+
+
+class _Body:
+    """The body of the kernel: one call is one warpgroup, all of time."""
+
+    def __init__(self, what: Recurrence, plan: Plan) -> None:
+        self.__name__ = what.name
+        self.what, self.plan = what, plan
+        self.tiles = what.units // TILE
+
+    def __call__(self, *refs: Any, **scratch: Any) -> None:
+        what, plan = self.what, self.plan
+        self._unpack(refs, scratch)
+        for i in range(min(plan.buffers - 1, what.steps)):
+            self._fetch(i)
+        resident = self._fetch_constants()
+        carry, first = (
+            [_load(self._mine(ref), plan, optimized=False) for ref in refs]
+            for refs in (self.carry, self.first)
+        )
+        self._publish(0, first)
+
+        def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            products, inputs, flags = self._products(i, resident, lambda: self._inputs(i))
+            new, exchanged, outputs = what.cell(
+                products, inputs, flags, self._constants(), list(carry)
+            )
+            self._publish(_remainder(i + 1, 2), exchanged)
+            self._write(i, outputs)
+            return _as_carried(new, plan)
+
+        carry = list(lax.fori_loop(0, what.steps, step, _as_carried(carry, plan)))
+        if what.finish is not None:
+            products, _, _ = self._products(what.steps, resident, lambda: ([], []))
+            carry = what.finish(products, carry)
+        else:  # no block may end while others still write into its memory
+            plgpu.barrier_wait(self.scratch["exchanged_here"].at[what.steps % 2])
+        for ref, tile in zip(self.final, carry, strict=True):
+            _store(self._mine(ref), tile, plan)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _unpack(self, refs: tuple[Any, ...], scratch: dict[str, Any]) -> None:
+        what, (self.one, self.weights, *rest) = self.what, refs
+
+        def take(n: int) -> list[Any]:
+            taken, rest[:] = rest[:n], rest[n:]
+            return taken
+
+        self.input_refs, self.flag_refs = take(len(what.inputs)), take(what.flags)
+        self.constant_refs, self.carry = take(what.constants), take(what.carry)
+        self.first = take(1 if what.shared else what.gates)
+        self.output_refs, self.final = take(len(what.outputs)), take(what.carry)
+        self.scratch, self.tile = scratch, lax.axis_index("tile")
+        self.owner = jnp.int32(0) if self.plan.cluster else self.tile
+        self.rows = pl.ds(lax.axis_index("block") * self.plan.rows, self.plan.rows)
+
+    def _columns(self, block: Any) -> Any:
+        """This tile's units in the given block of H columns."""
+        return pl.ds(block * self.what.units + self.tile * TILE, TILE)
+
+    def _mine(self, ref: Any) -> Any:
+        return ref.at[self.rows, self._columns(0)]
+
+    def _time(self, i: Any) -> Any:
+        return self.what.steps - 1 - i if self.what.downward else i
+
+    def _each(self, times: int, do: Callable[[Any], None]) -> None:
+        """A loop that stays one: unrolled, its addresses alone would take up all the registers.
+
+        Hence a bound that the compiler does not know.
+        """
+        if self.plan.interpret is not None or times < 2:
+            for k in range(times):
+                do(k)
+            return
+
+        def body(k: Array, _: tuple[()]) -> tuple[()]:
+            do(k)
+            return ()
+
+        lax.fori_loop(0, times * self.one[0], body, ())
+
+    # Inputs, flags and constants
+
+    def _fetch(self, i: Any) -> None:
+        """Start the copy of everything that step ``i`` needs into its buffer."""
+        slot, t = _remainder(i, self.plan.buffers), self._time(i)
+        here = self._inputs_here(slot)
+        inputs = self.scratch["inputs"].at[slot, self.owner]
+        blocks = _blocks(self.input_refs, self.what.inputs)
+        for k, (ref, block) in enumerate(blocks):
+            source = ref.at[t, self.rows, self._columns(block)]
+            plgpu.copy_gmem_to_smem(source, inputs.at[k], here)
+        for k, ref in enumerate(self.flag_refs):
+            target = self.scratch["flags"].at[slot, self.owner, k]
+            plgpu.copy_gmem_to_smem(ref.at[t, self.rows], target, here)
+
+    def _inputs_here(self, slot: Any) -> Any:
+        owners = 1 if self.plan.cluster else self.tiles
+        return self.scratch["inputs_here"].at[slot * owners + self.owner]
+
+    def _inputs(self, i: Array) -> tuple[Tiles, Tiles]:
+        """The inputs and flags of step ``i``, once they are here; those of a later one set off."""
+        what, plan, slot = self.what, self.plan, _remainder(i, self.plan.buffers)
+        later = i + plan.buffers - 1
+        pl.when(later < what.steps)(lambda: self._fetch(later))
+        plgpu.barrier_wait(self._inputs_here(slot))
+        inputs = self.scratch["inputs"].at[slot, self.owner]
+        tiles = [_load(inputs.at[k], plan) for k in range(sum(what.inputs))]
+        flags = [self.scratch["flags"].at[slot, self.owner, k] for k in range(what.flags)]
+        return tiles, [_load_flag(ref, plan) for ref in flags]
+
+    def _fetch_constants(self) -> list[list[Array]]:
+        """Wait for W and the constants; returns what of W is in registers, gate by gate."""
+        what, plan = self.what, self.plan
+        resident: list[list[Array]] = [[] for _ in range(what.gates)]
+        here: Any = self.scratch.get("constants_here")
+        here = None if here is None else here.at[self.owner]
+        for k, ref in enumerate(self.constant_refs):
+            target = self.scratch["constants"].at[self.owner, k]
+            plgpu.copy_gmem_to_smem(self._mine(ref), target, here)
+        everything = itertools.product(range(plan.parts), range(self.tiles), range(what.gates))
+        for part, k, g in everything:
+            source = self.weights.at[part, g, pl.ds(self.tile * TILE, TILE), pl.ds(k * TILE, TILE)]
+            if part == 0 and k < plan.resident:
+                resident[g].append(_load_operand(source, plan))
+            else:
+                plgpu.copy_gmem_to_smem(source, self._weights(part, k, g), here)
+        if here is not None:
+            plgpu.barrier_wait(here)
+        return resident
+
+    def _weights(self, part: Any, k: Any, g: int) -> Any:
+        """A tile of W in shared memory."""
+        at = (part * self.tiles + k - self.plan.resident) * self.what.gates + g
+        return self.scratch["weights"].at[self.owner, at]
+
+    def _constants(self) -> Tiles:
+        """Read anew at each step: registers are dearer than shared memory."""
+        constants = range(self.what.constants)
+        return [_load(self.scratch["constants"].at[self.owner, k], self.plan) for k in constants]
+
+    # Products and what they multiply
+
+    def _exchanged(self, slot: Any, k: Any, g: int, part: Any) -> Any:
+        """What tile ``k`` published for gate ``g``."""
+        at = (0 if self.what.shared else g) * self.plan.parts + part
+        return self.scratch["exchanged"].at[slot, k, at]
+
+    def _products(
+        self, i: Any, resident: list[list[Array]], meanwhile: Callable[[], tuple[Tiles, Tiles]]
+    ) -> tuple[Tiles, Tiles, Tiles]:
+        """W_g times what was published for step ``i``, and the results of ``meanwhile``."""
+        what, plan, slot = self.what, self.plan, _remainder(i, 2)
+        plgpu.barrier_wait(self.scratch["exchanged_here"].at[slot])
+        if plan.cluster:
+            plgpu.commit_smem()  # others wrote here: make it visible to the tensor cores
+        if plan.interpret is not None:
+            zero = jnp.zeros((TILE, plan.rows), jnp.float32)
+            return self._multiply(slot, resident, [zero] * what.gates), *meanwhile()
+
+        def multiply(*sums: Any) -> tuple[Tiles, Tiles, Tiles]:
+            self._multiply(slot, resident, list(sums))
+            inputs, flags = meanwhile()
+            return [_as_tile(a[...], plan) for a in sums], inputs, flags
+
+        accumulator = plgpu.ACC((TILE, plan.rows), jnp.float32)
+        return pl.run_scoped(multiply, *[accumulator] * what.gates)
+
+    def _multiply(self, slot: Any, resident: list[list[Array]], sums: list[Any]) -> list[Any]:
+        """Add W_g times what was published to each of ``sums``.
+
+        Of float32 numbers in parts, products of two small parts are left out.
+        """
+        plan, gates = self.plan, range(self.what.gates)
+
+        def add(k: Any, right: Any, weights: Callable[[int], Any]) -> None:
+            for g in gates:
+                sums[g] = _add_product(
+                    sums[g], weights(g), self._exchanged(slot, k, g, right), plan
+                )
+
+        def from_registers(right: Any) -> None:
+            for k, tiles in enumerate(zip(*resident, strict=True)):
+                add(k, right, tiles.__getitem__)
+
+        def large_parts(i: Any) -> None:
+            right, k = _divided(i, self.tiles - plan.resident)
+            add(k + plan.resident, right, lambda g: self._weights(0, k + plan.resident, g))
+
+        def small_parts(i: Any) -> None:  # times the first; then the second times the second, ...
+            pair, k = _divided(i, self.tiles)
+            part, right = _divided(pair, 2)
+            add(k, right, lambda g: self._weights(1 + part, k, g))
+
+        if plan.resident:
+            self._each(plan.parts, from_registers)
+        self._each(plan.parts * (self.tiles - plan.resident), large_parts)
+        self._each(plan.parts * (plan.parts - 1) // 2 * self.tiles, small_parts)
+        return sums
+
+    def _publish(self, slot: Any, tiles: Tiles) -> None:
+        """Hand tiles to all who multiply them in the next step."""
+        plan, here = self.plan, self.scratch["exchanged_here"].at[slot]
+        for g, tile in enumerate(tiles):
+            for part, number in enumerate(split(tile, plan.parts)):
+                target = self._exchanged(slot, self.tile, g, part)
+                if plan.cluster:
+                    self._send(number, target, here)
+                else:
+                    _store(target, number, plan)
+        if not plan.cluster:
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(here)
+
+    def _send(self, tile: Array, target: Any, here: Any) -> None:
+        """Write a tile into the shared memory of every block of the cluster."""
+        tile, target = _as_tile(tile, self.plan), plgpu.transpose_ref(target, (1, 0))
+
+        def to(block: Array) -> None:
+            plgpu.async_store_smem(tile, target, here, cluster_idx=block, cluster_dim="tile")
+
+        self._each(self.tiles, to)
+
+    def _write(self, i: Array, tiles: Tiles) -> None:
+        """Start the copy of the outputs of step ``i`` to where they belong."""
+        t, buffers = self._time(i), self.scratch["outputs"].at[self.owner]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the step before
+        for k, tile in enumerate(tiles):
+            _store(buffers.at[k], tile, self.plan)
+        plgpu.commit_smem()
+        blocks = _blocks(self.output_refs, self.what.outputs)
+        for k, (ref, block) in enumerate(blocks):
+            target = ref.at[t, self.rows, self._columns(block)]
+            plgpu.copy_smem_to_gmem(buffers.at[k], target, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def _blocks(refs: list[Any], counts: tuple[int, ...]) -> list[tuple[Any, int]]:
+    """Each block of H columns of each array."""
+    return [(ref, block) for ref, n in zip(refs, counts, strict=True) for block in range(n)]

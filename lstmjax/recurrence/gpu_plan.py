@@ -1,0 +1,192 @@
+"""What a kernel of the GPU engine computes, how it is laid out, and whether that fits.
+
+Nothing here needs a GPU, nor the part of JAX that compiles for one.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+TILE = 64
+"""Units of a tile."""
+
+SHARED_MEMORY = 232_448
+"""Bytes of shared memory that a block may have on Hopper."""
+
+_MOST_RESIDENT = 9
+"""Tiles of all W_g in registers: 144 of the 255 that a thread has."""
+
+_MOST_ARRAYS = 20
+"""Arrays of a step beside as many tiles of W_g as there may be, without spills."""
+
+_MOST_WARPGROUPS = 2
+"""In a block: each of its 128 threads gets 255 registers."""
+
+_MOST_BLOCKS = 8
+"""In a cluster, on every Hopper GPU."""
+
+Tiles = list[Array]
+"""Each ``(TILE, rows)`` float32."""
+
+Cell = Callable[[Tiles, Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]
+"""``(products, inputs, flags, constants, carry) -> (carry, exchanged, outputs)``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a kernel is laid out on the device.
+
+    Attributes:
+        rows: of the batch in a block: 8, or a multiple of it.
+        cluster: a block for each tile instead of a warpgroup.
+        resident: tiles of each W_g, out of those that one warpgroup multiplies, that stay in its
+            registers: 16 a thread and tile. The others stay in shared memory.
+        buffers: steps for which inputs are in shared memory, or on their way.
+        parts: bfloat16 numbers that stand for an operand of the products: 1, or 2 for float32.
+        fast_math: the approximate functions of the hardware.
+        interpret: parameters of Pallas' interpreter to run on a CPU, or None.
+    """
+
+    rows: int = 8
+    cluster: bool = False
+    resident: int = 2
+    buffers: int = 3
+    parts: int = 1
+    fast_math: bool = False
+    interpret: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """What a kernel computes. All sizes are padded: units to tiles, rows to those of a block.
+
+    Attributes:
+        name: of the kernel, for tools.
+        cell: element-wise function of one step.
+        steps, batch, units: T, B, H.
+        inputs: how many tiles of each array of inputs ``(T, B, n H)``.
+        flags: number of arrays ``(T, B)``.
+        constants: number of arrays ``(B, H)`` that do not change over time.
+        carry: number of arrays ``(B, H)`` carried over time, in registers.
+        gates: number of W_g.
+        shared: the gates multiply the same exchanged tile.
+        outputs: how many tiles of each array of outputs ``(T, B, n H)``.
+        downward: from the last step to the first.
+        finish: ``(products, carry) -> carry`` after the last step, with one more product.
+    """
+
+    name: str
+    cell: Cell
+    steps: int
+    batch: int
+    units: int
+    inputs: tuple[int, ...]
+    flags: int
+    constants: int
+    carry: int
+    gates: int
+    shared: bool
+    outputs: tuple[int, ...]
+    downward: bool
+    finish: Callable[[Tiles, Tiles], Tiles] | None = None
+
+
+def up(n: int, to: int) -> int:
+    """``n`` rounded up to a multiple."""
+    return -(-n // to) * to
+
+
+def split(x: Array, parts: int) -> list[Array]:
+    """bfloat16 numbers that sum up to a float32 number, the larger first.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [float(part) for part in split(jnp.float32(1.001), 2)]
+        [1.0, 0.00099945068359375]
+    """
+    numbers = []
+    for _ in range(parts):
+        numbers.append(x.astype(jnp.bfloat16))
+        x = x - numbers[-1].astype(jnp.float32)
+    return numbers
+
+
+def buffers(what: Recurrence, plan: Plan) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shared memory of a block, as shapes and bytes of an element; each warpgroup owns a part."""
+    tiles, owners, weights = _counts(what, plan)
+    exchanged = (1 if what.shared else what.gates) * plan.parts
+    tile = (plan.rows, TILE)
+    found = {
+        "exchanged": ((2, tiles, exchanged, *tile), 2),
+        "inputs": ((plan.buffers, owners, sum(what.inputs), *tile), 4),
+        "outputs": ((owners, sum(what.outputs), *tile), 4),
+        "flags": ((plan.buffers, owners, what.flags, plan.rows), 4),
+        "constants": ((owners, what.constants, *tile), 4),
+        "weights": ((owners, weights, TILE, TILE), 2),
+    }
+    return {name: buffer for name, buffer in found.items() if math.prod(buffer[0])}
+
+
+def barriers(what: Recurrence, plan: Plan) -> dict[str, tuple[int, int]]:
+    """What is waited for, as arrivals and number of barriers."""
+    tiles, owners, weights = _counts(what, plan)
+    exchanged = (1 if what.shared else what.gates) * plan.parts
+    found = {
+        "inputs_here": (sum(what.inputs) + what.flags, plan.buffers * owners),
+        "exchanged_here": (tiles * (exchanged if plan.cluster else 1), 2),
+        "constants_here": (what.constants + weights, owners),
+    }
+    return {name: (arrivals, number) for name, (arrivals, number) in found.items() if arrivals}
+
+
+def _counts(what: Recurrence, plan: Plan) -> tuple[int, int, int]:
+    """Tiles of units, warpgroups of a block, and tiles of all W_g that are in shared memory."""
+    tiles = what.units // TILE
+    weights = what.gates * (plan.parts * tiles - plan.resident)
+    return tiles, 1 if plan.cluster else tiles, weights
+
+
+def shared_memory(what: Recurrence, plan: Plan) -> int:
+    """Bytes of shared memory of a block."""
+    sizes = [math.prod(shape) * width for shape, width in buffers(what, plan).values()]
+    signals = [8 * number for _, number in barriers(what, plan).values()]
+    return sum(up(size, 1024) for size in sizes) + sum(signals)
+
+
+def choose_plan(what: Recurrence, wanted: Plan, depths: tuple[int, ...]) -> Plan | None:
+    """The first layout that fits: one block rather than a cluster, inputs fetched well ahead.
+
+    Args:
+        what: the recurrence.
+        wanted: all that is not chosen here.
+        depths: values of `Plan.buffers`, the most wanted first.
+    """
+    plans = (plan for plan in _plans(what, wanted, depths))
+    return next((plan for plan in plans if shared_memory(what, plan) <= SHARED_MEMORY), None)
+
+
+def _arrays(what: Recurrence) -> int:
+    """Tiles that a step begins with."""
+    return sum(what.inputs) + what.flags + what.constants + what.carry + what.gates
+
+
+def _plans(what: Recurrence, wanted: Plan, depths: tuple[int, ...]) -> Iterator[Plan]:
+    tiles = what.units // TILE
+    resident = min(tiles, _MOST_RESIDENT // what.gates)
+    most = {False: _MOST_WARPGROUPS, True: _MOST_BLOCKS}
+    if wanted.interpret is not None:
+        most = {False: tiles}  # the interpreter has no clusters
+    for cluster in most:
+        # Numbers in parts, and steps with many arrays, need registers; there memory comes first.
+        crowded = wanted.parts > 1 if cluster else _arrays(what) * wanted.rows // 8 > _MOST_ARRAYS
+        few = (max(1, resident // 2), resident) if crowded else (resident,)
+        for in_registers, depth in itertools.product(few, depths):
+            if tiles <= most[cluster]:
+                yield dataclasses.replace(
+                    wanted, cluster=cluster, resident=in_registers, buffers=depth
+                )

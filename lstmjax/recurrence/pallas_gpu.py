@@ -1,0 +1,414 @@
+"""The fused GPU engine: one kernel for all of time, with the recurrent kernel kept on chip.
+
+Derived from ``step`` for every element-wise cell. Forward, a kernel runs the cell's ``step`` and
+keeps the carry of each time step. Backward, all pre-activations are computed anew in one product,
+a kernel runs `jax.vjp` of ``step`` from the last time step to the first, and the gradients of the
+weights are one product each over all of time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.precision import Precision, make_dot
+from lstmjax.recurrence.derivatives import with_derivative
+from lstmjax.recurrence.derived import Derived
+from lstmjax.recurrence.engine import Engine, Workload, select_rows, vary_alike
+from lstmjax.recurrence.gpu_cells import (
+    Job,
+    backward_program,
+    backward_recurrence,
+    cut,
+    forward_program,
+    forward_recurrence,
+    sizes_of,
+)
+from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan, split, up
+
+_MULTIPROCESSORS = 132
+_OVERRIDES = ("transition", "apply_step", "recurrent_product")
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasGPU(Engine):
+    """Runs element-wise cells on Hopper GPUs (H100, H200) in one kernel, forward and backward.
+
+    Up to 128 units, a block of the GPU owns a few rows of the batch for all of time, so no block
+    waits for another; beyond, a cluster of blocks does. The gradient keeps the carry of each step.
+    Second and higher reverse-mode derivatives are those of the derived engine; forward mode is
+    refused by JAX.
+
+    With ``precision="float32"`` each operand of a recurrent product is split into two bfloat16
+    numbers, up to 64 units into three: exact to 2^-17 and 2^-24. The other products, those for the
+    gradients of the weights among them, are in full float32.
+
+    Attributes:
+        rows: of the batch in a block, a multiple of 8; by default 8, or 16 where the blocks would
+            not all run at once.
+        depth: time steps whose inputs are on chip, or on their way; by default 3, or 2 to save
+            memory.
+        fast_math: the hardware's tanh and exponential, exact to 2^-11. By default with
+            ``precision="bfloat16"`` only.
+        attached: False to compile for a GPU that this machine does not have.
+        interpreter: parameters of Pallas' interpreter for Mosaic GPU, to run on a CPU, slowly.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> work = Workload("cpu", "float32", "bfloat16", steps=500, batch=64, features=32)
+        >>> PallasGPU().refusal(LSTM(100), work)
+        'it runs on GPUs, not on cpu'
+        >>> PallasGPU(attached=False).refusal(LSTM(100), work) is None
+        True
+    """
+
+    name: ClassVar[str] = "pallas_gpu"
+    only_on: ClassVar[str | None] = "gpu"
+
+    rows: int | None = None
+    depth: int | None = None
+    fast_math: bool | None = None
+    attached: bool = True
+    interpreter: Any = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and (self.rows < 8 or self.rows % 8):
+            raise ValueError(f"rows must be a multiple of 8, got {self.rows}")
+        if self.depth is not None and self.depth < 2:
+            raise ValueError(f"depth must be at least 2, got {self.depth}")
+
+    def refusal(self, cell: Cell, work: Workload) -> str | None:
+        """Why not, in one clause: the device, the cell, the precision, or the size."""
+        if self.attached and self.interpreter is None:
+            if work.platform != "gpu":
+                return f"it runs on GPUs, not on {work.platform}"
+            if (found := _compute_capability()) != "9.0":
+                return f"it needs a Hopper GPU (compute capability 9.0), not {found}"
+        if work.dtype != "float32":
+            return f"it computes in float32, the inputs are {work.dtype}"
+        for method in _OVERRIDES:
+            if getattr(type(cell), method) is not getattr(Cell, method):
+                return f"{type(cell).__name__} overrides {method}"
+        if not cell.elementwise:
+            return "its step mixes the units of a row (elementwise = False)"
+        refusal = forward_program(cell).refusal() or backward_program(cell).refusal()
+        if refusal is not None:
+            return refusal
+        if self.plans(cell, work.batch, work.precision) is None:
+            gates = len(cell.gates)
+            return f"{cell.hidden_size} units with {gates} gates do not fit into shared memory"
+        return None
+
+    def plans(self, cell: Cell, batch: int, precision: Precision) -> tuple[Plan, Plan] | None:
+        """Layouts of the forward and the backward kernel, or None where they do not fit.
+
+        The more rows a block has, the fewer blocks there are, and the slower is each.
+        """
+        tiles = up(cell.hidden_size, TILE) // TILE
+        parts = {"bfloat16": 1, "float32": 3 if tiles == 1 else 2}[precision]
+        fast = precision == "bfloat16" if self.fast_math is None else self.fast_math
+        depths = (3, 2) if self.depth is None else (self.depth,)
+        found = []
+        for rows in (8, 16) if self.rows is None else (self.rows,):
+            wanted = Plan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpreter)
+            # Masks and resets take some memory as well: one layout with them and without.
+            job = Job(cell, masked=True, resets=True, reverse=False)
+            forward = choose_plan(forward_recurrence(job, 1, rows), wanted, depths)
+            backward = choose_plan(backward_recurrence(job, 1, rows), wanted, depths)
+            if forward is not None and backward is not None:
+                found.append((forward, backward))
+                blocks = -(-batch // rows) * (tiles if backward.cluster else 1)
+                if blocks <= _MULTIPROCESSORS:
+                    break
+        return found[-1] if found else None
+
+    def __call__(
+        self,
+        cell: Cell,
+        params: Params,
+        xs: Float[Array, "T B D"],
+        initial: Carry,
+        mask: Bool[Array, "T B"] | None,
+        resets: Bool[Array, "T B"] | None,
+        reverse: bool,
+        precision: Precision,
+    ) -> tuple[Float[Array, "T B H"], Carry]:
+        """Run ``cell`` over time."""
+        steps, batch, _ = xs.shape
+        if steps == 0 or batch == 0:
+            return jnp.zeros((steps, batch, cell.hidden_size), xs.dtype), initial
+        plans = self.plans(cell, batch, precision)
+        assert plans is not None, "refused"
+        how = _How(Job(cell, mask is not None, resets is not None, reverse), precision, *plans)
+        valid, begins = (
+            None if a is None else vary_alike(a.astype(xs.dtype), xs) for a in (mask, resets)
+        )
+        return _recurrence(how)((params, xs, initial, valid, begins))
+
+
+def _compute_capability() -> str:
+    device = jax.local_devices(backend="gpu")[0]
+    return str(getattr(device, "compute_capability", device.device_kind))
+
+
+class _How(NamedTuple):
+    """All that is static."""
+
+    job: Job
+    precision: Precision
+    forward: Plan
+    backward: Plan
+
+    @property
+    def cell(self) -> Cell:
+        return self.job.cell
+
+
+Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
+"""params, xs (T, B, D), initial, mask (T, B), resets (T, B); flags are the numbers 0 and 1."""
+
+
+@functools.cache
+def _recurrence(how: _How) -> Callable[[Inputs], tuple[Array, Carry]]:
+    """Compiled as a whole even where the caller is not: a kernel takes seconds."""
+    return jax.jit(
+        with_derivative(
+            functools.partial(_forward, how),
+            functools.partial(_backward, how),
+            functools.partial(_derived, how),
+        )
+    )
+
+
+def _derived(how: _How, inputs: Inputs) -> tuple[Array, Carry]:
+    """The same by the derived engine."""
+    params, xs, initial, *flags = inputs
+    mask, resets = (None if a is None else a != 0 for a in flags)
+    operands = (params, xs, initial, mask, resets)
+    return Derived()(how.cell, *operands, how.job.reverse, how.precision)
+
+
+# --- Forward and backward ------------------------------------------------------------------------
+
+
+def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Array, Carry], Any]:
+    """Saves the carry that entered the first step, and those that left each, padded."""
+    params, xs, initial, mask, resets = inputs
+    steps, batch, _ = xs.shape
+    if resets is not None:
+        initial = select_rows(_first(how, resets), how.cell.initial_carry(batch, xs.dtype), initial)
+    carry = [_pad(how, a) for a in (initial.h, *initial.state)]
+    rows, sizes = len(carry[0]), sizes_of(how.cell)
+    outs = _run(
+        forward_recurrence(how.job, steps, rows),
+        how.forward,
+        weights=_weights(how, params, backward=False),
+        inputs=[_input_part(how, params, xs)],
+        flags=_flags(how, mask, resets),
+        constants=_units(how, params, rows)
+        + _recurrent_bias(how, params, rows)
+        + _start(how, rows),
+        carry=carry,
+        exchanged=carry[:1],
+    )
+    after, final = cut(outs, sizes.carry)
+    hs, final = _unpad(how, after[0], batch), [_unpad(how, a, batch) for a in final]
+    if mask is not None:
+        hs = jnp.where(mask[..., None] != 0, hs, 0)
+    return (hs, _as_carry(how, final)), (carry, after)
+
+
+def _backward(
+    how: _How, inputs: Inputs, saved: Any, cotangents: tuple[Array, Carry]
+) -> tuple[Params, Array, Carry, Array | None, Array | None]:
+    """The gradients of parameters, ``xs`` and initial carry; flags have none."""
+    params, xs, _, mask, resets = inputs
+    (carry, after), (d_hs, d_final) = saved, cotangents
+    if mask is not None:
+        d_hs = jnp.where(mask[..., None] != 0, d_hs, 0)
+    (steps, batch, _), sizes = xs.shape, sizes_of(how.cell)
+    rows, units = carry[0].shape
+    flags = _flags(how, mask, resets)
+    entering = _entering(how, carry, after, flags)
+    x_part, pull_x = jax.vjp(functools.partial(_input_part, how), params, xs)
+    h_part, pull_h = jax.vjp(lambda params: _recurrent_part(how, params, entering[0]), params)
+    pre = [x_part, h_part] if how.cell.parts_apart else [x_part + h_part]
+    zero = jnp.zeros((rows, units), xs.dtype)
+    d_pre, finals = cut(
+        _run(
+            backward_recurrence(how.job, steps, rows),
+            how.backward,
+            weights=_weights(how, params, backward=True),
+            inputs=[*pre, *entering[not how.cell.uses_h :], _pad(how, d_hs, "constant")],
+            flags=flags,
+            constants=_units(how, params, rows),
+            carry=[_pad(how, a, "constant") for a in (d_final.h, *d_final.state)]
+            + [zero] * sizes.units,
+            exchanged=[zero] * len(how.cell.gates),
+        ),
+        len(pre),
+    )
+    # Rows of padding have no gradient, but their values may be NaN: 0 x NaN is no zero.
+    real = (jnp.arange(rows) < batch)[None, :, None]
+    d_pre = [jnp.where(real, a, 0) for a in d_pre]
+    (d_params, d_xs), (d_more,) = pull_x(d_pre[0]), pull_h(d_pre[-1])
+    d_params = jax.tree.map(jnp.add, d_params, d_more)
+    arrays, d_units = cut([_unpad(how, a, batch) for a in finals], sizes.carry)
+    if d_units:
+        d_sums = (jnp.sum(a, axis=0) for a in d_units)
+        d_params["units"] = dict(zip(how.cell.unit_params, d_sums, strict=True))
+    d_initial = _as_carry(how, arrays)
+    if resets is not None:
+        zeros = jax.tree.map(jnp.zeros_like, d_initial)
+        d_initial = select_rows(_first(how, resets), zeros, d_initial)
+    return d_params, d_xs, d_initial, *jax.tree.map(jnp.zeros_like, (mask, resets))
+
+
+def _run(what: Recurrence, plan: Plan, **operands: Any) -> list[Array]:
+    """Call a kernel on padded arrays; returns the outputs and the final carry."""
+    from lstmjax.recurrence.gpu_kernel import recurrence_kernel  # of no use without a GPU
+
+    order = ("inputs", "flags", "constants", "carry", "exchanged")
+    arrays = [operands["weights"], *(array for name in order for array in operands[name])]
+    # A kernel does not say along which axes of a mesh its results vary: as its operands do.
+    return vary_alike(list(recurrence_kernel(what, plan)(*arrays)), arrays)
+
+
+def _first(how: _How, resets: Array) -> Array:
+    """Rows whose carry is replaced on the way into the first step."""
+    return resets[-1 if how.job.reverse else 0] != 0
+
+
+def _flags(how: _How, mask: Array | None, resets: Array | None) -> list[Array]:
+    """Those of a kernel, for padded rows: valid, and reset before the step that comes next."""
+    flags = [] if mask is None else [mask]
+    if resets is not None:
+        later = 1 if how.job.reverse else -1
+        last = 0 if how.job.reverse else -1
+        flags.append(jnp.roll(resets, later, axis=0).at[last].set(0))
+    return [_pad_rows(how, flag, 1) for flag in flags]
+
+
+def _as_carry(how: _How, arrays: list[Array]) -> Carry:
+    return Carry(arrays[0], how.cell.State(*arrays[1:]))
+
+
+def _entering(how: _How, carry: list[Array], after: list[Array], flags: list[Array]) -> list[Array]:
+    """The carry that each step saw, from the carry that each left."""
+
+    def shift(first: Array, later: Array) -> Array:
+        if how.job.reverse:
+            return jnp.concatenate([later[1:], first[None]])
+        return jnp.concatenate([first[None], later[:-1]])
+
+    entering = [shift(a, b) for a, b in zip(carry, after, strict=True)]
+    if not how.job.resets:
+        return entering
+    reset = shift(jnp.zeros_like(flags[-1][0]), flags[-1])[..., None] != 0
+    start = _start(how, len(carry[0]))
+    return [jnp.where(reset, s[None], a) for s, a in zip(start, entering, strict=True)]
+
+
+# --- Operands ------------------------------------------------------------------------------------
+
+
+def _input_part(how: _How, params: Params, xs: Array) -> Array:
+    """``x W + b`` of all steps, padded: ``(T, B, G H)``."""
+    kernel, bias = _pad_units(how, params["kernel"]), _pad_units(how, params["bias"])
+    return make_dot(how.precision)(_pad_rows(how, xs, 1), kernel) + bias[None, None]
+
+
+def _recurrent_part(how: _How, params: Params, hs: Array) -> Array:
+    """``h R`` of all steps, ``hs (T, B, H)`` and the result padded."""
+    kernel = _pad_units(how, _dense(how.cell, params))
+    kernel = jnp.pad(kernel, ((0, hs.shape[-1] - len(kernel)), (0, 0)))
+    part = make_dot(how.precision)(hs, kernel)
+    if how.cell.parts_apart:
+        part = part + _pad_units(how, params["recurrent_bias"])[None, None]
+    return part
+
+
+def _weights(how: _How, params: Params, *, backward: bool) -> Array:
+    """The W_g of a kernel, ``(parts, G, H, H)``: [unit that is computed, unit that is multiplied].
+
+    Whatever a padded unit holds is multiplied by zero.
+    """
+    plan = how.backward if backward else how.forward
+    kernel = _pad_units(how, _dense(how.cell, params), "constant" if backward else "edge")
+    units = kernel.shape[-1] // len(how.cell.gates)
+    kernel = jnp.pad(kernel, ((0, units - len(kernel)), (0, 0))).reshape(units, -1, units)
+    return jnp.stack(split(kernel.transpose((1, 0, 2) if backward else (1, 2, 0)), plan.parts))
+
+
+def _dense(cell: Cell, params: Params) -> Array:
+    """The recurrent kernel ``(H, G H)``, with zeros between heads."""
+    kernel = params["recurrent_kernel"]
+    if cell.heads == 1:
+        return kernel
+    eye = jnp.eye(cell.hidden_size, dtype=kernel.dtype)
+    return cell.recurrent_product(kernel, eye, make_dot("float32"))
+
+
+def _units(how: _How, params: Params, rows: int) -> list[Array]:
+    """Per-unit parameters, each ``(rows, H)``."""
+    return [_wide(how, params["units"][name], rows) for name in how.cell.unit_params]
+
+
+def _recurrent_bias(how: _How, params: Params, rows: int) -> list[Array]:
+    """Gate by gate, each ``(rows, H)``, where the cell has one."""
+    if not how.cell.parts_apart:
+        return []
+    gates = jnp.split(params["recurrent_bias"], len(how.cell.gates))
+    return [_wide(how, gate, rows) for gate in gates]
+
+
+def _start(how: _How, rows: int) -> list[Array]:
+    """The carry after a reset, each array ``(rows, H)``, where there are resets."""
+    if not how.job.resets:
+        return []
+    h, state = how.cell.initial_carry(rows, jnp.float32)
+    return [_pad_units(how, a) for a in (h, *state)]
+
+
+def _wide(how: _How, unit: Array, rows: int) -> Array:
+    padded = _pad_units(how, unit)
+    return jnp.broadcast_to(padded[None], (rows, *padded.shape))
+
+
+# --- Padding -------------------------------------------------------------------------------------
+
+
+def _pad_rows(how: _How, x: Array, axis: int) -> Array:
+    """Rows of zeros, up to whole blocks: no row sees another."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, up(x.shape[axis], how.forward.rows) - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _pad_units(how: _How, x: Array, mode: str = "edge") -> Array:
+    """``(..., n H)`` up to whole tiles, by copies of the last unit.
+
+    So what a padded unit computes is as finite as what the cell computes itself: zeros might make
+    a step divide by zero, and a NaN spreads to all units through the product.
+    """
+    units = how.cell.hidden_size
+    if units % TILE == 0:
+        return x
+    blocks = x.reshape(*x.shape[:-1], -1, units)
+    widths = [(0, 0)] * (x.ndim) + [(0, up(units, TILE) - units)]
+    return jnp.pad(blocks, widths, mode=mode).reshape(*x.shape[:-1], -1)
+
+
+def _pad(how: _How, x: Array, mode: str = "edge") -> Array:
+    """``(..., B, H)``, rows and units."""
+    return _pad_units(how, _pad_rows(how, x, x.ndim - 2), mode)
+
+
+def _unpad(how: _How, x: Array, batch: int) -> Array:
+    return x[..., :batch, : how.cell.hidden_size]

@@ -1,0 +1,385 @@
+"""The GPU engine on a CPU: its kernels in Pallas' interpreter, against the plain scan in float64.
+
+The interpreter runs the warpgroups of a block as threads, with their barriers and copies. It is not
+used for clusters and knows no layouts: those only compiling shows (`test_aot_gpu.py`).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
+from lstmjax.recurrence import Derived, Workload, choose_engine, gpu_kernel, pallas_gpu, unroll
+from lstmjax.recurrence.gpu_cells import cut
+from lstmjax.recurrence.pallas_gpu import PallasGPU
+from tests.gpu_interpreter import INTERPRET
+from tests.tolerances import assert_close, recurrence_terms
+
+ENGINE = PallasGPU(interpreter=INTERPRET)
+D = 2
+
+
+class Three(Cell):
+    """Three arrays of state, h itself, functions that the backend lacks, and a start of its own.
+
+    With zeros for padding it would divide zero by zero.
+    """
+
+    gates = ("i", "f", "g", "o")
+    unit_params = {"gain": 1.0, "leak": 0.1}
+    uses_h = True
+
+    class State(NamedTuple):
+        c: jax.Array
+        n: jax.Array
+        m: jax.Array
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        one = jnp.ones((batch_size, self.hidden_size), dtype)
+        return Carry(0.5 * one, self.State(0 * one, one, 0 * one))
+
+    def step(self, pre, state, params, h):
+        log_f = jax.nn.log_sigmoid(pre.f)
+        m = jnp.maximum(log_f + state.m, pre.i)
+        i, f = jnp.exp(pre.i - m), jnp.exp(log_f + state.m - m)
+        c = f * state.c + i * jnp.sqrt(jax.nn.softplus(pre.g)) * params.gain
+        n = f * state.n + i
+        return jax.nn.sigmoid(pre.o) * c / n + params.leak * h, self.State(c, n, m)
+
+
+class TwoHeads(GRU):
+    """A block-diagonal recurrent kernel, the two parts of the pre-activations apart."""
+
+    heads = 2
+
+
+class Case(NamedTuple):
+    cell: Cell
+    batch: int = 3
+    steps: int = 3
+    precision: str = "float32"
+    flags: bool = False
+    reverse: bool = False
+
+
+CASES = {
+    "LSTM": Case(LSTM(5), steps=4),
+    "LSTM, bfloat16, flags": Case(LSTM(64), precision="bfloat16", flags=True),
+    "PeepholeLSTM, flags, reverse, two blocks": Case(
+        PeepholeLSTM(5), batch=9, flags=True, reverse=True
+    ),
+    "GRU, two tiles, flags": Case(GRU(70), steps=2, flags=True),
+    "GRU, three tiles, bfloat16": Case(GRU(130), steps=2, precision="bfloat16"),
+    "Three, flags, bfloat16": Case(Three(6), flags=True, precision="bfloat16"),
+    "Three, flags, reverse": Case(Three(6), steps=4, flags=True, reverse=True),
+    "heads": Case(TwoHeads(6)),
+    "one step of one row": Case(LSTM(64), batch=1, steps=1),
+}
+
+
+def draw(case, seed=0):
+    """``(params, x, initial, d_hs, d_final)`` and the options of `unroll`."""
+    rng = np.random.default_rng(seed)
+
+    def like(tree, scale=1.0):
+        return jax.tree.map(
+            lambda a: jnp.asarray(scale * rng.normal(size=a.shape), "float32"), tree
+        )
+
+    params = jax.eval_shape(lambda: case.cell.init(jax.random.key(0), D))
+    carry = jax.eval_shape(lambda: case.cell.initial_carry(case.batch))
+    x = like(jax.ShapeDtypeStruct((case.batch, case.steps, D), "float32"))
+    d_hs = like(jax.ShapeDtypeStruct((case.batch, case.steps, case.cell.hidden_size), "float32"))
+    args = like(params, 0.4), x, like(carry), d_hs, like(carry)
+    options = {"reverse": case.reverse, "precision": case.precision}
+    if case.flags:
+        options["mask"] = jnp.asarray(rng.random((case.batch, case.steps)) < 0.7)
+        options["resets"] = jnp.asarray(rng.random((case.batch, case.steps)) < 0.3)
+    return args, options
+
+
+def values_and_gradients(engine, cell, params, x, initial, d_hs, d_final, **options):
+    def run(params, x, initial):
+        return unroll(cell, params, x, initial, engine=engine, **options)
+
+    out, pull_back = jax.vjp(run, params, x, initial)
+    return out, pull_back((d_hs, d_final))
+
+
+def quickly(f, *args):
+    """``jax.jit(f)(*args)``, for what takes longer to compile well than to run."""
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(f).lower(*args).compile(compiler_options=options)(*args)
+
+
+def expected(case, args, options):
+    """The plain scan in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(a, "float64"), args)
+        options = options | {"precision": "float32"}
+        return quickly(lambda *a: values_and_gradients("scan", case.cell, *a, **options), *wide)
+
+
+def compare(case, got, wanted):
+    batch, steps, hidden, gates = (
+        case.batch,
+        case.steps,
+        case.cell.hidden_size,
+        len(case.cell.gates),
+    )
+    for k, what in enumerate(("values", "gradients")):
+        terms = recurrence_terms(batch, steps, D, hidden, gates, gradient=bool(k))
+        assert jax.tree.structure(got[k]) == jax.tree.structure(wanted[k])
+        for (path, one), other in zip(
+            jax.tree_util.tree_leaves_with_path(got[k]), jax.tree.leaves(wanted[k]), strict=True
+        ):
+            name = f"{what}{jax.tree_util.keystr(path)}"
+            assert one.dtype == jnp.float32, name
+            assert_close(one, other, reduction=terms, dtype=case.precision, what=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_all_gradients(name):
+    case = CASES[name]
+    args, options = draw(case)
+    got = quickly(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options), *args)
+    compare(case, got, expected(case, args, options))
+
+
+# --- Under the transformations of JAX ------------------------------------------------------------
+
+
+def test_vmap_over_parameters_is_the_loop():
+    case = Case(LSTM(5))
+    (_, *rest), options = draw(case)
+    sets = [draw(case, seed)[0][0] for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *sets)
+
+    def one(params):
+        return values_and_gradients(ENGINE, case.cell, params, *rest, **options)
+
+    got = quickly(jax.vmap(one), stacked)
+    for k, params in enumerate(sets):
+        apart = jax.tree.map(lambda a, k=k: a[k], got)
+        compare(case, apart, expected(case, (params, *rest), options))
+
+
+def plain_kernel(what, plan):
+    """What a kernel computes, in plain JAX: the interpreter knows one device at a time."""
+
+    def blocks(a, n):
+        return jnp.split(a, n, axis=-1)
+
+    def run(weights, *arrays):
+        sizes = len(what.inputs), what.flags, what.constants, what.carry
+        inputs, flags, constants, carry, exchanged = cut(list(arrays), *sizes)
+        weights = weights.astype("float32").sum(0)
+
+        def multiply(exchanged):
+            pairs = zip(exchanged * what.gates if what.shared else exchanged, weights, strict=True)
+            return [jnp.dot(a, w.T, precision="highest") for a, w in pairs]
+
+        def step(loop, now):
+            carry, exchanged = loop
+            tiles = [b for a, n in zip(now[0], what.inputs, strict=True) for b in blocks(a, n)]
+            rows = [jnp.broadcast_to(flag[:, None], carry[0].shape) for flag in now[1]]
+            carry, exchanged, out = what.cell(multiply(exchanged), tiles, rows, constants, carry)
+            parts = cut(out, *what.outputs)[:-1]
+            return (carry, exchanged), [jnp.concatenate(part, axis=-1) for part in parts]
+
+        loop = (carry, exchanged)
+        (carry, exchanged), outs = jax.lax.scan(step, loop, (inputs, flags), reverse=what.downward)
+        return [*outs, *(what.finish(multiply(exchanged), carry) if what.finish else carry)]
+
+    return run
+
+
+@pytest.fixture
+def without_kernel(monkeypatch):
+    """An engine whose kernels are those above."""
+    real = gpu_kernel.recurrence_kernel
+    monkeypatch.setattr(
+        gpu_kernel,
+        "recurrence_kernel",
+        lambda what, plan: (real if plan.interpret else plain_kernel)(what, plan),
+    )
+    pallas_gpu._recurrence.cache_clear()
+    yield PallasGPU(attached=False)
+    pallas_gpu._recurrence.cache_clear()
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_under_shard_map(check_vma, without_kernel):
+    """Rows over two devices, parameters on both; what varies is checked with the interpreter."""
+    case = Case(PeepholeLSTM(5), batch=4, flags=True)
+    engine, devices = (ENGINE, 1) if check_vma else (without_kernel, 2)
+    args, options = draw(case)
+    mesh = jax.make_mesh(
+        (devices,), ("rows",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,)
+    )
+    rows = P("rows")
+
+    def local(mask, resets, *args):
+        flags = {"mask": mask, "resets": resets}
+        out, (d_params, *d_rest) = values_and_gradients(engine, case.cell, *args, **flags)
+        if not check_vma:  # else the transpose of spreading the parameters has summed them already
+            d_params = jax.lax.psum(d_params, "rows")
+        return out, (d_params, *d_rest)
+
+    shards = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, P(), *[rows] * 4),
+        out_specs=(rows, (P(), rows, rows)),
+        check_vma=check_vma,
+    )
+    got = quickly(shards, options["mask"], options["resets"], *args)
+    compare(case, got, expected(case, args, options))
+
+
+def test_second_derivatives_are_those_of_the_scan(without_kernel):
+    case = Case(LSTM(5), flags=True)
+    args, options = draw(case)
+
+    def penalty(engine, params, x, initial, *cotangents):
+        def squares(params, x, initial):
+            given = (params, x, initial, *cotangents)
+            _, gradients = values_and_gradients(engine, case.cell, *given, **options)
+            return sum((g**2).sum() for g in jax.tree.leaves(gradients))
+
+        return jax.grad(squares, (0, 1, 2))(params, x, initial)
+
+    got = quickly(lambda *a: penalty(without_kernel, *a), *args)
+    wanted = quickly(lambda *a: penalty("scan", *a), *args)
+    compare(case, (None, got), (None, wanted))
+
+
+def test_forward_mode_is_refused():
+    case = Case(LSTM(5))
+    (params, x, *_), _ = draw(case)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: unroll(case.cell, params, x, engine=ENGINE)[0], (x,), (x,))
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0)], ids=["no rows", "no steps"])
+def test_an_empty_batch_or_sequence(batch, steps):
+    case = Case(LSTM(5), batch=batch, steps=steps)
+    args, options = draw(case)
+    (hs, final), (d_params, _, d_initial) = values_and_gradients(
+        ENGINE, case.cell, *args, **options
+    )
+    assert hs.shape == (batch, steps, 5)
+    jax.tree.map(np.testing.assert_array_equal, (final, d_initial), (args[2], args[4]))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_params))
+
+
+# --- What it refuses -----------------------------------------------------------------------------
+
+
+class LayerNormLSTM(LSTM):
+    """Mixes the units of a row, and says so."""
+
+    elementwise = False
+
+
+class Undeclared(LSTM):
+    """Mixes units, and does not say so."""
+
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return h - jnp.mean(h, axis=-1, keepdims=True), state
+
+
+class PerUnitConstant(LSTM):
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return h * np.linspace(0, 1, self.hidden_size, dtype="float32")[None], state
+
+
+class Special(LSTM):
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return jax.lax.digamma(h), state
+
+
+class Projected(LSTM):
+    def transition(self, params, x, carry, dot):
+        return super().transition(params, x, carry, dot)
+
+
+WORK = Workload("gpu", "float32", "bfloat16", steps=500, batch=64, features=32)
+
+
+@pytest.mark.parametrize(
+    ("cell", "change", "reason"),
+    [
+        (LSTM(100), {"platform": "tpu"}, "it runs on GPUs, not on tpu"),
+        (LSTM(100), {"dtype": "float64"}, "it computes in float32, the inputs are float64"),
+        (LayerNormLSTM(100), {}, "its step mixes the units of a row (elementwise = False)"),
+        (Undeclared(100), {}, "its step uses reduce_sum"),
+        (PerUnitConstant(100), {}, "its step holds a constant of shape (1, 100)"),
+        (Special(100), {}, "its step uses digamma"),
+        (Projected(100), {}, "Projected overrides transition"),
+        (TwoHeads(1024), {}, "1024 units with 3 gates do not fit into shared memory"),
+        (LSTM(512), {}, "512 units with 4 gates do not fit into shared memory"),
+        (LSTM(256), {"precision": "float32"}, "256 units with 4 gates do not fit"),
+    ],
+    ids=lambda a: type(a).__name__ if isinstance(a, Cell) else None,
+)
+def test_refusals_name_the_reason(cell, change, reason):
+    engine = PallasGPU(attached="platform" in change)
+    refusal = engine.refusal(cell, WORK._replace(**change))
+    assert refusal is not None
+    assert reason in refusal
+
+
+@pytest.mark.parametrize(
+    ("found", "fits"),
+    [("9.0", True), ("8.0", False), ("7.5", False), ("10.0", False), ("gfx942", False)],
+)
+def test_only_hopper_is_served(found, fits, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: found)
+    refusal = PallasGPU().refusal(LSTM(100), WORK)
+    reason = f"it needs a Hopper GPU (compute capability 9.0), not {found}"
+    assert refusal == (None if fits else reason)
+
+
+def test_it_is_the_first_choice_on_a_gpu_that_it_runs_on(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: "9.0")
+    assert choose_engine(LSTM(5), WORK) == (PallasGPU(), "the first choice")
+    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: "8.0")
+    reason = "no pallas_gpu: it needs a Hopper GPU (compute capability 9.0), not 8.0"
+    assert choose_engine(LSTM(5), WORK) == (Derived(), reason)
+
+
+def test_elsewhere_it_is_refused_to_those_who_ask_for_it():
+    assert choose_engine(LSTM(5), WORK._replace(platform="cpu"))[0] == Derived()
+    with pytest.raises(ValueError, match=r"'pallas_gpu' cannot run .*: it runs on GPUs, not on"):
+        choose_engine(LSTM(5), WORK._replace(platform="cpu"), "pallas_gpu")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+@pytest.mark.parametrize("hidden", [1, 20, 64, 100, 128])
+@pytest.mark.parametrize("cell", [LSTM, PeepholeLSTM, GRU, Three])
+def test_what_it_serves(cell, hidden, precision):
+    engine = PallasGPU(attached=False)
+    assert engine.refusal(cell(hidden), WORK._replace(precision=precision)) is None
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="rows must be a multiple of 8, got 12"):
+        PallasGPU(rows=12)
+    with pytest.raises(ValueError, match="depth must be at least 2, got 1"):
+        PallasGPU(depth=1)
+
+
+def test_more_rows_a_block_where_blocks_would_wait():
+    engine = PallasGPU(attached=False)
+    rows = {batch: engine.plans(LSTM(100), batch, "bfloat16")[0].rows for batch in (64, 1056, 1057)}
+    assert rows == {64: 8, 1056: 8, 1057: 16}
+    assert PallasGPU(rows=8).plans(LSTM(100), 4096, "bfloat16")[0].rows == 8
