@@ -4,6 +4,7 @@ from lstmjax.recurrence.choice import ENGINES, choose_engine
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.pallas_gpu import PallasGPU
+from lstmjax.recurrence.pallas_tpu import PallasTPU
 from lstmjax.recurrence.scan import Scan
 from lstmjax.recurrence.unroll import length_mask, unroll
 
@@ -12,6 +13,7 @@ __all__ = [
     "Derived",
     "Engine",
     "PallasGPU",
+    "PallasTPU",
     "Scan",
     "Workload",
     "choose_engine",

@@ -6,9 +6,12 @@ from lstmjax.cells.base import Cell
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.pallas_gpu import PallasGPU
+from lstmjax.recurrence.pallas_tpu import PallasTPU
 from lstmjax.recurrence.scan import Scan
 
-ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in (PallasGPU(), Derived(), Scan())}
+ENGINES: Mapping[str, Engine] = {
+    engine.name: engine for engine in (PallasTPU(), PallasGPU(), Derived(), Scan())
+}
 """Every engine in its default settings, the most wanted first."""
 
 

@@ -32,7 +32,13 @@ class Workload(NamedTuple):
 
 
 def platform() -> str:
-    """The platform that a program traced now is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``."""
+    """The platform that a program traced now is for: ``"cpu"``, ``"gpu"`` or ``"tpu"``.
+
+    That of the mesh in `jax.set_mesh`, whose devices need not be there, else of the default device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return {"cuda": "gpu"}.get(described.platform, described.platform)
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()

@@ -1,0 +1,153 @@
+"""Will my cell run on that device, and how? Compiled by the real compiler, without the device."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lstmjax.errors import UserError
+from lstmjax.precision import Precision
+
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compile a cell for a device that need not be there, and say what came of it."""
+
+    cell: str = "LSTM"
+    """Name of a cell of the library, or file.py:MyCell."""
+    hidden: int = 100
+    """Units H."""
+    features: int = 32
+    """Features D of an input."""
+    batch: int = 64
+    """Rows B, of all devices together."""
+    steps: int = 500
+    """Time steps T."""
+    precision: Precision = "float32"
+    """Of the products."""
+    target: Literal["v4", "v5e", "v5p", "v6e", "tpu7x", "hopper"] = "v5e"
+    """A generation of TPU, or an NVIDIA GPU of the Hopper generation."""
+    devices: Literal[1, 4] = 1
+    """Chips that share the rows (TPU)."""
+    train_step: bool = False
+    """Compile the whole training step of a classifier around the cell, too (TPU)."""
+    json: pathlib.Path | None = None
+    """Write the figures to this file as well."""
+
+
+def main() -> None:
+    """Parse the command line, compile, print; a `UserError` is one line and exit status 2."""
+    import tyro
+
+    config = tyro.cli(Config, description=__doc__)
+    try:
+        raise SystemExit(_on_hopper(config) if config.target == "hopper" else _on_tpu(config))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _cell(config: Config) -> Any:
+    from lstmjax.cells import load_cell
+
+    for name in ("hidden", "features", "batch", "steps"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    return load_cell(config.cell, config.hidden)
+
+
+def _on_tpu(config: Config) -> int:
+    from lstmjax.aot import tpu
+
+    if tpu.dump_folder() is None:  # libtpu reads its settings when it starts: start anew with them
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "lstmjax.aot", *sys.argv[1:]]
+            variables = os.environ | tpu.environment(folder)
+            return subprocess.run(command, env=variables, check=False).returncode
+    cell = _cell(config)
+    shape = tpu.Shape(config.steps, config.batch, config.features, config.precision)
+    assert config.target != "hopper"
+    found = tpu.compile_cell(cell, shape, config.target, config.devices, config.train_step)
+    _report(config, cell, [result._asdict() for result in found])
+    _print_tpu(found)
+    return 0
+
+
+def _print_tpu(found: Sequence[Any]) -> None:
+    """A line a program and engine; then the kernels' figures as shares of the plain scan's."""
+
+    def mib(size: int | None) -> str:
+        return "" if size is None else f"{size / MIB:.1f}"
+
+    print("temporaries: MiB in memory, and those that stay in VMEM; kernel: MiB of VMEM")
+    rows = [("program", "engine", "compile s", "temporaries", "in VMEM", "kernel", "bundles/step")]
+    for r in found:
+        bundles = f"{r.bundles:,.0f}" if r.bundles else ""
+        sizes = mib(r.temporaries), mib(r.in_vmem), mib(r.vmem)
+        rows.append((r.program, r.engine, f"{r.seconds:.1f}", *sizes, bundles))
+    half = len(found) // 2
+    for kernel, plain in zip(found[:half], found[half:], strict=True):
+        memory = _share(_total(kernel), _total(plain))
+        bundles = _share(kernel.bundles, plain.bundles)
+        rows.append((kernel.program, "ratio", "", memory, "both together", "", bundles))
+    _print_table(rows)
+
+
+def _total(compiled: Any) -> int:
+    return compiled.temporaries + (compiled.in_vmem or 0)
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return f"{part / whole:.2f}" if part is not None and whole else ""
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    wide = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for row in rows:
+        texts = [a.ljust(w) for a, w in zip(row[:2], wide[:2], strict=True)]
+        numbers = [a.rjust(w) for a, w in zip(row[2:], wide[2:], strict=True)]
+        print("  ".join(texts + numbers).rstrip())
+
+
+def _on_hopper(config: Config) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # look for no device
+    cell = _cell(config)
+    if config.devices > 1 or config.train_step:
+        raise UserError("--devices and --train-step are for TPUs; leave them out for hopper")
+    try:
+        gpu = importlib.import_module("lstmjax.aot.gpu")
+    except ModuleNotFoundError as error:
+        raise UserError(f"this version does not compile for hopper: {error}") from error
+    asked = {name: getattr(config, name) for name in ("steps", "batch", "features", "precision")}
+    found = [row._asdict() for row in gpu.cell_rows(cell, **asked)]
+    _report(config, cell, found)
+    texts = [[f"{v:,.1f}" if isinstance(v, float) else str(v) for v in f.values()] for f in found]
+    _print_table([list(found[0]), *texts])
+    return 0
+
+
+def _report(config: Config, cell: Any, results: list[dict[str, Any]]) -> None:
+    import jax
+
+    print(
+        f"{cell} on {config.target} x {config.devices}: {config.steps} steps, {config.batch} rows, "
+        f"{config.features} features, {config.precision}; jax {jax.__version__}"
+    )
+    if config.json is not None:
+        asked = dataclasses.asdict(config) | {"json": str(config.json)}
+        text = json.dumps({"jax": jax.__version__, "config": asked, "results": results}, indent=1)
+        config.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Compile for TPUs that this machine does not have, by their real compiler, `libtpu`.
+
+It reads its settings when it starts: run what is here in a process with `environment`.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from lstmjax.aot.bundles import Loop, loops_over, read_dump, read_vmem
+from lstmjax.aot.train_step import Shape, on_mesh, train_step_program
+from lstmjax.cells.base import Cell
+from lstmjax.errors import UserError
+from lstmjax.recurrence import PallasTPU, Scan, Workload
+from lstmjax.recurrence.engine import Engine
+from lstmjax.recurrence.tpu_plan import tpu_device
+from lstmjax.training.devices import BATCH
+
+Target = Literal["v4", "v5e", "v5p", "v6e", "tpu7x"]
+
+_SLICES: dict[Target, tuple[str, dict[str, Any]]] = {
+    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
+    "v5e": ("v5e:2x2", {}),
+    "v5p": ("v5p:2x2x1", {"chip_config_name": "megacore"}),
+    "v6e": ("v6e:2x2", {}),
+    "tpu7x": ("tpu7x:2x2x1", {}),
+}
+ENGINES: dict[str, Engine] = {"pallas_tpu": PallasTPU(), "plain scan": Scan(recompute=False)}
+"""What is compiled, one beside the other."""
+
+
+class Compiled(NamedTuple):
+    """Outcome of one compilation; figures are those of one device.
+
+    Attributes:
+        program: what was compiled.
+        engine: the engine that ran the cell.
+        seconds: tracing, lowering and compiling.
+        temporaries: bytes of memory (HBM) beside arguments and results.
+        in_vmem: bytes of further temporaries, that the compiler keeps in VMEM throughout.
+        vmem: bytes of VMEM of the largest kernel; None without one.
+        bundles: static bundles a time step; None where they could not be counted.
+    """
+
+    program: str
+    engine: str
+    seconds: float
+    temporaries: int
+    in_vmem: int | None
+    vmem: int | None
+    bundles: float | None
+
+
+def environment(dump: pathlib.Path | str) -> dict[str, str]:
+    """Variables of a process that compiles for TPUs without having one.
+
+    Args:
+        dump: a folder of its own, for what the compiler tells of a program.
+    """
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_LOG_DIR": "disabled",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+    }
+
+
+def dump_folder() -> pathlib.Path | None:
+    """The folder that this process's `environment` names."""
+    named = re.search(r"--xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
+    return pathlib.Path(named[1]) if named else None
+
+
+def described_mesh(target: Target, devices: int) -> Mesh:
+    """A mesh over TPUs that need not be there, of at most four chips.
+
+    Raises:
+        UserError: libtpu is not installed, or does not know the target.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "compiling for a TPU needs the package libtpu: "
+            "pip install 'lstmjax[aot]', or jax[tpu] in the version of jax"
+        )
+    name, settings = _SLICES[target]
+    try:
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
+    except Exception as error:  # of one kind or another, by version
+        raise UserError(f"libtpu knows no {name}: {str(error).splitlines()[0]}") from error
+    return jax.make_mesh(
+        (devices,), (BATCH,), devices=slice_.devices[:devices], axis_types=(AxisType.Auto,)
+    )
+
+
+# --- Programs ------------------------------------------------------------------------------------
+
+
+def cell_programs(
+    cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
+) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """A cell over time, forward, and forward with all gradients: functions and their arguments.
+
+    The rows are spread over the mesh; gradients of parameters are summed over it.
+    """
+    steps, batch, features, precision = shape
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
+    xs = jax.ShapeDtypeStruct((steps, batch, features), jnp.float32)
+    initial = jax.eval_shape(lambda: cell.initial_carry(batch))
+
+    def forward(params: Any, xs: Any, initial: Any) -> Any:
+        return engine(cell, params, xs, initial, None, None, False, precision)
+
+    def gradients(params: Any, xs: Any, initial: Any, d_out: Any) -> Any:
+        d_params, d_xs, d_initial = jax.vjp(forward, params, xs, initial)[1](d_out)
+        return jax.lax.psum(d_params, BATCH), d_xs, d_initial
+
+    whole, rows, time_major = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(None, BATCH)
+    ins, outs = (whole, time_major, rows), (time_major, rows)
+    out = jax.eval_shape(forward, params, xs, initial)
+
+    def placed(specs: Any, values: Any) -> Any:
+        return tuple(on_mesh(mesh, v, s) for v, s in zip(values, specs, strict=True))
+
+    def spread(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    args = placed(ins, (params, xs, initial))
+    return {
+        "forward": (spread(forward, ins, outs), args),
+        "forward+backward": (
+            spread(gradients, (*ins, outs), ins),
+            (*args, placed(outs, out)),
+        ),
+    }
+
+
+# --- Compiling -----------------------------------------------------------------------------------
+
+
+def compile_program(
+    program: str, engine: str, f: Any, args: Any, cell: Cell, shape: Shape, mesh: Mesh
+) -> Compiled:
+    """Compile ``f`` for the devices of ``mesh`` and count what came of it.
+
+    Args:
+        program: its name in the result.
+        engine: which of `ENGINES` runs the cell in it.
+        f: a function, or one that is under `jax.jit` already.
+        args: shapes with their shardings.
+        cell: that it runs.
+        shape: on what.
+        mesh: what `described_mesh` returned.
+
+    Raises:
+        UserError: the compiler refuses, with its reason.
+    """
+    jitted = f if hasattr(f, "trace") else jax.jit(f)
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    except Exception as error:  # of one kind or another, by version
+        raise UserError(f"{program} by {engine}: {str(error).splitlines()[0]}") from error
+    seconds = time.perf_counter() - start
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    in_vmem = vmem = bundles = None
+    if folder := dump_folder():
+        programs, used = read_dump(folder), read_vmem(folder)
+        in_vmem = sum(by_use.get("HLO_TEMPORARY", 0) for by_use in used.values())
+        if engine == "pallas_tpu":
+            bundles = _kernel_bundles(programs, cell, shape, mesh)
+            vmem = max((sum(v.values()) for k, v in used.items() if _is_kernel(k)), default=None)
+        else:
+            bundles = _loop_bundles(programs, compiled.as_text(), shape.steps)
+        for path in folder.iterdir():  # the next program writes there, too
+            path.unlink()
+    return Compiled(program, engine, seconds, temporaries, in_vmem, vmem, bundles)
+
+
+def _is_kernel(name: str) -> bool:
+    return name.startswith(("forward_kernel_", "backward_kernel_"))
+
+
+def _kernel_bundles(
+    programs: dict[str, Loop], cell: Cell, shape: Shape, mesh: Mesh
+) -> float | None:
+    """Bundles a time step of all kernels: of their passes over the grid, prologue left out."""
+    with jax.set_mesh(mesh):
+        batch = shape.batch // mesh.size
+        plan = PallasTPU().plan(cell, *shape._replace(batch=batch)[:3], precision=shape.precision)
+        _, cores = tpu_device()
+    blocks, chunks = -(-batch // plan.rows), -(-shape.steps // plan.chunk)
+    kernels = [program for name, program in programs.items() if _is_kernel(name)]
+    if blocks * chunks > 1:  # else there is no loop over the grid
+        if not all(kernel.inner for kernel in kernels):
+            return None
+        kernels = [max(kernel.inner, key=Loop.a_pass) for kernel in kernels]
+    passes = -(-blocks // cores) * chunks
+    return sum(kernel.a_pass() for kernel in kernels) * passes / shape.steps or None
+
+
+def _loop_bundles(programs: dict[str, Loop], hlo: str, steps: int) -> float | None:
+    """Bundles a time step of the loops over time that XLA made."""
+    names = [name for body in loops_over(hlo, steps) for name in body if name in programs]
+    return sum(programs[name].a_pass() for name in names) or None
+
+
+def compile_cell(
+    cell: Cell, shape: Shape, target: Target, devices: int = 1, train_step: bool = False
+) -> list[Compiled]:
+    """Compile a cell for a TPU with its kernels, and with the plain scan beside them.
+
+    Args:
+        cell: the cell.
+        shape: on what it runs; B is that of all devices.
+        target: generation of the TPU.
+        devices: chips that share the rows, up to 4.
+        train_step: the whole training step of a classifier around the cell, too.
+
+    Raises:
+        UserError: the kernels do not run this cell, or the compiler refuses; with the reason.
+    """
+    if shape.batch % devices:
+        raise UserError(f"{shape.batch} rows cannot be spread over {devices} devices alike")
+    mesh = described_mesh(target, devices)
+    steps, batch, features, precision = shape
+    with jax.set_mesh(mesh):
+        work = Workload("tpu", "float32", precision, steps, batch // devices, features)
+        refusal = PallasTPU().refusal(cell, work)
+    if refusal is not None:
+        raise UserError(f"no kernel for {cell} on {target}: {refusal}; the derived engine runs it")
+    results = []
+    for name, engine in ENGINES.items():
+        programs = cell_programs(cell, shape, engine, mesh)
+        if train_step:
+            programs["train step"] = train_step_program(cell, shape, engine, mesh)
+        for program, (f, args) in programs.items():
+            results.append(compile_program(program, name, f, args, cell, shape, mesh))
+    return results

@@ -1,0 +1,74 @@
+"""The whole training step of a classifier, on shapes alone, for devices that need not be there."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lstmjax.cells.base import Cell
+from lstmjax.data import Batch
+from lstmjax.models import Classifier, ClassifierConfig
+from lstmjax.precision import Precision
+from lstmjax.recurrence import Engine
+from lstmjax.training.devices import BATCH
+from lstmjax.training.step import OptimizerConfig, TrainState, make_optimizer, make_steps
+
+
+class Shape(NamedTuple):
+    """What a cell is run on: T, B (of all devices), D and the precision of the products."""
+
+    steps: int
+    batch: int
+    features: int
+    precision: Precision
+
+
+def on_mesh(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
+    """Shapes of ``tree`` as they lie on ``mesh``."""
+    place = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+
+
+def train_step_program(
+    cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The training step of the IMDB notebook's model around ``cell``, and its arguments' shapes.
+
+    Args:
+        cell: the cell.
+        shape: of the batch; D is the size of the embedding.
+        engine: runs the cell.
+        mesh: the devices, over which the rows are spread.
+    """
+    steps, rows, features, precision = shape
+    config = ClassifierConfig(embedding_size=features, hidden_size=cell.hidden_size)
+    model = nnx.eval_shape(
+        lambda: Classifier(cell, config, precision=precision, engine=engine, rngs=nnx.Rngs(0))
+    )
+    optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
+    train = make_steps(model, optimizer, mesh, padding="left", masked=False).train
+
+    def first(params: Any) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def numbers(dtype: str, *axes: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, *axes), dtype)
+
+    state = jax.eval_shape(first, nnx.split(model, nnx.Param)[1])
+    batch = Batch(
+        ids=numbers("int32", steps),
+        lengths=numbers("int32"),
+        labels=numbers("int32"),
+        weights=numbers("float32"),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    whole = PartitionSpec()
+    args = (
+        on_mesh(mesh, state, whole),
+        on_mesh(mesh, batch, PartitionSpec(BATCH)),
+        on_mesh(mesh, key, whole),
+    )
+    return train, args

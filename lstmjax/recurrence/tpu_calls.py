@@ -1,0 +1,320 @@
+"""The TPU kernels as functions of arrays: layout, calls, gradient.
+
+`tpu_kernel` says what the letters in shapes mean.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, ShapeDtypeStruct
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.recurrence.engine import vary_alike
+from lstmjax.recurrence.tpu_kernel import (
+    Kept,
+    Operands,
+    backward_kernel,
+    forward_kernel,
+    map_parameters,
+    split,
+)
+from lstmjax.recurrence.tpu_plan import Plan, up
+
+# --- Layout --------------------------------------------------------------------------------------
+
+
+def laid_out(
+    plan: Plan,
+    params: Params,
+    xs: Array,
+    initial: Carry,
+    mask: Array | None,
+    resets: Array | None,
+) -> Operands:
+    """Arrays as the kernels take them: whole chunks, whole blocks of rows, gates at lane groups."""
+    cell = plan.cell
+    steps, batch, _ = xs.shape
+    missing = up(steps, plan.chunk) - steps
+    if missing:  # steps that are masked: they pass the carry by
+        mask = jnp.ones((steps, batch), bool) if mask is None else mask
+        xs, mask = _longer(xs, missing), _longer(mask, missing)
+        resets = None if resets is None else _longer(resets, missing)
+    more_rows = functools.partial(_more_rows, plan)
+    start = None if resets is None else vary_alike(cell.initial_carry(batch, xs.dtype), xs)
+    return Operands(
+        xs=more_rows(xs, axis=1),
+        kernel=_spread(plan, params["kernel"]),
+        recurrent_kernel=_spread(plan, _dense(cell, params["recurrent_kernel"])),
+        bias=_spread(plan, params["bias"][None]),
+        recurrent_bias=_spread(plan, params["recurrent_bias"][None]) if cell.parts_apart else None,
+        units={name: params["units"][name][None] for name in cell.unit_params},
+        initial=jax.tree.map(more_rows, initial),
+        start=jax.tree.map(more_rows, start),
+        valid=_flags(plan, mask, xs.dtype),
+        reset=_flags(plan, resets, xs.dtype),
+    )
+
+
+def _longer(a: Array, missing: int) -> Array:
+    return jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
+
+
+def _more_rows(plan: Plan, a: Array, axis: int = 0) -> Array:
+    """Copies of the last row: with them a step cannot meet values that it never meets otherwise."""
+    missing = up(a.shape[axis], plan.rows) - a.shape[axis]
+    if not missing:
+        return a
+    widths = [(0, missing if k == axis else 0) for k in range(a.ndim)]
+    return jnp.pad(a, widths, mode="edge")
+
+
+def _spread(plan: Plan, a: Array) -> Array:
+    """``(n, G*H)`` to ``(n, G*L)``, zeros behind each gate."""
+    gates, size = len(plan.cell.gates), plan.cell.hidden_size
+    a = jnp.pad(a.reshape(-1, gates, size), ((0, 0), (0, 0), (0, plan.lanes - size)))
+    return a.reshape(-1, gates * plan.lanes)
+
+
+def _dense(cell: Cell, recurrent_kernel: Array) -> Array:
+    """A block-diagonal kernel ``(H/heads, G*H)`` written out as ``(H, G*H)``."""
+    if cell.heads == 1:
+        return recurrent_kernel
+    block, gates = recurrent_kernel.shape[0], len(cell.gates)
+    blocks = recurrent_kernel.reshape(1, block, gates, cell.heads, block)
+    own = jnp.eye(cell.heads, dtype=bool).reshape(cell.heads, 1, 1, cell.heads, 1)
+    return jnp.where(own, blocks, 0).reshape(cell.hidden_size, -1)
+
+
+def _flags(plan: Plan, a: Array | None, dtype: Any) -> Array | None:
+    """``(T, B)`` to ``(B/R, T/C, R, C)``: time along the lanes, so that little is padded."""
+    if a is None:
+        return None
+    a = _more_rows(plan, a, axis=1).astype(dtype)
+    steps, batch = a.shape
+    a = a.reshape(steps // plan.chunk, plan.chunk, batch // plan.rows, plan.rows)
+    return a.transpose(2, 0, 3, 1)
+
+
+# --- Calls ---------------------------------------------------------------------------------------
+
+
+class Blocks(NamedTuple):
+    """Block shapes and index maps for the kinds of arrays there are; the grid is (rows, time)."""
+
+    plan: Plan
+    chunk: Callable[[Any], Any]  # which chunk the i-th on the grid is
+
+    def steps(self, a: Any) -> pl.BlockSpec:
+        """``(T, B, n)``."""
+        block = (self.plan.chunk, self.plan.rows, a.shape[2])
+        return pl.BlockSpec(block, lambda b, i: (self.chunk(i), b, 0))
+
+    def chunks(self, a: Any) -> pl.BlockSpec:
+        """``(T/C, B, n)``."""
+        block = (1, self.plan.rows, a.shape[2])
+        return pl.BlockSpec(block, lambda b, i: (self.chunk(i), b, 0))
+
+    def rows(self, a: Any) -> pl.BlockSpec:
+        """``(B, n)``."""
+        return pl.BlockSpec((self.plan.rows, a.shape[1]), lambda b, i: (b, 0))
+
+    def flags(self, a: Any) -> pl.BlockSpec:
+        """``(B/R, T/C, R, C)``."""
+        return pl.BlockSpec((1, 1, *a.shape[2:]), lambda b, i: (b, self.chunk(i), 0, 0))
+
+    def sums(self, a: Any) -> pl.BlockSpec:
+        """``(B/R, m, n)``: one for each block of rows."""
+        return pl.BlockSpec((1, *a.shape[1:]), lambda b, i: (b, 0, 0))
+
+    def whole(self, a: Any) -> pl.BlockSpec:
+        """The same for all."""
+        return pl.BlockSpec(a.shape, lambda b, i: (0,) * len(a.shape))
+
+    def operands(self, operands: Operands) -> Operands:
+        """Those of all operands."""
+        whole, rows, flags = self.whole, self.rows, self.flags
+        kinds = (self.steps, whole, whole, whole, whole, whole, rows, rows, flags, flags)
+        return Operands(*map(jax.tree.map, kinds, operands))
+
+
+def _blocks(plan: Plan, operands: Operands, *, reverse: bool) -> tuple[Blocks, tuple[int, int]]:
+    steps, batch, _ = operands.xs.shape
+    grid = batch // plan.rows, steps // plan.chunk
+    return Blocks(plan, lambda i: grid[1] - 1 - i if reverse else i), grid
+
+
+def _call(plan: Plan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any) -> Any:
+    name = f"{kernel.__name__}_{type(plan.cell).__name__}"
+    parameters = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem
+    )
+    call = pl.pallas_call(
+        functools.partial(kernel, plan),
+        compiler_params=parameters,
+        input_output_aliases=aliases,
+        interpret=plan.interpret,
+        name=name,
+        **how,
+    )
+    return _differentiated_once(call, operands)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _differentiated_once(call: Callable[..., Any], operands: Any) -> Any:
+    return call(*operands)
+
+
+@_differentiated_once.defjvp
+def _(call: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        'engine "pallas_tpu" has no second derivatives; take them with engine="scan"'
+    )
+
+
+def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
+    """Of an output, which differs between devices where the inputs do (in `jax.shard_map`)."""
+    kind = jax.typeof(operands.xs).manual_axis_type
+    return ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
+
+
+def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
+    """h of every step, the final carry, the carry on the way into each chunk."""
+    steps, batch, _ = operands.xs.shape
+    size = plan.cell.hidden_size
+    blocks, grid = _blocks(plan, operands, reverse=plan.reverse)
+    operands = _split(plan, operands)
+
+    def carries(*shape: int) -> Any:
+        return jax.tree.map(lambda _: _shape(operands, *shape), operands.initial)
+
+    hs = _shape(operands, steps, batch, size)
+    entering, final = carries(grid[1], batch, size), carries(batch, size)
+    scratch = jax.tree.map(lambda _: pltpu.VMEM((plan.rows, size), jnp.float32), operands.initial)
+    hs, entering, final = _call(
+        plan,
+        forward_kernel,
+        (operands,),
+        {},
+        grid=grid,
+        in_specs=[blocks.operands(operands)],
+        out_specs=[
+            blocks.steps(hs),
+            jax.tree.map(blocks.chunks, entering),
+            jax.tree.map(blocks.rows, final),
+        ],
+        out_shape=[hs, entering, final],
+        scratch_shapes=[scratch],
+    )
+    return hs, final, entering
+
+
+def _backward(
+    plan: Plan, operands: Operands, hs: Array, entering: Carry, d_hs: Array | None, d_final: Carry
+) -> Operands:
+    """The gradients of all operands."""
+    blocks, grid = _blocks(plan, operands, reverse=not plan.reverse)
+
+    def summed(a: Array) -> Any:
+        return ShapeDtypeStruct((grid[0], *a.shape), a.dtype)
+
+    xs = operands.xs if plan.differentiate_xs else None
+    d = map_parameters(summed, operands)._replace(xs=xs, start=None, valid=None, reset=None)
+    d = jax.tree.map(lambda a: _shape(operands, *a.shape), d)
+    d_specs = map_parameters(blocks.sums, d)._replace(
+        xs=jax.tree.map(blocks.steps, d.xs), initial=jax.tree.map(blocks.rows, d.initial)
+    )
+    scratch = _scratch(plan, operands)
+    # The gradient of xs takes their place: a chunk is read before it is written.
+    aliases = {0: 0} if plan.differentiate_xs else {}
+    operands = _split(plan, operands)
+    (d,) = _call(
+        plan,
+        backward_kernel,
+        (operands, hs, entering, d_hs, d_final),
+        aliases,
+        grid=grid,
+        in_specs=[
+            blocks.operands(operands),
+            blocks.steps(hs),
+            jax.tree.map(blocks.chunks, entering),
+            None if d_hs is None else blocks.steps(d_hs),
+            jax.tree.map(blocks.rows, d_final),
+        ],
+        out_specs=[d_specs],
+        out_shape=[d],
+        scratch_shapes=[scratch],
+    )
+    return map_parameters(lambda a: a.sum(0), d)
+
+
+def _scratch(plan: Plan, operands: Operands) -> Kept:
+    cell, (_, _, features) = plan.cell, operands.xs.shape
+    size, width = cell.hidden_size, len(cell.gates) * plan.lanes
+
+    def each_step(n: int) -> Any:
+        return pltpu.VMEM((plan.chunk, plan.rows, n), jnp.float32)
+
+    def in_parts(n: int) -> Any:
+        return pltpu.VMEM((plan.parts, plan.chunk, plan.rows, n), jnp.bfloat16)
+
+    pres = 2 if cell.parts_apart else 1
+    carry = operands.initial if cell.uses_h else operands.initial._replace(h=None)
+    return Kept(
+        x=in_parts(features),
+        h=in_parts(size),
+        pre=(each_step(width),) * pres,
+        carry=jax.tree.map(lambda _: each_step(size), carry),
+        d_pre=(in_parts(width),) * pres,
+        d_carry=jax.tree.map(
+            lambda _: pltpu.VMEM((plan.rows, size), jnp.float32), operands.initial
+        ),
+    )
+
+
+def _split(plan: Plan, operands: Operands) -> Operands:
+    """The weights in parts."""
+    return operands._replace(
+        kernel=jnp.stack(split(operands.kernel, plan.parts)),
+        recurrent_kernel=jnp.stack(split(operands.recurrent_kernel, plan.parts)),
+    )
+
+
+# --- The gradient --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recurrence(plan: Plan, operands: Operands) -> tuple[Array, Carry]:
+    """h after every step, masked ones included, and the final carry."""
+    hs, final, _ = _forward(plan, operands)
+    return hs, final
+
+
+def _recurrence_forward(plan: Plan, operands: Any) -> Any:
+    plan = dataclasses.replace(plan, differentiate_xs=operands.xs.perturbed)
+    operands = jax.tree.map(lambda a: a.value, operands, is_leaf=lambda a: hasattr(a, "perturbed"))
+    hs, final, entering = _forward(plan, operands)
+    return (hs, final), (plan, operands, hs, entering)
+
+
+def _recurrence_backward(_: Plan, kept: Any, cotangents: Any) -> tuple[Operands]:
+    def nothing(a: Any) -> bool:
+        return isinstance(a, SymbolicZero)
+
+    def made(a: Any) -> Array:
+        return jnp.zeros(a.shape, a.dtype) if nothing(a) else a
+
+    # Often only the final carry is used: nothing as large as hs is then filled with zeros.
+    d_hs = None if nothing(cotangents[0]) else cotangents[0]
+    d_final = jax.tree.map(made, cotangents[1], is_leaf=nothing)
+    plan, operands, hs, entering = kept
+    return (_backward(plan, operands, hs, entering, d_hs, d_final),)
+
+
+recurrence.defvjp(_recurrence_forward, _recurrence_backward, symbolic_zeros=True)

@@ -1,0 +1,353 @@
+"""The bodies of the TPU kernels, generic in a cell's ``step``; `tpu_calls` calls them.
+
+One kernel runs a whole sequence forward, one backward. Their grid is (blocks of rows, chunks of
+time); weights and carry stay in VMEM from chunk to chunk. Kept for the gradient are h of every
+step and the carry on the way into each chunk, nothing else. The backward kernel takes a chunk in
+three loops: it sweeps forward for the state, where all h are known by now; it walks back with
+`jax.vjp` of the step; it takes the weight gradients as products over many steps at once.
+
+Shapes: ``R`` rows of a block, ``C`` steps of a chunk, ``D`` features, ``H`` units, ``G`` gates.
+``L`` is ``H`` rounded up to whole groups of 128 lanes: each gate starts at such a group.
+``P`` is the number of bfloat16 parts that an operand of a product is split into.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from lstmjax.cells.base import Carry, Parts
+from lstmjax.recurrence.tpu_plan import LANES, Plan
+
+
+class Operands(NamedTuple):
+    """What a recurrence depends on: arrays outside of a kernel, references inside.
+
+    Attributes:
+        xs: ``(T, B, D)``.
+        kernel: ``(D, G*L)``, with a leading ``P`` once it is split.
+        recurrent_kernel: ``(H, G*L)``, likewise.
+        bias: ``(1, G*L)``.
+        recurrent_bias: ``(1, G*L)`` where the cell has its parts apart.
+        units: per-unit parameters by name, ``(1, H)``.
+        initial: `Carry` of ``(B, H)``.
+        start: what a reset puts in place of the carry, like ``initial``.
+        valid: 1 on valid steps, ``(B/R, T/C, R, C)``.
+        reset: 1 where a sequence begins, likewise.
+    """
+
+    xs: Any
+    kernel: Any
+    recurrent_kernel: Any
+    bias: Any
+    recurrent_bias: Any
+    units: Any
+    initial: Any
+    start: Any
+    valid: Any
+    reset: Any
+
+
+def map_parameters(f: Callable[[Any], Any], operands: Operands) -> Operands:
+    """With ``f`` of each parameter in its place."""
+    names = ("kernel", "recurrent_kernel", "bias", "recurrent_bias", "units")
+    return operands._replace(**{n: jax.tree.map(f, getattr(operands, n)) for n in names})
+
+
+class Kept(NamedTuple):
+    """Scratch of the backward kernel: what one of its loops leaves to the next.
+
+    Attributes:
+        x: parts of the inputs, ``(P, C, R, D)``.
+        h: parts of h_{t-1}, ``(P, C, R, H)``.
+        pre: pre-activations, ``(C, R, G*L)`` each: the sum, or input part and recurrent part.
+        carry: the state before each step, ``(C, R, H)``; h only where the step uses it.
+        d_pre: parts of the gradient of ``pre``, ``(P, C, R, G*L)`` each.
+        d_carry: gradient of the carry between two chunks, ``(R, H)``.
+    """
+
+    x: Any
+    h: Any
+    pre: Any
+    carry: Any
+    d_pre: Any
+    d_carry: Any
+
+
+# --- Products ------------------------------------------------------------------------------------
+
+
+def split(x: Array, parts: int) -> list[Array]:
+    """``x`` as a sum of bfloat16 arrays, each of them what the ones before it leave over."""
+    found = []
+    for _ in range(parts):
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(x.dtype)
+    return found
+
+
+def product(a: Sequence[Array], b: Sequence[Array], axes: tuple[int, int] = (1, 0)) -> Array:
+    """The product of two matrices in parts, ``axes`` contracted, small terms first.
+
+    Terms that lie below the precision of the whole are left out: of three parts each, those that
+    `jax.lax.Precision.HIGHEST` leaves out as well.
+    """
+    terms = [(i, n - i) for n in reversed(range(len(a))) for i in range(n + 1)]
+    if a[0].shape[axes[0]] <= LANES // 2:  # the matrix unit is deeper than that: one behind another
+        a = [jnp.concatenate([a[i] for i, _ in terms], axes[0])]
+        b = [jnp.concatenate([b[j] for _, j in terms], axes[1])]
+        terms = [(0, 0)]
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return functools.reduce(
+        jnp.add,
+        (lax.dot_general(a[i], b[j], dims, preferred_element_type=jnp.float32) for i, j in terms),
+    )
+
+
+# --- One step ------------------------------------------------------------------------------------
+
+
+def read(refs: Any) -> Any:
+    """The whole contents of every reference in a tree."""
+    return jax.tree.map(lambda ref: ref[...], refs)
+
+
+def write(refs: Any, values: Any, index: Any = ...) -> None:
+    """Store a tree of values, each at ``index`` of its reference."""
+
+    def store(ref: Any, value: Array) -> None:
+        ref[index] = value
+
+    jax.tree.map(store, refs, values)
+
+
+def _flag(ref: Any, t: Any) -> Array:
+    """Column ``t`` of a chunk's flags, ``(R, 1)``."""
+    flags = ref[0, 0]
+    column = lax.broadcasted_iota(jnp.int32, flags.shape, 1) == t
+    return jnp.sum(jnp.where(column, flags, 0.0), axis=1, keepdims=True)
+
+
+def _choose(flag: Array, yes: Any, no: Any) -> Any:
+    def choose(a: Array, b: Array) -> Array:
+        return jnp.where(jnp.broadcast_to(flag, a.shape) > 0, a, b)
+
+    return jax.tree.map(choose, yes, no)
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _entered(ins: Operands, t: Any, carry: Carry) -> Carry:
+    """The carry that step ``t`` starts from."""
+    return carry if ins.reset is None else _choose(_flag(ins.reset, t), read(ins.start), carry)
+
+
+def _left(ins: Operands, t: Any, new: Carry, old: Carry) -> Carry:
+    """The carry that step ``t`` leaves."""
+    return new if ins.valid is None else _choose(_flag(ins.valid, t), new, old)
+
+
+def _pre_activations(plan: Plan, ins: Operands, x: Any, h: Any) -> tuple[Array, ...]:
+    """``(R, G*L)`` each: the sum, or the input part and the recurrent part."""
+    parts = range(plan.parts)
+    pre_x = product(x, [ins.kernel[p] for p in parts]) + ins.bias[...]
+    pre_h = product(h, [ins.recurrent_kernel[p] for p in parts])
+    if plan.cell.parts_apart:
+        return pre_x, pre_h + ins.recurrent_bias[...]
+    return (pre_x + pre_h,)
+
+
+def _named(plan: Plan, pre: tuple[Array, ...]) -> Any:
+    """The gates by name, ``(R, H)`` each, as ``step`` takes them."""
+    cell = plan.cell
+    whole = [cell._named(a) for a in pre]
+    gates = jax.tree.map(lambda a: a[:, : cell.hidden_size], whole)
+    return Parts(*gates) if cell.parts_apart else gates[0]
+
+
+def _step(plan: Plan, pre: Any, carry: Carry, units: dict[str, Array]) -> Carry:
+    return plan.cell.apply_step(pre, carry, {"units": units})
+
+
+def _units(ins: Operands) -> dict[str, Array]:
+    return {name: ref[0] for name, ref in ins.units.items()}
+
+
+# --- Forward -------------------------------------------------------------------------------------
+
+
+def forward_kernel(
+    plan: Plan, ins: Operands, hs: Any, entering: Any, final: Any, carried: Any
+) -> None:
+    """Run one chunk.
+
+    Args:
+        plan: what the kernel is for.
+        ins: the operands' blocks.
+        hs: out, h after each step, ``(C, R, H)``.
+        entering: out, the carry before the chunk, arrays ``(1, R, H)``.
+        final: out, the carry after the chunk, arrays ``(R, H)``.
+        carried: scratch that hands the carry to the next chunk, likewise.
+    """
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        write(carried, read(ins.initial))
+
+    write(entering, read(carried), 0)
+    units = _units(ins)
+
+    def body(k: Any, carry: Carry) -> Carry:
+        t = plan.place(k)
+        carry = _entered(ins, t, carry)
+        x, h = split(ins.xs[t], plan.parts), split(carry.h, plan.parts)
+        pre = _named(plan, _pre_activations(plan, ins, x, h))
+        carry = _left(ins, t, _step(plan, pre, carry, units), carry)
+        hs[t] = carry.h
+        return carry
+
+    last = lax.fori_loop(0, plan.chunk, body, read(carried), unroll=plan.unroll)
+    write(carried, last)
+    write(final, last)
+
+
+# --- Backward ------------------------------------------------------------------------------------
+
+
+def backward_kernel(
+    plan: Plan,
+    ins: Operands,
+    hs: Any,
+    entering: Any,
+    d_hs: Any,
+    d_final: Any,
+    d: Operands,
+    kept: Kept,
+) -> None:
+    """Take one chunk back; chunks come in the reverse of their order in the forward kernel.
+
+    Args:
+        plan: what the kernel is for.
+        ins: the operands' blocks.
+        hs: from the forward kernel.
+        entering: from the forward kernel.
+        d_hs: gradient of ``hs``, ``(C, R, H)``, or None where nothing depends on them.
+        d_final: gradient of the final carry, arrays ``(R, H)``.
+        d: out, gradients; those of parameters are sums over the rows, with a leading axis of 1.
+        kept: scratch.
+    """
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        write(kept.d_carry, read(d_final))
+        map_parameters(_clear, d)
+        _clear_lanes(plan, kept)
+
+    _sweep(plan, ins, hs, entering, kept)
+    _walk_back(plan, ins, d_hs, d, kept)
+    _weight_gradients(plan, ins, d, kept)
+
+
+def _clear(ref: Any) -> None:
+    ref[...] = jnp.zeros_like(ref)
+
+
+def _clear_lanes(plan: Plan, kept: Kept) -> None:
+    """Zeros in the lanes of ``d_pre`` behind each gate, that nothing else ever writes."""
+
+    def body(t: Any, _: None) -> None:
+        for ref in kept.d_pre:
+            for p in range(plan.parts):
+                ref[p, t] = jnp.zeros_like(ref[p, t])
+
+    if plan.lanes > plan.cell.hidden_size:
+        lax.fori_loop(0, plan.chunk, body, None)
+
+
+def _sweep(plan: Plan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> None:
+    """Forward over the chunk, h being known: state and pre-activations of every step."""
+    units = _units(ins)
+
+    def body(k: Any, carry: Any) -> Carry:
+        t = plan.place(k)
+        carry = _entered(ins, t, carry)
+        x, h = split(ins.xs[t], plan.parts), split(carry.h, plan.parts)
+        pre = _pre_activations(plan, ins, x, h)
+        for p in range(plan.parts):
+            kept.x[p, t], kept.h[p, t] = x[p], h[p]
+        write(kept.pre, pre, t)
+        write(kept.carry, carry if plan.cell.uses_h else carry._replace(h=None), t)
+        new = _step(plan, _named(plan, pre), carry, units)
+        return _left(ins, t, new, carry)._replace(h=hs[t])
+
+    first = jax.tree.map(lambda ref: ref[0], entering)
+    lax.fori_loop(0, plan.chunk, body, first, unroll=plan.unroll)
+
+
+def _walk_back(plan: Plan, ins: Operands, d_hs: Any, d: Operands, kept: Kept) -> None:
+    """Backward over the chunk: only what has to be done step by step."""
+    units, parts = _units(ins), range(plan.parts)
+
+    def body(k: Any, d_carry: Carry) -> Carry:
+        t = plan.place(plan.chunk - 1 - k)
+        if d_hs is not None:
+            d_carry = d_carry._replace(h=d_carry.h + d_hs[t])
+        d_new = _left(ins, t, d_carry, _zeros(d_carry))
+        carry = jax.tree.map(lambda ref: ref[t], kept.carry)
+        if carry.h is None:
+            carry = carry._replace(h=jnp.zeros_like(d_new.h))
+        pre = _named(plan, tuple(ref[t] for ref in kept.pre))
+        _, pull_back = jax.vjp(functools.partial(_step, plan), pre, carry, units)
+        d_pre, d_old, d_units = pull_back(d_new)
+        for name, value in d_units.items():
+            d.units[name][0] += value[None]
+        _store_gates(plan, d_pre, t, d, kept)
+        through_pre = product(
+            [kept.d_pre[-1][p, t] for p in parts], [ins.recurrent_kernel[p] for p in parts], (1, 1)
+        )
+        d_old = d_old._replace(h=d_old.h + through_pre)
+        if ins.valid is not None:
+            d_old = _choose(_flag(ins.valid, t), d_old, d_carry)
+        return d_old if ins.reset is None else _choose(_flag(ins.reset, t), _zeros(d_old), d_old)
+
+    first = lax.fori_loop(0, plan.chunk, body, read(kept.d_carry), unroll=plan.unroll)
+    write(kept.d_carry, first)
+    write(d.initial, first)
+
+
+def _store_gates(plan: Plan, d_pre: Any, t: Any, d: Operands, kept: Kept) -> None:
+    """Lay the gradients of a step's gates side by side, and add them to those of the bias."""
+    blocks = d_pre if plan.cell.parts_apart else (d_pre,)
+    for ref, bias, gates in zip(kept.d_pre, (d.bias, d.recurrent_bias), blocks, strict=False):
+        for g, value in enumerate(gates):
+            lanes = slice(g * plan.lanes, g * plan.lanes + plan.cell.hidden_size)
+            bias[0, :, lanes] += jnp.sum(value, axis=0, keepdims=True)
+            for p, part in enumerate(split(value, plan.parts)):
+                ref[p, t, :, lanes] = part
+
+
+def _weight_gradients(plan: Plan, ins: Operands, d: Operands, kept: Kept) -> None:
+    """The products that need not wait for one another, ``group`` steps at once."""
+    parts = range(plan.parts)
+    kernel = [ins.kernel[p] for p in parts]
+
+    def body(k: Any, _: None) -> None:
+        steps = pl.ds(k * plan.group, plan.group)
+
+        def rows(ref: Any) -> list[Array]:
+            return [ref[p, steps].reshape(-1, ref.shape[-1]) for p in parts]
+
+        d_pre_x, d_pre_h = rows(kept.d_pre[0]), rows(kept.d_pre[-1])
+        d.kernel[0] += product(rows(kept.x), d_pre_x, (0, 0))
+        d.recurrent_kernel[0] += product(rows(kept.h), d_pre_h, (0, 0))
+        if d.xs is not None:
+            d_xs = product(d_pre_x, kernel, (1, 1))
+            d.xs[steps] = d_xs.reshape(plan.group, *d.xs.shape[1:])
+
+    lax.fori_loop(0, plan.chunk // plan.group, body, None)

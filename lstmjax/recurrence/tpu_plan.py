@@ -1,0 +1,122 @@
+"""The sizes of the TPU kernels: blocks of rows, chunks of time, and the VMEM that they take.
+
+Nothing here imports Pallas, which takes longer than the rest of the library on a machine without a
+TPU. `tpu_kernel` says what the letters in shapes mean.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from lstmjax.cells.base import Cell
+from lstmjax.precision import Precision
+
+LANES = 128
+"""Columns of a tile."""
+
+ROWS = 16
+"""Rows of a bfloat16 tile; the rows of a block are a multiple of it."""
+
+MIB = 2**20
+DEFAULT_VMEM = 16 * MIB
+"""VMEM that the compiler grants without being asked; all that a TPU v4 has."""
+
+UNROLL = 4
+"""Steps written out in a loop, unless a step is long: the end of one overlaps the next."""
+
+FITTING = 1280
+"""Rows times steps of a chunk, where memory allows: enough for the matrix unit, and little."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel is specialised to.
+
+    Attributes:
+        cell: whose step it runs.
+        reverse: from the last step to the first.
+        parts: P, 3 for float32 products, 1 for bfloat16.
+        rows: R.
+        chunk: C.
+        unroll: steps written out in a loop over time; divides ``chunk``.
+        group: steps of one product for the weight gradients; divides ``chunk``.
+        vmem: bytes of VMEM to ask the compiler for.
+        interpret: run by the Pallas interpreter, on any platform.
+        differentiate_xs: whether anything depends on the gradient of the inputs.
+    """
+
+    cell: Cell
+    reverse: bool
+    parts: int
+    rows: int
+    chunk: int
+    unroll: int
+    group: int
+    vmem: int
+    interpret: bool
+    differentiate_xs: bool = True
+
+    @property
+    def lanes(self) -> int:
+        """L."""
+        return up(self.cell.hidden_size, LANES)
+
+    def place(self, k: Any) -> Any:
+        """Where in its chunk the step lies that is processed k-th."""
+        return self.chunk - 1 - k if self.reverse else k
+
+
+def up(number: int, multiple: int) -> int:
+    """``number`` rounded up."""
+    return -(-number // multiple) * multiple
+
+
+def tpu_device() -> tuple[int, int]:
+    """Bytes of VMEM and number of cores of the TPU that is compiled for."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:  # no TPU: the interpreter runs what the smallest one would
+        return DEFAULT_VMEM, 1
+    return info.vmem_capacity_bytes, info.num_cores
+
+
+def parts_of(precision: Precision) -> int:
+    """bfloat16 parts of an operand, P."""
+    return 3 if precision == "float32" else 1
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` up to ``most``."""
+    return next(d for d in range(min(number, most), 0, -1) if number % d == 0)
+
+
+def chunk_near(steps: int, most: int) -> int:
+    """Steps of a chunk: a divisor of ``steps`` where one is near ``most``, easy to unroll."""
+    near = [c for c in range(-(-most // 2), most + 1) if steps % c == 0]
+    return max(near or [most], key=lambda c: (math.gcd(c, UNROLL), c))
+
+
+def vmem_bytes(cell: Cell, rows: int, chunk: int, features: int, precision: Precision) -> int:
+    """Bytes of VMEM that the backward kernel takes, which is the larger one.
+
+    Blocks that move with the grid, and weights, are there twice. To their sum a tenth and 2 MiB are
+    added for what the compiler spills.
+    """
+    parts, states = parts_of(precision), len(cell.State._fields)
+    size, wide = up(cell.hidden_size, LANES), up(features, LANES)
+    width = len(cell.gates) * size
+    sums = up(features, 8) + up(cell.hidden_size, 8)
+    weights = 2 * 2 * parts * width * (up(features, ROWS) + up(cell.hidden_size, ROWS))
+    moving = 2 * 4 * (2 * wide + 2 * size)  # xs and their gradient, hs and theirs
+    pre = (4 + 2 * parts) * width * (1 + cell.parts_apart)
+    kept = 2 * parts * (wide + size) + 4 * size * (states + cell.uses_h)
+    flags = 2 * 2 * 4 * up(chunk, LANES) * rows
+    step = rows * (moving + pre + kept)
+    carries = 9 * 4 * rows * size * (1 + states)
+    total = weights + 2 * 4 * sums * width + flags + carries + chunk * step
+    return total + total // 10 + 2 * MIB

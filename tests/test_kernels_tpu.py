@@ -1,0 +1,250 @@
+"""The TPU engine on a CPU: its kernels in Pallas' interpreter, against the plain scan in float64.
+
+The interpreter knows neither the sizes of a TPU's tiles nor its memory: those only compiling shows
+(`test_aot.py`).
+"""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
+from lstmjax.recurrence import Derived, PallasTPU, Workload, choose_engine, unroll
+from tests.kernel_cases import (
+    Case,
+    LayerNorm,
+    Projected,
+    Three,
+    TwoHeads,
+    TwoHeadsApart,
+    compare,
+    draw,
+    expected,
+    jit,
+    values_and_gradients,
+)
+
+ENGINE = PallasTPU(chunk=3, unroll=1, interpret=True)
+BOTH = ("mask", "resets")
+
+# Four steps are no multiple of the chunk, three rows none of a block, five units none of the lanes.
+CASES = {
+    "LSTM, three chunks": Case(LSTM(5), steps=7),
+    "LSTM, flags, bfloat16": Case(LSTM(5), precision="bfloat16", flags=BOTH),
+    "LSTM, mask, reverse": Case(LSTM(5), flags=("mask",), reverse=True),
+    "LSTM, two groups of lanes, wide inputs": Case(LSTM(130), steps=3, features=130),
+    "LSTM, whole lanes": Case(LSTM(128), steps=3, precision="bfloat16", flags=("resets",)),
+    "LSTM, two blocks of rows, unrolled": Case(LSTM(5), batch=20, flags=BOTH),
+    "LSTM, one step of one row, default sizes": Case(LSTM(5), batch=1, steps=1),
+    "GRU, flags, reverse": Case(GRU(6), flags=BOTH, reverse=True),
+    "GRU, bfloat16, default sizes": Case(GRU(70), steps=2, precision="bfloat16"),
+    "PeepholeLSTM, flags": Case(PeepholeLSTM(5), flags=BOTH),
+    "PeepholeLSTM, bfloat16, reverse": Case(PeepholeLSTM(5), precision="bfloat16", reverse=True),
+    "Three, flags, reverse": Case(Three(6), flags=BOTH, reverse=True),
+    "Three, bfloat16, a start of its own": Case(
+        Three(6), precision="bfloat16", flags=("resets",), initial=False
+    ),
+    "LayerNorm, flags": Case(LayerNorm(6), flags=BOTH),
+    "LayerNorm, bfloat16, reverse": Case(LayerNorm(6), precision="bfloat16", reverse=True),
+    "heads": Case(TwoHeads(6)),
+    "heads, parts apart, bfloat16": Case(TwoHeadsApart(6), precision="bfloat16"),
+}
+SETTINGS = {
+    "LSTM, two blocks of rows, unrolled": PallasTPU(rows=16, chunk=2, interpret=True),
+    "LSTM, one step of one row, default sizes": PallasTPU(interpret=True),
+    "GRU, bfloat16, default sizes": PallasTPU(interpret=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_all_gradients(name):
+    case, engine = CASES[name], SETTINGS.get(name, ENGINE)
+    args, options = draw(case)
+    got = jit(lambda *a: values_and_gradients(engine, case.cell, *a, **options))(*args)
+    compare(case, got, expected(case, args, options))
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0)], ids=["no rows", "no steps"])
+def test_an_empty_batch_or_sequence(batch, steps):
+    case = Case(LSTM(5), batch=batch, steps=steps)
+    args, options = draw(case)
+    (hs, final), (d_params, _, d_initial) = values_and_gradients(
+        ENGINE, case.cell, *args, **options
+    )
+    assert hs.shape == (batch, steps, 5)
+    jax.tree.map(np.testing.assert_array_equal, (final, d_initial), (args[2], args[4]))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_params))
+
+
+def test_garbage_in_the_padding_has_no_influence():
+    case = Case(LSTM(5), flags=("lengths",))
+    (params, x, *rest), options = draw(case)
+    padded = jnp.arange(case.steps)[None] >= options["lengths"][:, None]
+    garbage = jnp.where(padded[..., None], jnp.nan, x)
+    args = (params, garbage, *rest)
+    got = jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
+    compare(case, got, expected(case, (params, x, *rest), options))
+
+
+# --- Only what is asked for ----------------------------------------------------------------------
+
+
+def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
+    case = Case(GRU(5), flags=BOTH)
+    (params, x, initial, *_), options = draw(case)
+
+    def gradients(params, engine):
+        def last(params):
+            return (unroll(case.cell, params, x, initial, engine=engine, **options)[1].h ** 2).sum()
+
+        return jax.grad(last)(params)
+
+    got, wanted = (jit(functools.partial(gradients, engine=e))(params) for e in (ENGINE, "scan"))
+    compare(case, ((), got), ((), wanted))
+
+
+# --- Under the transformations of JAX ------------------------------------------------------------
+
+
+def test_vmap_over_parameters_is_the_loop():
+    case = Case(LSTM(5))
+    (_, *rest), options = draw(case)
+    sets = [draw(case, seed)[0][0] for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *sets)
+
+    def one(params):
+        return values_and_gradients(ENGINE, case.cell, params, *rest, **options)
+
+    got = jit(jax.vmap(one))(stacked)
+    for k, params in enumerate(sets):
+        apart = jax.tree.map(lambda a, k=k: a[k], got)
+        compare(case, apart, expected(case, (params, *rest), options))
+
+
+def test_under_shard_map():
+    """Rows over two devices, parameters on both.
+
+    The interpreter cannot do it with ``check_vma=True``; a compiled kernel can (`test_aot.py`).
+    """
+    case = Case(PeepholeLSTM(5), batch=4, flags=BOTH)
+    (params, x, initial, d_hs, d_final), options = draw(case)
+    mask, resets = options["mask"], options["resets"]
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+
+    def local(params, x, initial, d_hs, d_final, mask, resets):
+        values, (d_params, d_x, d_initial) = values_and_gradients(
+            ENGINE, case.cell, params, x, initial, d_hs, d_final, mask=mask, resets=resets
+        )
+        return values, (jax.lax.psum(d_params, "rows"), d_x, d_initial)
+
+    rows = P("rows")
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), rows, rows, rows, rows, rows, rows),
+        out_specs=(rows, (P(), rows, rows)),
+        check_vma=False,
+    )
+    got = jit(run)(params, x, initial, d_hs, d_final, mask, resets)
+    compare(case, got, expected(case, (params, x, initial, d_hs, d_final), options))
+
+
+def test_second_derivatives_and_forward_mode_are_refused():
+    cell = LSTM(5)
+    (params, x, *_), _ = draw(Case(cell))
+
+    def total(x):
+        return unroll(cell, params, x, engine=ENGINE)[0].sum()
+
+    with pytest.raises(NotImplementedError, match=r'"pallas_tpu" has no second .* engine="scan"'):
+        jax.eval_shape(jax.grad(lambda x: (jax.grad(total)(x) ** 2).sum()), x)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jit(lambda x: jax.jvp(total, (x,), (x,))).lower(x)
+
+
+# --- Choice, refusals, sizes ---------------------------------------------------------------------
+
+WORK = Workload("tpu", "float32", "float32", steps=500, batch=64, features=32)
+
+
+class Special(LSTM):
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return jax.lax.digamma(h), state
+
+
+class Narrow(LSTM):
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        carry = super().initial_carry(batch_size, dtype)
+        return carry._replace(state=self.State(carry.state.c[:, :1]))
+
+
+@pytest.mark.parametrize(
+    ("cell", "change", "reason"),
+    [
+        (LSTM(100), {"platform": "cpu"}, "it needs a TPU, this is a cpu"),
+        (LSTM(100), {"dtype": "float64"}, "a TPU computes in float32, the inputs are float64"),
+        (Projected(100), {}, "Projected overrides transition"),
+        (Narrow(100), {}, "Narrow carries arrays that are not (B, 100)"),
+        (Special(100), {}, "its step uses digamma, which a TPU kernel does not have"),
+        (LSTM(2048), {}, "MiB of VMEM, this TPU has 16"),
+    ],
+    ids=lambda a: type(a).__name__ if isinstance(a, Cell) else None,
+)
+def test_refusals_name_the_reason(cell, change, reason):
+    with pytest.raises(ValueError, match="engine 'pallas_tpu' cannot run") as caught:
+        choose_engine(cell, WORK._replace(**change), "pallas_tpu")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cell", [LSTM, PeepholeLSTM, GRU, Three, LayerNorm, TwoHeads])
+def test_it_is_the_first_choice_on_a_tpu(cell, precision):
+    work = WORK._replace(precision=precision)
+    assert choose_engine(cell(100), work) == (PallasTPU(), "the first choice")
+
+
+def test_what_it_refuses_the_next_engine_runs():
+    chosen, reason = choose_engine(Special(100), WORK)
+    assert chosen == Derived()
+    assert reason == "no pallas_tpu: its step uses digamma, which a TPU kernel does not have"
+    assert choose_engine(LSTM(100), WORK._replace(platform="cpu")) == (
+        Derived(),
+        "the first choice",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"unroll": -1}, "unroll must be at least 1, got -1"),
+        ({"rows": 12}, "rows must be a multiple of 16, got 12"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PallasTPU(**settings)
+
+
+@pytest.mark.parametrize("hidden", [1, 20, 100, 128, 200])
+@pytest.mark.parametrize("batch", [1, 17, 64, 256, 1000])
+@pytest.mark.parametrize("steps", [1, 7, 97, 500])
+def test_sizes_fit_and_divide(steps, batch, hidden):
+    plan = PallasTPU().plan(LSTM(hidden), steps, batch, features=32)
+    assert 1 <= plan.chunk <= steps
+    assert plan.rows % 16 == 0
+    assert plan.chunk % plan.unroll == plan.chunk % plan.group == 0
+    assert plan.vmem <= 16 * 2**20 or plan.chunk == 1
+
+
+def test_importing_the_library_does_not_import_pallas():
+    code = "import lstmjax.layers, sys; sys.exit('jax.experimental.pallas' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
