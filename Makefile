@@ -3,10 +3,10 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo imdb test bench lint format lock clean
+.PHONY: help demo imdb test test-aot bench lint format lock clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
 
 demo: .venv/ready  ## train on the built-in corpus: no network beyond pip
 	$(RUN) experiments/imdb.py --data demo $(ARGS)
@@ -17,6 +17,9 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 test: .venv/ready-test  ## all tests that this machine can run
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone" $(ARGS)
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 ]  # 5: none of them in ARGS
+
+test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
 
 bench: .venv/ready-bench  ## side by side with what a user would take instead
 	$(RUN) -m benchmarks $(ARGS)
@@ -47,6 +50,12 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
 	touch $@
 
+# By itself: where the compilers are installed, JAX looks for their devices.
+.venv-aot/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test,aot]'
+	touch $@
+
 .venv/ready-bench: .venv/ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[bench]'
 	touch $@
@@ -56,4 +65,4 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-aot build *.egg-info

@@ -14,7 +14,7 @@ from lstmjax.aot import gpu
 from lstmjax.cells import GRU, LSTM, PeepholeLSTM
 from lstmjax.errors import UserError
 from lstmjax.recurrence import PallasGPU, Workload, unroll
-from tests.test_kernels_gpu import LayerNormLSTM, Three
+from tests.kernel_cases import LayerNorm, Three
 
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
 
@@ -78,8 +78,8 @@ def test_compiles_under_vmap_and_shard_map():
 
 
 def test_what_does_not_run_is_refused_with_the_reason():
-    with pytest.raises(UserError, match=r"cannot run LayerNormLSTM.*mixes the units of a row"):
-        gpu.compile_cell(LayerNormLSTM(20))
+    with pytest.raises(UserError, match=r"cannot run LayerNorm.*mixes the units of a row"):
+        gpu.compile_cell(LayerNorm(20))
     with pytest.raises(UserError, match="1024 units with 4 gates do not fit"):
         gpu.compile_cell(LSTM(1024))
 

@@ -4,8 +4,6 @@ The interpreter runs the warpgroups of a block as threads, with their barriers a
 used for clusters and knows no layouts: those only compiling shows (`test_aot_gpu.py`).
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,141 +11,48 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
+from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, Workload, choose_engine, gpu_kernel, pallas_gpu, unroll
 from lstmjax.recurrence.gpu_cells import cut
 from lstmjax.recurrence.pallas_gpu import PallasGPU
 from tests.gpu_interpreter import INTERPRET
-from tests.tolerances import assert_close, recurrence_terms
+from tests.kernel_cases import (
+    Case,
+    LayerNorm,
+    Projected,
+    Three,
+    TwoHeads,
+    TwoHeadsApart,
+    compare,
+    draw,
+    expected,
+    jit,
+    values_and_gradients,
+)
 
 ENGINE = PallasGPU(interpreter=INTERPRET)
-D = 2
-
-
-class Three(Cell):
-    """Three arrays of state, h itself, functions that the backend lacks, and a start of its own.
-
-    With zeros for padding it would divide zero by zero.
-    """
-
-    gates = ("i", "f", "g", "o")
-    unit_params = {"gain": 1.0, "leak": 0.1}
-    uses_h = True
-
-    class State(NamedTuple):
-        c: jax.Array
-        n: jax.Array
-        m: jax.Array
-
-    def initial_carry(self, batch_size, dtype=jnp.float32):
-        one = jnp.ones((batch_size, self.hidden_size), dtype)
-        return Carry(0.5 * one, self.State(0 * one, one, 0 * one))
-
-    def step(self, pre, state, params, h):
-        log_f = jax.nn.log_sigmoid(pre.f)
-        m = jnp.maximum(log_f + state.m, pre.i)
-        i, f = jnp.exp(pre.i - m), jnp.exp(log_f + state.m - m)
-        c = f * state.c + i * jnp.sqrt(jax.nn.softplus(pre.g)) * params.gain
-        n = f * state.n + i
-        return jax.nn.sigmoid(pre.o) * c / n + params.leak * h, self.State(c, n, m)
-
-
-class TwoHeads(GRU):
-    """A block-diagonal recurrent kernel, the two parts of the pre-activations apart."""
-
-    heads = 2
-
-
-class Case(NamedTuple):
-    cell: Cell
-    batch: int = 3
-    steps: int = 3
-    precision: str = "float32"
-    flags: bool = False
-    reverse: bool = False
-
+BOTH = ("mask", "resets")
 
 CASES = {
     "LSTM": Case(LSTM(5), steps=4),
-    "LSTM, bfloat16, flags": Case(LSTM(64), precision="bfloat16", flags=True),
+    "LSTM, bfloat16, flags": Case(LSTM(64), precision="bfloat16", flags=BOTH),
     "PeepholeLSTM, flags, reverse, two blocks": Case(
-        PeepholeLSTM(5), batch=9, flags=True, reverse=True
+        PeepholeLSTM(5), batch=9, flags=BOTH, reverse=True
     ),
-    "GRU, two tiles, flags": Case(GRU(70), steps=2, flags=True),
+    "GRU, two tiles, flags": Case(GRU(70), steps=2, flags=BOTH),
     "GRU, three tiles, bfloat16": Case(GRU(130), steps=2, precision="bfloat16"),
-    "Three, flags, bfloat16": Case(Three(6), flags=True, precision="bfloat16"),
-    "Three, flags, reverse": Case(Three(6), steps=4, flags=True, reverse=True),
-    "heads": Case(TwoHeads(6)),
+    "Three, flags, bfloat16": Case(Three(6), flags=BOTH, precision="bfloat16"),
+    "Three, flags, reverse": Case(Three(6), steps=4, flags=BOTH, reverse=True),
+    "heads, parts apart": Case(TwoHeadsApart(6), steps=3),
     "one step of one row": Case(LSTM(64), batch=1, steps=1),
 }
-
-
-def draw(case, seed=0):
-    """``(params, x, initial, d_hs, d_final)`` and the options of `unroll`."""
-    rng = np.random.default_rng(seed)
-
-    def like(tree, scale=1.0):
-        return jax.tree.map(
-            lambda a: jnp.asarray(scale * rng.normal(size=a.shape), "float32"), tree
-        )
-
-    params = jax.eval_shape(lambda: case.cell.init(jax.random.key(0), D))
-    carry = jax.eval_shape(lambda: case.cell.initial_carry(case.batch))
-    x = like(jax.ShapeDtypeStruct((case.batch, case.steps, D), "float32"))
-    d_hs = like(jax.ShapeDtypeStruct((case.batch, case.steps, case.cell.hidden_size), "float32"))
-    args = like(params, 0.4), x, like(carry), d_hs, like(carry)
-    options = {"reverse": case.reverse, "precision": case.precision}
-    if case.flags:
-        options["mask"] = jnp.asarray(rng.random((case.batch, case.steps)) < 0.7)
-        options["resets"] = jnp.asarray(rng.random((case.batch, case.steps)) < 0.3)
-    return args, options
-
-
-def values_and_gradients(engine, cell, params, x, initial, d_hs, d_final, **options):
-    def run(params, x, initial):
-        return unroll(cell, params, x, initial, engine=engine, **options)
-
-    out, pull_back = jax.vjp(run, params, x, initial)
-    return out, pull_back((d_hs, d_final))
-
-
-def quickly(f, *args):
-    """``jax.jit(f)(*args)``, for what takes longer to compile well than to run."""
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(f).lower(*args).compile(compiler_options=options)(*args)
-
-
-def expected(case, args, options):
-    """The plain scan in float64."""
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda a: jnp.asarray(a, "float64"), args)
-        options = options | {"precision": "float32"}
-        return quickly(lambda *a: values_and_gradients("scan", case.cell, *a, **options), *wide)
-
-
-def compare(case, got, wanted):
-    batch, steps, hidden, gates = (
-        case.batch,
-        case.steps,
-        case.cell.hidden_size,
-        len(case.cell.gates),
-    )
-    for k, what in enumerate(("values", "gradients")):
-        terms = recurrence_terms(batch, steps, D, hidden, gates, gradient=bool(k))
-        assert jax.tree.structure(got[k]) == jax.tree.structure(wanted[k])
-        for (path, one), other in zip(
-            jax.tree_util.tree_leaves_with_path(got[k]), jax.tree.leaves(wanted[k]), strict=True
-        ):
-            name = f"{what}{jax.tree_util.keystr(path)}"
-            assert one.dtype == jnp.float32, name
-            assert_close(one, other, reduction=terms, dtype=case.precision, what=name)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_all_gradients(name):
     case = CASES[name]
     args, options = draw(case)
-    got = quickly(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options), *args)
+    got = jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, args, options))
 
 
@@ -163,7 +68,7 @@ def test_vmap_over_parameters_is_the_loop():
     def one(params):
         return values_and_gradients(ENGINE, case.cell, params, *rest, **options)
 
-    got = quickly(jax.vmap(one), stacked)
+    got = jit(jax.vmap(one))(stacked)
     for k, params in enumerate(sets):
         apart = jax.tree.map(lambda a, k=k: a[k], got)
         compare(case, apart, expected(case, (params, *rest), options))
@@ -216,7 +121,7 @@ def without_kernel(monkeypatch):
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_under_shard_map(check_vma, without_kernel):
     """Rows over two devices, parameters on both; what varies is checked with the interpreter."""
-    case = Case(PeepholeLSTM(5), batch=4, flags=True)
+    case = Case(PeepholeLSTM(5), batch=4, flags=BOTH)
     engine, devices = (ENGINE, 1) if check_vma else (without_kernel, 2)
     args, options = draw(case)
     mesh = jax.make_mesh(
@@ -238,12 +143,12 @@ def test_under_shard_map(check_vma, without_kernel):
         out_specs=(rows, (P(), rows, rows)),
         check_vma=check_vma,
     )
-    got = quickly(shards, options["mask"], options["resets"], *args)
+    got = jit(shards)(options["mask"], options["resets"], *args)
     compare(case, got, expected(case, args, options))
 
 
 def test_second_derivatives_are_those_of_the_scan(without_kernel):
-    case = Case(LSTM(5), flags=True)
+    case = Case(LSTM(5), flags=BOTH)
     args, options = draw(case)
 
     def penalty(engine, params, x, initial, *cotangents):
@@ -254,8 +159,8 @@ def test_second_derivatives_are_those_of_the_scan(without_kernel):
 
         return jax.grad(squares, (0, 1, 2))(params, x, initial)
 
-    got = quickly(lambda *a: penalty(without_kernel, *a), *args)
-    wanted = quickly(lambda *a: penalty("scan", *a), *args)
+    got = jit(lambda *a: penalty(without_kernel, *a))(*args)
+    wanted = jit(lambda *a: penalty("scan", *a))(*args)
     compare(case, (None, got), (None, wanted))
 
 
@@ -281,12 +186,6 @@ def test_an_empty_batch_or_sequence(batch, steps):
 # --- What it refuses -----------------------------------------------------------------------------
 
 
-class LayerNormLSTM(LSTM):
-    """Mixes the units of a row, and says so."""
-
-    elementwise = False
-
-
 class Undeclared(LSTM):
     """Mixes units, and does not say so."""
 
@@ -307,11 +206,6 @@ class Special(LSTM):
         return jax.lax.digamma(h), state
 
 
-class Projected(LSTM):
-    def transition(self, params, x, carry, dot):
-        return super().transition(params, x, carry, dot)
-
-
 WORK = Workload("gpu", "float32", "bfloat16", steps=500, batch=64, features=32)
 
 
@@ -320,12 +214,12 @@ WORK = Workload("gpu", "float32", "bfloat16", steps=500, batch=64, features=32)
     [
         (LSTM(100), {"platform": "tpu"}, "it runs on GPUs, not on tpu"),
         (LSTM(100), {"dtype": "float64"}, "it computes in float32, the inputs are float64"),
-        (LayerNormLSTM(100), {}, "its step mixes the units of a row (elementwise = False)"),
+        (LayerNorm(100), {}, "its step mixes the units of a row (elementwise = False)"),
         (Undeclared(100), {}, "its step uses reduce_sum"),
         (PerUnitConstant(100), {}, "its step holds a constant of shape (1, 100)"),
         (Special(100), {}, "its step uses digamma"),
         (Projected(100), {}, "Projected overrides transition"),
-        (TwoHeads(1024), {}, "1024 units with 3 gates do not fit into shared memory"),
+        (TwoHeads(1024), {}, "1024 units with 4 gates do not fit into shared memory"),
         (LSTM(512), {}, "512 units with 4 gates do not fit into shared memory"),
         (LSTM(256), {"precision": "float32"}, "256 units with 4 gates do not fit"),
     ],
