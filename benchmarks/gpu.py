@@ -1,7 +1,7 @@
 """The recurrence on a GPU: lstmjax' engines, Flax, PyTorch and cuDNN through JAX.
 
     python -m benchmarks.gpu            under 8 minutes, no network; prints a table and writes
-                                        benchmarks/results/<device>.json
+                                        benchmarks/results/gpu/<device>.json
     python -m benchmarks.gpu --check    tiny shapes, with or without a GPU, writes nothing: only
                                         shows that every contender that is present runs
 
@@ -36,7 +36,7 @@ from lstmjax.recurrence import Workload, choose_engine, unroll
 from lstmjax.recurrence.engine import platform
 from lstmjax.recurrence.pallas_gpu import PallasGPU
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parent / "results" / "gpu"
 SECONDS = 420.0
 """After which nothing new is begun."""
 TURNS, LEAST = 7, 0.02

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     batch: int = 8
     features: int = 32
     hidden: int = 100
-    trained_steps: int = 100
+    trained_steps: int = 20
 
 
 Run = Callable[[Any, Array], Array]

@@ -107,7 +107,7 @@ RECIPES = {
     "conv": dataclasses.replace(NOTEBOOK, recipe="conv", model=ClassifierConfig(conv_filters=32)),
     "default": Config(
         recipe="default",
-        data=DataConfig(max_length=400, padding="bucketed", buckets=7),
+        data=DataConfig(padding="bucketed"),
         model=ClassifierConfig(
             top_words=20_000,
             embedding_size=64,
