@@ -77,6 +77,13 @@ def test_compiles_under_vmap_and_shard_map():
     assert not any(kernel.spilled for kernel in compiled.kernels)
 
 
+@pytest.mark.usefixtures("compiler")
+def test_the_whole_training_step_compiles():
+    compiled = gpu.compile_train_step(LSTM(100), gpu.Shape(50, 64, 32, "float32"))
+    assert compiled.temporaries > 0
+    assert not any(kernel.spilled for kernel in compiled.kernels)
+
+
 def test_what_does_not_run_is_refused_with_the_reason():
     with pytest.raises(UserError, match=r"cannot run LayerNorm.*mixes the units of a row"):
         gpu.compile_cell(LayerNorm(20))

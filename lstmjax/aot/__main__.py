@@ -1,7 +1,6 @@
 """Will my cell run on that device, and how? Compiled by the real compiler, without the device."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -38,7 +37,7 @@ class Config:
     devices: Literal[1, 4] = 1
     """Chips that share the rows (TPU)."""
     train_step: bool = False
-    """Compile the whole training step of a classifier around the cell, too (TPU)."""
+    """Compile the whole training step of a classifier around the cell, too."""
     json: pathlib.Path | None = None
     """Write the figures to this file as well."""
 
@@ -122,14 +121,16 @@ def _on_hopper(config: Config) -> int:
 
     jax.config.update("jax_platforms", "cpu")  # look for no device
     cell = _cell(config)
-    if config.devices > 1 or config.train_step:
-        raise UserError("--devices and --train-step are for TPUs; leave them out for hopper")
-    try:
-        gpu = importlib.import_module("lstmjax.aot.gpu")
-    except ModuleNotFoundError as error:
-        raise UserError(f"this version does not compile for hopper: {error}") from error
-    asked = {name: getattr(config, name) for name in ("steps", "batch", "features", "precision")}
-    found = [row._asdict() for row in gpu.cell_rows(cell, **asked)]
+    if config.devices > 1:
+        raise UserError("--devices is for TPUs; leave it out for hopper")
+    from lstmjax.aot import gpu
+
+    shape = gpu.Shape(config.steps, config.batch, config.features, config.precision)
+    found = [row._asdict() for row in gpu.cell_rows(cell, **shape._asdict())]
+    if config.train_step:
+        compiled = gpu.compile_train_step(cell, shape)
+        step = {"seconds": compiled.seconds, "temporaries": compiled.temporaries}
+        found.append(dict.fromkeys(found[0], "") | {"name": "train step"} | step)
     _report(config, cell, found)
     texts = [[f"{v:,.1f}" if isinstance(v, float) else str(v) for v in f.values()] for f in found]
     _print_table([list(found[0]), *texts])

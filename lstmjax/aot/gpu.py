@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from lstmjax.aot.train_step import Shape, train_step_program
 from lstmjax.cells.base import Cell
 from lstmjax.errors import UserError
 from lstmjax.precision import Precision
@@ -26,6 +27,7 @@ from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu_cells import Job, backward_recurrence, forward_recurrence
 from lstmjax.recurrence.gpu_plan import TILE, Plan, shared_memory
 from lstmjax.recurrence.pallas_gpu import PallasGPU
+from lstmjax.training.devices import BATCH
 
 HOPPER = """
 gpu_device_info {
@@ -236,6 +238,26 @@ def _gradient(run: Callable[..., Any]) -> Callable[..., Any]:
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*arguments)))
 
     return jax.grad(total, (0, 1, 2))
+
+
+def compile_train_step(cell: Cell, shape: Shape) -> Compiled:
+    """Compile the training step of the IMDB notebook's model around a cell for one Hopper GPU.
+
+    Args:
+        cell: the cell.
+        shape: of the batch.
+
+    Raises:
+        UserError: as `compile_cell`.
+    """
+    engine = PallasGPU(attached=False)
+    work = Workload("gpu", "float32", shape.precision, *shape[:3])
+    refusal = engine.refusal(cell, work)
+    if refusal is not None:
+        raise UserError(f"engine {engine.name} cannot run {cell}: {refusal}")
+    mesh = jax.sharding.Mesh(devices(), BATCH)
+    program, arguments = train_step_program(cell, shape, engine, mesh)
+    return compile_for_hopper(program, *arguments)
 
 
 class Row(NamedTuple):
