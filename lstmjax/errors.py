@@ -7,3 +7,8 @@ class UserError(Exception):
     The message is one line: what is wrong, with the value in it, and what to do about it.
     The experiments print it as ``error: <message>`` and exit with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What another library's exception says, as far as it fits a line of ours."""
+    return (str(error) or type(error).__name__).splitlines()[0]

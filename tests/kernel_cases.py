@@ -87,6 +87,21 @@ class Projected(LSTM):
         return super().transition(params, x, carry, dot)
 
 
+class Rebound(LSTM):
+    """What calls its step is its own, and wants more than the step's parameters."""
+
+    def apply_step(self, pre, carry, params):
+        return super().apply_step(pre, carry, params | {"bias": params["bias"]})
+
+
+class Narrow(LSTM):
+    """A state that all units of a row share."""
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        carry = super().initial_carry(batch_size, dtype)
+        return carry._replace(state=self.State(carry.state.c[:, :1]))
+
+
 class Case(NamedTuple):
     """One comparison; ``flags`` are arguments of `unroll` that say which steps count."""
 

@@ -100,7 +100,10 @@ def test_only_loops_over_stacked_arrays_count():
 
 def test_the_dump_folder_is_that_of_the_environment(monkeypatch):
     assert dump_folder() is None
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", environment("/some/where")["LIBTPU_INIT_ARGS"])
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_dump_to=/of/the/user")
+    assert dump_folder() is None
+    for name, value in environment("/some/where").items():
+        monkeypatch.setenv(name, value)
     assert str(dump_folder()) == "/some/where"
 
 
@@ -118,7 +121,8 @@ def test_help_explains():
     [
         (["--hidden", "0"], "error: --hidden must be at least 1, got 0"),
         (["--cell", "Nothing"], "error: no cell 'Nothing' in lstmjax.cells"),
-        (["--target", "hopper", "--devices", "4"], "error: --devices and --train-step are for TPU"),
+        (["--target", "hopper", "--devices", "4"], "error: --devices is for TPUs; leave it out"),
+        (["--json", "no/such/folder/x.json"], "error: no folder no/such/folder for --json"),
         (["--batch", "6", "--devices", "4"], "error: 6 rows cannot be spread over 4 devices"),
     ],
     ids=lambda a: a if isinstance(a, str) else None,

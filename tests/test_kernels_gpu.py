@@ -19,7 +19,9 @@ from tests.gpu_interpreter import INTERPRET
 from tests.kernel_cases import (
     Case,
     LayerNorm,
+    Narrow,
     Projected,
+    Rebound,
     Three,
     TwoHeads,
     TwoHeadsApart,
@@ -219,6 +221,8 @@ WORK = Workload("gpu", "float32", "bfloat16", steps=500, batch=64, features=32)
         (PerUnitConstant(100), {}, "its step holds a constant of shape (1, 100)"),
         (Special(100), {}, "its step uses digamma"),
         (Projected(100), {}, "Projected overrides transition"),
+        (Rebound(100), {}, "Rebound overrides apply_step"),
+        (Narrow(100), {}, "Narrow carries a (B, 1) float32, not (B, H) float32"),
         (TwoHeads(1024), {}, "1024 units with 4 gates do not fit into shared memory"),
         (LSTM(512), {}, "512 units with 4 gates do not fit into shared memory"),
         (LSTM(256), {"precision": "float32"}, "256 units with 4 gates do not fit"),

@@ -20,7 +20,9 @@ from lstmjax.recurrence import Derived, PallasTPU, Workload, choose_engine, unro
 from tests.kernel_cases import (
     Case,
     LayerNorm,
+    Narrow,
     Projected,
+    Rebound,
     Three,
     TwoHeads,
     TwoHeadsApart,
@@ -180,19 +182,14 @@ class Special(LSTM):
         return jax.lax.digamma(h), state
 
 
-class Narrow(LSTM):
-    def initial_carry(self, batch_size, dtype=jnp.float32):
-        carry = super().initial_carry(batch_size, dtype)
-        return carry._replace(state=self.State(carry.state.c[:, :1]))
-
-
 @pytest.mark.parametrize(
     ("cell", "change", "reason"),
     [
         (LSTM(100), {"platform": "cpu"}, "it needs a TPU, this is a cpu"),
         (LSTM(100), {"dtype": "float64"}, "a TPU computes in float32, the inputs are float64"),
         (Projected(100), {}, "Projected overrides transition"),
-        (Narrow(100), {}, "Narrow carries arrays that are not (B, 100)"),
+        (Rebound(100), {}, "Rebound overrides apply_step"),
+        (Narrow(100), {}, "Narrow carries a (B, 1) float32, not (B, H) float32"),
         (Special(100), {}, "its step uses digamma, which a TPU kernel does not have"),
         (LSTM(2048), {}, "MiB of VMEM, this TPU has 16"),
     ],

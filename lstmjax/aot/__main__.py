@@ -60,6 +60,8 @@ def _cell(config: Config) -> Any:
     for name in ("hidden", "features", "batch", "steps"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(config, name)}")
+    if config.json is not None and not config.json.parent.is_dir():
+        raise UserError(f"no folder {config.json.parent} for --json; make it first")
     return load_cell(config.cell, config.hidden)
 
 

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 
 from lstmjax.aot.train_step import Shape, train_step_program
 from lstmjax.cells.base import Cell
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, first_line
 from lstmjax.precision import Precision
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu_cells import Job, backward_recurrence, forward_recurrence
@@ -85,7 +85,7 @@ def compile_for_hopper(f: Callable[..., Any], *arguments: Any) -> Compiled:
         arguments: shapes (`jax.ShapeDtypeStruct`) or arrays, as pytrees.
 
     Raises:
-        UserError: the CUDA plug-in is not installed.
+        UserError: the CUDA plug-in is not installed, or the compiler refuses, with its reason.
     """
     mesh = jax.sharding.Mesh(devices(), "device")
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -95,7 +95,10 @@ def compile_for_hopper(f: Callable[..., Any], *arguments: Any) -> Compiled:
     start = time.perf_counter()
     lowered = jax.jit(f).lower(*shapes)
     with _printed() as printed:
-        compiled = lowered.compile(compiler_options=_OPTIONS)
+        try:
+            compiled = lowered.compile(compiler_options=_OPTIONS)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"the compiler refuses: {first_line(error)}") from error
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Compiled(seconds, getattr(memory, "temp_size_in_bytes", 0), _kernels(printed()))
@@ -114,7 +117,7 @@ def devices() -> Any:
         ).devices
     except Exception as error:  # a RuntimeError of one kind or another, by version
         raise UserError(
-            f"cannot compile for CUDA: {str(error).splitlines()[0]}; install jax-cuda12-plugin and "
+            f"cannot compile for CUDA: {first_line(error)}; install jax-cuda12-plugin and "
             f"jax-cuda12-pjrt, both {jax.__version__}"
         ) from error
 

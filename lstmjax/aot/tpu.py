@@ -6,7 +6,6 @@ It reads its settings when it starts: run what is here in a process with `enviro
 import importlib.util
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -19,7 +18,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from lstmjax.aot.bundles import Loop, loops_over, read_dump, read_vmem
 from lstmjax.aot.train_step import Shape, on_mesh, train_step_program
 from lstmjax.cells.base import Cell
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, first_line
 from lstmjax.recurrence import PallasTPU, Scan, Workload
 from lstmjax.recurrence.engine import Engine
 from lstmjax.recurrence.tpu_plan import tpu_device
@@ -34,6 +33,7 @@ _SLICES: dict[Target, tuple[str, dict[str, Any]]] = {
     "v6e": ("v6e:2x2", {}),
     "tpu7x": ("tpu7x:2x2x1", {}),
 }
+_DUMP = "LSTMJAX_COMPILER_DUMP"
 ENGINES: dict[str, Engine] = {"pallas_tpu": PallasTPU(), "plain scan": Scan(recompute=False)}
 """What is compiled, one beside the other."""
 
@@ -74,13 +74,14 @@ def environment(dump: pathlib.Path | str) -> dict[str, str]:
         "TPU_LOG_DIR": "disabled",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        _DUMP: str(dump),
     }
 
 
 def dump_folder() -> pathlib.Path | None:
-    """The folder that this process's `environment` names."""
-    named = re.search(r"--xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", ""))
-    return pathlib.Path(named[1]) if named else None
+    """The folder of this process's `environment`, which is emptied after every program."""
+    named = os.environ.get(_DUMP)
+    return pathlib.Path(named) if named else None
 
 
 def described_mesh(target: Target, devices: int) -> Mesh:
@@ -92,13 +93,13 @@ def described_mesh(target: Target, devices: int) -> Mesh:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs the package libtpu: "
-            "pip install 'lstmjax[aot]', or jax[tpu] in the version of jax"
+            "pip install -e '.[aot]', or jax[tpu] in the version of jax"
         )
     name, settings = _SLICES[target]
     try:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings)
     except Exception as error:  # of one kind or another, by version
-        raise UserError(f"libtpu knows no {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"libtpu knows no {name}: {first_line(error)}") from error
     return jax.make_mesh(
         (devices,), (BATCH,), devices=slice_.devices[:devices], axis_types=(AxisType.Auto,)
     )
@@ -172,7 +173,7 @@ def compile_program(
         with jax.set_mesh(mesh):
             compiled = jitted.trace(*args).lower(lowering_platforms=("tpu",)).compile()
     except Exception as error:  # of one kind or another, by version
-        raise UserError(f"{program} by {engine}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{program} by {engine}: {first_line(error)}") from error
     seconds = time.perf_counter() - start
     temporaries = compiled.memory_analysis().temp_size_in_bytes
     in_vmem = vmem = bundles = None

@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision, make_matmul
-from lstmjax.recurrence.engine import Engine, Workload, platform, vary_alike
+from lstmjax.recurrence.engine import Engine, Workload, overridden, platform, vary_alike
 from lstmjax.recurrence.scan import Scan
 
 
@@ -67,10 +67,7 @@ class Derived(Engine):
 
     def refusal(self, cell: Cell, work: Workload) -> str | None:
         """It needs the parts of a step apart: a cell with a transition of its own has none."""
-        for part in ("transition", "recurrent_product", "apply_step"):
-            if getattr(type(cell), part) is not getattr(Cell, part):
-                return f"{type(cell).__name__} overrides {part}"
-        return None
+        return overridden(cell)
 
     def __call__(
         self,

@@ -76,6 +76,24 @@ class Engine:
         raise NotImplementedError
 
 
+def overridden(cell: Cell) -> str | None:
+    """Which method stands between a cell and its ``step``, so that nothing derives from that."""
+    for method in ("transition", "recurrent_product", "apply_step"):
+        if getattr(type(cell), method) is not getattr(Cell, method):
+            return f"{type(cell).__name__} overrides {method}"
+    return None
+
+
+def odd_carry(cell: Cell) -> str | None:
+    """Why a kernel cannot hold the cell's carry: it takes arrays ``(B, H)`` of float32."""
+    carry = jax.eval_shape(lambda: cell.initial_carry(2))
+    for a in jax.tree.leaves(carry):
+        if (a.shape, a.dtype) != ((2, cell.hidden_size), jax.numpy.float32):
+            shape = ", ".join(["B", *map(str, a.shape[1:])])
+            return f"{type(cell).__name__} carries a ({shape}) {a.dtype}, not (B, H) float32"
+    return None
+
+
 def select_rows(rows: Bool[Array, "*T B"], yes: Carry, no: Carry) -> Carry:
     """``yes`` for the rows marked, ``no`` for the others, in every array of a carry."""
 

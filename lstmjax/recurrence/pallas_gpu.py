@@ -20,7 +20,14 @@ from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, make_dot
 from lstmjax.recurrence.derivatives import with_derivative
 from lstmjax.recurrence.derived import Derived
-from lstmjax.recurrence.engine import Engine, Workload, select_rows, vary_alike
+from lstmjax.recurrence.engine import (
+    Engine,
+    Workload,
+    odd_carry,
+    overridden,
+    select_rows,
+    vary_alike,
+)
 from lstmjax.recurrence.gpu_cells import (
     Job,
     backward_program,
@@ -33,7 +40,6 @@ from lstmjax.recurrence.gpu_cells import (
 from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan, split, up
 
 _MULTIPROCESSORS = 132
-_OVERRIDES = ("transition", "apply_step", "recurrent_product")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +98,8 @@ class PallasGPU(Engine):
                 return f"it needs a Hopper GPU (compute capability 9.0), not {found}"
         if work.dtype != "float32":
             return f"it computes in float32, the inputs are {work.dtype}"
-        for method in _OVERRIDES:
-            if getattr(type(cell), method) is not getattr(Cell, method):
-                return f"{type(cell).__name__} overrides {method}"
+        if refusal := overridden(cell) or odd_carry(cell):
+            return refusal
         if not cell.elementwise:
             return "its step mixes the units of a row (elementwise = False)"
         refusal = forward_program(cell).refusal() or backward_program(cell).refusal()

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision
-from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
 from lstmjax.recurrence.tpu_plan import (
     DEFAULT_VMEM,
     FITTING,
@@ -81,15 +81,8 @@ class PallasTPU(Engine):
             return f"it needs a TPU, this is a {work.platform}"
         if work.dtype != "float32":
             return f"a TPU computes in float32, the inputs are {work.dtype}"
-        own = type(cell)
-        if own.transition is not Cell.transition or (
-            own.recurrent_product is not Cell.recurrent_product
-        ):
-            return f"{own.__name__} overrides transition, so there is no step to derive it from"
-        size = cell.hidden_size
-        carry = jax.eval_shape(lambda: cell.initial_carry(ROWS))
-        if any(a.shape != (ROWS, size) for a in jax.tree.leaves(carry)):
-            return f"{own.__name__} carries arrays that are not (B, {size})"
+        if refusal := overridden(cell) or odd_carry(cell):
+            return refusal
         if not self.interpret and (operation := _inexpressible(cell)):
             return f"its step uses {operation}, which a TPU kernel does not have"
         capacity, _ = tpu_device()
