@@ -1,7 +1,7 @@
 """The sizes of the TPU kernels: blocks of rows, chunks of time, and the VMEM that they take.
 
-Nothing here imports Pallas, which takes longer than the rest of the library on a machine without a
-TPU. `tpu_kernel` says what the letters in shapes mean.
+Nothing here imports Pallas, so that choosing an engine does not. `tpu_kernel` says what the letters
+in shapes mean.
 """
 
 import dataclasses
