@@ -7,11 +7,13 @@ import re
 import signal
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import jax
 import pytest
 
 from experiments import cumsum, imdb
+from lstmjax.recurrence import ENGINES
 from lstmjax.training.command import run_command
 from lstmjax.training.devices import usable_cores
 
@@ -76,6 +78,12 @@ def test_demo_run_leaves_everything_behind(run, capsys):
     assert "engine derived (the first choice)" in out
     assert "DEMO" in out
     assert "not IMDB" in out
+
+
+def test_the_command_line_knows_every_engine(error_of):
+    assert get_args(get_type_hints(imdb.Config)["engine"]) == ("auto", *ENGINES)
+    line = error_of(imdb, "--data", "demo", "--engine", "pallas_tpu", "--accelerator", "cpu")
+    assert "engine 'pallas_tpu' cannot run LSTM(hidden_size=100): it needs a TPU" in line
 
 
 def test_an_engine_that_cannot_run_the_cell_is_refused(error_of, tmp_path):
