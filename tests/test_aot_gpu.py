@@ -4,6 +4,7 @@ Needs JAX' CUDA plug-in in the version of JAX (`lstmjax.aot.gpu` says which pack
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from lstmjax.aot import gpu
 from lstmjax.cells import GRU, LSTM, PeepholeLSTM
 from lstmjax.errors import UserError
-from lstmjax.recurrence import PallasGPU, Workload, unroll
+from lstmjax.recurrence import PallasGPU, Workload, pallas_gpu, unroll
+from lstmjax.recurrence.gpu_cells import Job
 from tests.kernel_cases import LayerNorm, Three
 
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
@@ -75,6 +77,25 @@ def test_compiles_under_vmap_and_shard_map():
     compiled = gpu.compile_for_hopper(program, pair, xs)
     assert len(compiled.kernels) == 2
     assert not any(kernel.spilled for kernel in compiled.kernels)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("hidden", [64, 100], ids=["three parts", "two parts"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_all_parts_of_the_weights_are_kept(hidden, backward):
+    """With its excess precision XLA takes a number rounded to bfloat16 and back for the number."""
+    cell = LSTM(hidden)
+    plans = PallasGPU(attached=False).plans(cell, WORK.batch, "float32")
+    how = pallas_gpu._How(Job(cell, False, False, False), "float32", *plans)
+
+    def weights(params):
+        return pallas_gpu._weights(how, params, backward=backward)
+
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), WORK.features))
+    text = gpu.executable_for_hopper(weights, params).as_text()
+    differences = re.findall(r" subtract\((.*?), (.*?)\)", text)
+    assert len(differences) >= plans[0].parts - 1
+    assert not [(a, b) for a, b in differences if a == b]
 
 
 @pytest.mark.usefixtures("compiler")

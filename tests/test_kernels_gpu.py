@@ -15,6 +15,7 @@ from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, Workload, choose_engine, gpu_kernel, pallas_gpu, unroll
 from lstmjax.recurrence.gpu_cells import cut
 from lstmjax.recurrence.pallas_gpu import PallasGPU
+from lstmjax.recurrence.split import split_outside
 from tests.gpu_interpreter import INTERPRET
 from tests.kernel_cases import (
     Case,
@@ -56,6 +57,15 @@ def test_values_and_all_gradients(name):
     args, options = draw(case)
     got = jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, args, options))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_parts_of_the_weights_add_up(parts):
+    x = np.random.default_rng(0).normal(size=(64, 64)).astype("float32")
+    found = jax.jit(lambda x: split_outside(x, parts))(x)
+    assert all(part.dtype == jnp.bfloat16 for part in found)
+    error = sum(np.asarray(part, "float64") for part in found) - x
+    assert np.all(np.abs(error) <= 2.0 ** (-8 * parts) * np.abs(x))
 
 
 # --- Under the transformations of JAX ------------------------------------------------------------

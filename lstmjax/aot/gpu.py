@@ -87,21 +87,29 @@ def compile_for_hopper(f: Callable[..., Any], *arguments: Any) -> Compiled:
     Raises:
         UserError: the CUDA plug-in is not installed, or the compiler refuses, with its reason.
     """
+    start = time.perf_counter()
+    with _printed() as printed:
+        compiled = executable_for_hopper(f, *arguments)
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    return Compiled(seconds, getattr(memory, "temp_size_in_bytes", 0), _kernels(printed()))
+
+
+def executable_for_hopper(f: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+    """What JAX has to say of a compilation: its ``as_text()`` is what the compiler made of ``f``.
+
+    Arguments and errors as of `compile_for_hopper`.
+    """
     mesh = jax.sharding.Mesh(devices(), "device")
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments
     )
-    start = time.perf_counter()
     lowered = jax.jit(f).lower(*shapes)
-    with _printed() as printed:
-        try:
-            compiled = lowered.compile(compiler_options=_OPTIONS)
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"the compiler refuses: {first_line(error)}") from error
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    return Compiled(seconds, getattr(memory, "temp_size_in_bytes", 0), _kernels(printed()))
+    try:
+        return lowered.compile(compiler_options=_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"the compiler refuses: {first_line(error)}") from error
 
 
 @functools.cache

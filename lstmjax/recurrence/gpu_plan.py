@@ -102,7 +102,9 @@ def up(n: int, to: int) -> int:
 
 
 def split(x: Array, parts: int) -> list[Array]:
-    """bfloat16 numbers that sum up to a float32 number, the larger first.
+    """bfloat16 numbers that sum up to a float32 number, the larger first; inside a kernel only.
+
+    Outside it is `lstmjax.recurrence.split.split_outside`.
 
     Example:
         >>> import jax.numpy as jnp

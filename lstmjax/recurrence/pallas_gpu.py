@@ -37,7 +37,8 @@ from lstmjax.recurrence.gpu_cells import (
     forward_recurrence,
     sizes_of,
 )
-from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan, split, up
+from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan, up
+from lstmjax.recurrence.split import split_outside
 
 _MULTIPROCESSORS = 132
 
@@ -348,7 +349,8 @@ def _weights(how: _How, params: Params, *, backward: bool) -> Array:
     kernel = _pad_units(how, _dense(how.cell, params), "constant" if backward else "edge")
     units = kernel.shape[-1] // len(how.cell.gates)
     kernel = jnp.pad(kernel, ((0, units - len(kernel)), (0, 0))).reshape(units, -1, units)
-    return jnp.stack(split(kernel.transpose((1, 0, 2) if backward else (1, 2, 0)), plan.parts))
+    kernel = kernel.transpose((1, 0, 2) if backward else (1, 2, 0))
+    return jnp.stack(split_outside(kernel, plan.parts))
 
 
 def _dense(cell: Cell, params: Params) -> Array:

@@ -17,13 +17,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.recurrence.engine import vary_alike
+from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.tpu_kernel import (
     Kept,
     Operands,
     backward_kernel,
     forward_kernel,
     map_parameters,
-    split,
 )
 from lstmjax.recurrence.tpu_plan import Plan, up
 
@@ -281,8 +281,8 @@ def _scratch(plan: Plan, operands: Operands) -> Kept:
 def _split(plan: Plan, operands: Operands) -> Operands:
     """The weights in parts."""
     return operands._replace(
-        kernel=jnp.stack(split(operands.kernel, plan.parts)),
-        recurrent_kernel=jnp.stack(split(operands.recurrent_kernel, plan.parts)),
+        kernel=jnp.stack(split_outside(operands.kernel, plan.parts)),
+        recurrent_kernel=jnp.stack(split_outside(operands.recurrent_kernel, plan.parts)),
     )
 
 

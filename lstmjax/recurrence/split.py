@@ -1,0 +1,29 @@
+"""float32 numbers as sums of bfloat16 numbers, for kernels that multiply no others."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def split_outside(x: Array, parts: int) -> list[Array]:
+    """bfloat16 arrays that sum up to ``x``, the larger first; for code that XLA compiles.
+
+    XLA may take a number that is rounded to bfloat16 and back for the number itself (it calls that
+    excess precision), whereupon every part but the first would be zero: hence the operation that
+    says to round. What compiles the kernels takes no such liberty, and need not know it.
+
+    Args:
+        x: float32, of any shape.
+        parts: how many; three of them hold all of a float32 number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [float(part) for part in split_outside(jnp.float32(1.001), 2)]
+        [1.0, 0.00099945068359375]
+    """
+    bfloat16 = jnp.finfo(jnp.bfloat16)
+    found = []
+    for _ in range(parts):
+        rounded = lax.reduce_precision(x, bfloat16.nexp, bfloat16.nmant)
+        found.append(rounded.astype(jnp.bfloat16))
+        x = x - rounded
+    return found
