@@ -16,10 +16,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 class Three(Cell):
-    """Three arrays of state, h itself, functions that a backend may lack, and a start of its own.
-
-    With zeros for padding it would divide zero by zero.
-    """
+    """Three arrays of state, h itself, functions that a backend may lack, and a start of its own."""
 
     gates = ("i", "f", "g", "o")
     unit_params = {"gain": 1.0, "leak": 0.1}
@@ -41,6 +38,23 @@ class Three(Cell):
         c = f * state.c + i * jnp.sqrt(jax.nn.softplus(pre.g)) * params.gain
         n = f * state.n + i
         return jax.nn.sigmoid(pre.o) * c / n + params.leak * h, self.State(c, n, m)
+
+
+class Ratio(Cell):
+    """Divides by a state that is never zero: rows of zeros for padding would make it 0 / 0."""
+
+    gates = ("z", "f")
+
+    class State(NamedTuple):
+        n: jax.Array
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        one = jnp.ones((batch_size, self.hidden_size), dtype)
+        return Carry(0 * one, self.State(one))
+
+    def step(self, pre, state, params):
+        n = (1 + jax.nn.sigmoid(pre.f)) * state.n / (1 + state.n)
+        return jnp.tanh(pre.z) * state.n / n, self.State(n)
 
 
 class LayerNorm(Cell):

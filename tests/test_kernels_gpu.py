@@ -22,6 +22,7 @@ from tests.kernel_cases import (
     LayerNorm,
     Narrow,
     Projected,
+    Ratio,
     Rebound,
     Three,
     TwoHeads,
@@ -46,6 +47,7 @@ CASES = {
     "GRU, three tiles, bfloat16": Case(GRU(130), steps=2, precision="bfloat16"),
     "Three, flags, bfloat16": Case(Three(6), flags=BOTH, precision="bfloat16"),
     "Three, flags, reverse": Case(Three(6), steps=4, flags=BOTH, reverse=True),
+    "Ratio, resets, rows of padding": Case(Ratio(6), flags=("resets",)),
     "heads, parts apart": Case(TwoHeadsApart(6), steps=3),
     "one step of one row": Case(LSTM(64), batch=1, steps=1),
 }

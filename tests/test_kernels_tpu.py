@@ -22,6 +22,7 @@ from tests.kernel_cases import (
     LayerNorm,
     Narrow,
     Projected,
+    Ratio,
     Rebound,
     Three,
     TwoHeads,
@@ -53,6 +54,7 @@ CASES = {
     "Three, bfloat16, a start of its own": Case(
         Three(6), precision="bfloat16", flags=("resets",), initial=False
     ),
+    "Ratio, resets, rows of padding": Case(Ratio(6), flags=("resets",)),
     "LayerNorm, flags": Case(LayerNorm(6), flags=BOTH),
     "LayerNorm, bfloat16, reverse": Case(LayerNorm(6), precision="bfloat16", reverse=True),
     "heads": Case(TwoHeads(6)),

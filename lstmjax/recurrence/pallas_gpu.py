@@ -260,7 +260,7 @@ def _backward(
         ),
         len(pre),
     )
-    # Rows of padding have no gradient, but their values may be NaN: 0 x NaN is no zero.
+    # Rows of padding have no gradient, but their derivatives may be infinite: 0 x inf is no zero.
     real = (jnp.arange(rows) < batch)[None, :, None]
     d_pre = [jnp.where(real, a, 0) for a in d_pre]
     (d_params, d_xs), (d_more,) = pull_x(d_pre[0]), pull_h(d_pre[-1])
@@ -391,11 +391,14 @@ def _wide(how: _How, unit: Array, rows: int) -> Array:
 # --- Padding -------------------------------------------------------------------------------------
 
 
-def _pad_rows(how: _How, x: Array, axis: int) -> Array:
-    """Rows of zeros, up to whole blocks: no row sees another."""
+def _pad_rows(how: _How, x: Array, axis: int, mode: str = "edge") -> Array:
+    """Up to whole blocks, by copies of the last row: no step then meets what it never meets else.
+
+    A cell need not stand zeros: it may divide by a state that starts at one.
+    """
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, up(x.shape[axis], how.forward.rows) - x.shape[axis])
-    return jnp.pad(x, widths)
+    return jnp.pad(x, widths, mode=mode)
 
 
 def _pad_units(how: _How, x: Array, mode: str = "edge") -> Array:
@@ -414,7 +417,7 @@ def _pad_units(how: _How, x: Array, mode: str = "edge") -> Array:
 
 def _pad(how: _How, x: Array, mode: str = "edge") -> Array:
     """``(..., B, H)``, rows and units."""
-    return _pad_units(how, _pad_rows(how, x, x.ndim - 2), mode)
+    return _pad_units(how, _pad_rows(how, x, x.ndim - 2, mode), mode)
 
 
 def _unpad(how: _How, x: Array, batch: int) -> Array:
