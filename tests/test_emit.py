@@ -87,6 +87,7 @@ FUNCTIONS = {
     "maximum": (lambda x: jnp.maximum(x, 0.5), ANY),
     "where": (lambda x: jnp.where(x > 0, jnp.sin(x), 2 * x), ANY),
     "logical": (lambda x: jnp.where((x > -1) & ~(x > 1), x, x * x), ANY),
+    "not": (lambda x: x * (~x.astype(jnp.int32)).astype(x.dtype), WIDE),
     "is_finite": (lambda x: jnp.where(jnp.isfinite(x), x, 0.0), ANY),
     "nan_to_num": (jnp.nan_to_num, ANY),
     "logaddexp": (lambda x: jnp.logaddexp(x, 1 - x), ANY),
@@ -125,11 +126,16 @@ def test_functions_and_their_derivatives(name):
         (jnp.expm1, [np.inf, -np.inf, 0.0, 90.0, -90.0]),
         (jnp.floor, [-0.5, 1e10, -1e10, 2.0, -2.0]),
         (jnp.isfinite, [0.0, np.inf, -np.inf, np.nan, 3e38]),
+        (jnp.arcsinh, [0.0, 1e20, -1e20, 3e38, np.inf]),
+        (jnp.arcsinh, [-np.inf, 9.9e3, 1.01e4, -1.01e4, 2e19]),
+        (jnp.arccosh, [1.0, 1e20, 0.5, 3e38, np.inf]),
+        (jnp.arccosh, [-1e20, 9.9e3, 1.01e4, -5e3, -2.0]),
+        (lambda x: (~x.astype(jnp.uint8)).astype(x.dtype), [0.0, 1.0, 2.0, 254.0, 255.0]),
         (lambda x: x**2.0, [0.0, -2.0, -0.5, 3.0, 1.0]),
         (lambda x: x**0.5, [0.0, -2.0, 4.0, 9.0, 1.0]),
         (lambda x: x**0.0, [0.0, -2.0, np.inf, 9.0, 1.0]),
     ],
-    ids=["sqrt", "log1p", "expm1", "floor", "isfinite", "to the 2", "to the 0.5", "to the 0"],
+    ids="sqrt log1p expm1 floor isfinite asinh asinh acosh acosh not x^2 x^0.5 x^0".split(),
 )
 def test_at_the_edges(f, x):
     x = np.asarray([x], "float32")

@@ -239,7 +239,23 @@ def _cosh(x: Array, **_: Any) -> Array:
 
 def _asinh(x: Array, **_: Any) -> Array:
     size = lax.abs(x)
-    return lax.sign(x) * _log1p(size + size * (size / (1 + _sqrt(size * size + 1))))
+    near = _log1p(size + size * (size / (1 + _sqrt(size * size + 1))))
+    return lax.sign(x) * _or_log_of_twice(size, near)
+
+
+def _acosh(x: Array, **_: Any) -> Array:
+    return _or_log_of_twice(x, lax.log(x + _sqrt(x - 1) * _sqrt(x + 1)))
+
+
+def _or_log_of_twice(x: Array, near: Array) -> Array:
+    """log 2x for large x, which asinh and acosh are, and whose square may overflow."""
+    return lax.select(x > 1e4, lax.log(x) + math.log(2), near)
+
+
+def _not(x: Array) -> Array:
+    if x.dtype == jnp.bool_:
+        return lax.ne(x, jnp.ones_like(x))
+    return lax.bitwise_xor(x, jnp.full_like(x, np.invert(x.dtype.type(0))))
 
 
 def _cbrt(x: Array, **_: Any) -> Array:
@@ -259,7 +275,7 @@ RULES: Mapping[str, Callable[..., Array]] = {
     "pvary": _same,
     "stop_gradient": _same,
     "add_any": lax.add,
-    "not": lambda x: lax.ne(x, jnp.ones_like(x)),
+    "not": _not,
     "select_n": lambda which, no, yes: lax.select(which, yes, no),
     "convert_element_type": _convert,
     "is_finite": lambda x: lax.abs(x) < jnp.inf,
@@ -279,7 +295,7 @@ RULES: Mapping[str, Callable[..., Array]] = {
     "sinh": _sinh,
     "cosh": _cosh,
     "asinh": _asinh,
-    "acosh": lambda x, **_: lax.log(x + _sqrt((x - 1) * (x + 1))),
+    "acosh": _acosh,
     "atanh": lambda x, **_: 0.5 * (_log1p(x) - _log1p(-x)),
     "cbrt": _cbrt,
     "one_minus_square": lambda x, **_: (1 - x) * (1 + x),  # JAX 0.11 has it
