@@ -16,7 +16,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 class Three(Cell):
-    """Three arrays of state, h itself, functions that a backend may lack, its own start."""
+    """Three arrays of state, h itself, functions that backends may lack, and a start of its own."""
 
     gates = ("i", "f", "g", "o")
     unit_params = {"gain": 1.0, "leak": 0.1}
