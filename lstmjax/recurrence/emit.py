@@ -26,13 +26,10 @@ NATIVE = frozenset(_NATIVE.split())
 """Operations that are bound as they are."""
 
 INLINED = {
-    "pjit": "jaxpr",
     "jit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
+    "closed_call": "call_jaxpr",  # JAX 0.10 has it
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
     "remat2": "jaxpr",
 }
 """Calls that are opened, with the parameter that holds what is called."""
@@ -271,7 +268,6 @@ RULES: Mapping[str, Callable[..., Array]] = {
     "broadcast_in_dim": _same,
     "reshape": _same,
     "copy": _same,
-    "copy_p": _same,
     "pvary": _same,
     "stop_gradient": _same,
     "add_any": lax.add,
@@ -299,6 +295,6 @@ RULES: Mapping[str, Callable[..., Array]] = {
     "atanh": lambda x, **_: 0.5 * (_log1p(x) - _log1p(-x)),
     "cbrt": _cbrt,
     "one_minus_square": lambda x, **_: (1 - x) * (1 + x),  # JAX 0.11 has it
-    "log2": lambda x, **_: lax.log(x) * (1 / math.log(2)),
+    "log2": lambda x, **_: lax.log(x) * (1 / math.log(2)),  # JAX 0.11 has it
 }
 """Operations that are made of others: name -> rule, with the operation's own parameters."""
