@@ -33,7 +33,7 @@ _MOST_BLOCKS = 8
 Tiles = list[Array]
 """Each ``(TILE, rows)`` float32."""
 
-Cell = Callable[[Tiles, Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]
+TileStep = Callable[[Tiles, Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Tiles]]
 """``(products, inputs, flags, constants, carry) -> (carry, exchanged, outputs)``."""
 
 
@@ -47,7 +47,8 @@ class Plan:
         resident: tiles of each W_g, out of those that one warpgroup multiplies, that stay in its
             registers: 16 a thread and tile. The others stay in shared memory.
         buffers: steps for which inputs are in shared memory, or on their way.
-        parts: bfloat16 numbers that stand for an operand of the products: 1, or 2 for float32.
+        parts: bfloat16 numbers that stand for an operand of the products: 1, or for float32 2, and
+            3 up to 64 units.
         fast_math: the approximate functions of the hardware.
         interpret: parameters of Pallas' interpreter to run on a CPU, or None.
     """
@@ -81,7 +82,7 @@ class Recurrence:
     """
 
     name: str
-    cell: Cell
+    cell: TileStep
     steps: int
     batch: int
     units: int

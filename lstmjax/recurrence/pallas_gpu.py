@@ -47,8 +47,9 @@ _MULTIPROCESSORS = 132
 class PallasGPU(Engine):
     """Runs element-wise cells on Hopper GPUs (H100, H200) in one kernel, forward and backward.
 
-    Up to 128 units, a block of the GPU owns a few rows of the batch for all of time, so no block
-    waits for another; beyond, a cluster of blocks does. The gradient keeps the carry of each step.
+    Up to 128 units, where it fits, a block of the GPU owns a few rows of the batch for all of time,
+    so no block waits for another; else a cluster of blocks does. The gradient keeps the carry of
+    each step.
     Second and higher reverse-mode derivatives are those of the derived engine; forward mode is
     refused by JAX.
 
@@ -187,12 +188,12 @@ def _recurrence(how: _How) -> Callable[[Inputs], tuple[Array, Carry]]:
         with_derivative(
             functools.partial(_forward, how),
             functools.partial(_backward, how),
-            functools.partial(_derived, how),
+            functools.partial(_by_derived_engine, how),
         )
     )
 
 
-def _derived(how: _How, inputs: Inputs) -> tuple[Array, Carry]:
+def _by_derived_engine(how: _How, inputs: Inputs) -> tuple[Array, Carry]:
     """The same by the derived engine."""
     params, xs, initial, *flags = inputs
     mask, resets = (None if a is None else a != 0 for a in flags)
