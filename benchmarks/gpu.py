@@ -249,9 +249,9 @@ def torch_runs(mode: str, problem: Problem) -> Runs:
     values = (ours["kernel"].T, ours["recurrent_kernel"].T, ours["bias"], second)
     with torch.no_grad():
         for parameter, value in zip(module.parameters(), values, strict=True):
-            parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
-    x = torch.from_numpy(problem.x).to(device, dtype).requires_grad_()
-    d_hs = torch.from_numpy(problem.d_hs).to(device, dtype)
+            parameter.copy_(torch.tensor(value))
+    x = torch.tensor(problem.x).to(device, dtype).requires_grad_()
+    d_hs = torch.tensor(problem.d_hs).to(device, dtype)
 
     def forward() -> Any:
         with torch.no_grad():
