@@ -130,8 +130,11 @@ def test_help_explains():
 def test_mistakes_are_one_line_and_exit_status_2(flags, message):
     done = aot(*flags)
     assert done.returncode == 2
-    assert done.stderr.startswith(message)
-    assert done.stderr.count("\n") == 1
+    # JAX' CUDA plug-in says on loading, whatever one sets, that there is no driver.
+    plug_in = ("absl::InitializeLog", "cudart_stub")
+    lines = [a for a in done.stderr.splitlines() if not any(text in a for text in plug_in)]
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
