@@ -12,7 +12,7 @@ Expect, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2), a per-s
     default     98.21 %  (97.20-98.57)
     notebook    93.89 %  (93.69-94.19)
 
-A first run took 4.6 to 5.5 s from start to end there, most of it start-up and compilation; later
+A first run took 4.6 to 5.9 s from start to end there, most of it start-up and compilation; later
 ones, which find the compiled program on disk, 3.2 to 3.5 s.
 """
 

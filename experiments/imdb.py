@@ -8,12 +8,12 @@ front to 500 ids; ``notebook-dropout`` adds dropout 0.2 before and after the LST
 convolution and max pooling in front; ``default`` is what we would train today.
 
 Expect on IMDB after three epochs, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2,
-two CPU devices), this test accuracy; for seed 0, this time with compilation and evaluation:
+two CPU devices), this test accuracy:
 
-    notebook            86.91 ± 0.83 %  (85.66-87.94)    191 s
+    notebook            86.58 ± 0.98 %  (85.52-88.02)
     notebook-dropout    84.13 ± 6.24 %  (73.01-87.46)
-    conv                87.89 ± 1.11 %  (85.99-88.66)
-    default             88.02 ± 0.09 %  (87.94-88.14)    174 s
+    conv                88.12 ± 0.66 %  (87.04-88.68)
+    default             88.08 ± 0.19 %  (87.86-88.35)
 
 The README has the single runs, and says which version of the program each row is from.
 """
