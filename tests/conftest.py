@@ -1,9 +1,14 @@
 """Strict JAX for every test: what would slip through in use raises here."""
 
+import os
+
 import jax
 import jaxtyping
 import pytest
 
+# Optimising is most of what compiling takes. Where rounding is compared, it is on: `OPTIMIZED`.
+unoptimized = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = unoptimized.strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # nothing from another run, or for one

@@ -1,6 +1,5 @@
 """What the fused kernels are compared on: cells, cases, and the plain scan in float64."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,9 +9,6 @@ import numpy as np
 from lstmjax.cells import LSTM, Carry, Cell
 from lstmjax.recurrence import Scan, unroll
 from tests.tolerances import assert_close, recurrence_terms
-
-# Compiling is nearly all of the time that the kernels' tests take: LLVM does little.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Three(Cell):
@@ -171,7 +167,7 @@ def expected(case, args, options):
         if "lengths" in options:
             options["lengths"] = options["lengths"].astype("int64")
         scan = Scan(recompute=False)
-        return jit(lambda *a: values_and_gradients(scan, case.cell, *a, **options))(*wide)
+        return jax.jit(lambda *a: values_and_gradients(scan, case.cell, *a, **options))(*wide)
 
 
 def compare(case, got, wanted):

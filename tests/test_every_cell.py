@@ -16,7 +16,7 @@ import pytest
 from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, Scan, unroll
 from tests import numpy_reference as reference
-from tests.tolerances import assert_close, recurrence_terms
+from tests.tolerances import OPTIMIZED, assert_close, recurrence_terms
 
 B, T, D, H = 3, 7, 2, 5
 
@@ -244,19 +244,10 @@ def values_and_gradients(
     return out, pull_back((d_hs, d_final))
 
 
-jitted = jax.jit(values_and_gradients, static_argnums=0, static_argnames=STATIC)
-just_values = jax.jit(
-    functools.partial(unroll, engine=ENGINES["derived"]), static_argnums=0, static_argnames=STATIC
-)
-
-# Compiling is nearly all of the time that this file takes. Float64, where it is the equations that
-# are compared and not the rounding, does without the compiler's optimisations.
-jitted_float64 = jax.jit(
-    values_and_gradients,
-    static_argnums=0,
-    static_argnames=STATIC,
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+jit = functools.partial(jax.jit, static_argnums=0, static_argnames=STATIC)
+jitted = jit(values_and_gradients, compiler_options=OPTIMIZED)
+just_values = jit(functools.partial(unroll, engine=ENGINES["derived"]), compiler_options=OPTIMIZED)
+jitted_float64 = jit(values_and_gradients)
 
 
 def as_jax(cell, p, dtype):

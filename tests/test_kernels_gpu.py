@@ -30,7 +30,6 @@ from tests.kernel_cases import (
     compare,
     draw,
     expected,
-    jit,
     values_and_gradients,
 )
 
@@ -57,7 +56,7 @@ CASES = {
 def test_values_and_all_gradients(name):
     case = CASES[name]
     args, options = draw(case)
-    got = jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
+    got = jax.jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, args, options))
 
 
@@ -82,7 +81,7 @@ def test_vmap_over_parameters_is_the_loop():
     def one(params):
         return values_and_gradients(ENGINE, case.cell, params, *rest, **options)
 
-    got = jit(jax.vmap(one))(stacked)
+    got = jax.jit(jax.vmap(one))(stacked)
     for k, params in enumerate(sets):
         apart = jax.tree.map(lambda a, k=k: a[k], got)
         compare(case, apart, expected(case, (params, *rest), options))
@@ -157,7 +156,7 @@ def test_under_shard_map(check_vma, without_kernel):
         out_specs=(rows, (P(), rows, rows)),
         check_vma=check_vma,
     )
-    got = jit(shards)(options["mask"], options["resets"], *args)
+    got = jax.jit(shards)(options["mask"], options["resets"], *args)
     compare(case, got, expected(case, args, options))
 
 
@@ -173,8 +172,8 @@ def test_second_derivatives_are_those_of_the_scan(without_kernel):
 
         return jax.grad(squares, (0, 1, 2))(params, x, initial)
 
-    got = jit(lambda *a: penalty(without_kernel, *a))(*args)
-    wanted = jit(lambda *a: penalty("scan", *a))(*args)
+    got = jax.jit(lambda *a: penalty(without_kernel, *a))(*args)
+    wanted = jax.jit(lambda *a: penalty("scan", *a))(*args)
     compare(case, (None, got), (None, wanted))
 
 

@@ -30,7 +30,6 @@ from tests.kernel_cases import (
     compare,
     draw,
     expected,
-    jit,
     values_and_gradients,
 )
 
@@ -71,7 +70,7 @@ SETTINGS = {
 def test_values_and_all_gradients(name):
     case, engine = CASES[name], SETTINGS.get(name, ENGINE)
     args, options = draw(case)
-    got = jit(lambda *a: values_and_gradients(engine, case.cell, *a, **options))(*args)
+    got = jax.jit(lambda *a: values_and_gradients(engine, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, args, options))
 
 
@@ -93,7 +92,7 @@ def test_garbage_in_the_padding_has_no_influence():
     padded = jnp.arange(case.steps)[None] >= options["lengths"][:, None]
     garbage = jnp.where(padded[..., None], jnp.nan, x)
     args = (params, garbage, *rest)
-    got = jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
+    got = jax.jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, (params, x, *rest), options))
 
 
@@ -110,7 +109,9 @@ def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
 
         return jax.grad(last)(params)
 
-    got, wanted = (jit(functools.partial(gradients, engine=e))(params) for e in (ENGINE, "scan"))
+    got, wanted = (
+        jax.jit(functools.partial(gradients, engine=e))(params) for e in (ENGINE, "scan")
+    )
     compare(case, ((), got), ((), wanted))
 
 
@@ -126,7 +127,7 @@ def test_vmap_over_parameters_is_the_loop():
     def one(params):
         return values_and_gradients(ENGINE, case.cell, params, *rest, **options)
 
-    got = jit(jax.vmap(one))(stacked)
+    got = jax.jit(jax.vmap(one))(stacked)
     for k, params in enumerate(sets):
         apart = jax.tree.map(lambda a, k=k: a[k], got)
         compare(case, apart, expected(case, (params, *rest), options))
@@ -156,7 +157,7 @@ def test_under_shard_map():
         out_specs=(rows, (P(), rows, rows)),
         check_vma=False,
     )
-    got = jit(run)(params, x, initial, d_hs, d_final, mask, resets)
+    got = jax.jit(run)(params, x, initial, d_hs, d_final, mask, resets)
     compare(case, got, expected(case, (params, x, initial, d_hs, d_final), options))
 
 

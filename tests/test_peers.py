@@ -7,6 +7,7 @@ rule of `tests/tolerances.py`.
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 from lstmjax.cells import GRU, LSTM, Carry
 from lstmjax.recurrence import unroll
 from tests import numpy_reference as reference
-from tests.tolerances import assert_close, recurrence_terms
+from tests.tolerances import OPTIMIZED, assert_close, recurrence_terms
 
 B, T, D, H = 3, 7, 2, 5
 LENGTHS = [7, 4, 1]
@@ -45,7 +46,7 @@ class Problem:
     def solve(self, **options):
         """The library's (hs, final, d_params, d_x, d_initial)."""
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=OPTIMIZED)
         def run(params, x, initial, cotangents):
             out, pull_back = jax.vjp(
                 lambda *args: unroll(self.cell, *args, **options), params, x, initial

@@ -31,6 +31,8 @@ import math
 import numpy as np
 
 FLOAT64 = 1e-10
+OPTIMIZED = {"xla_backend_optimization_level": 3}
+"""Compiler options as everywhere but in the tests: for what is compared in float32 or bfloat16."""
 PER_ROOT_OF_TERMS = {"float32": 16 * 2.0**-24, "bfloat16": 2.0**-8}
 
 
