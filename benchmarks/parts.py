@@ -81,7 +81,7 @@ def recurrence(session: Session, options: argparse.Namespace) -> Facts:
         case = size(sizes, options) | {"mode": mode}
         column = heading(case)
         who = [c for c in contenders.RECURRENCE if sizes == S or "one device" not in c.name]
-        session.measure(work(who, case, column), seconds=15 if sizes == S else 5)
+        session.measure(work(who, case, column), seconds=12 if sizes == S else 3.5)
         facts |= against_peers(session.rows, column)
         exact, fast = (median(session.rows, who, column) for who in (DERIVED, BFLOAT16))
         if exact and fast:
@@ -127,7 +127,7 @@ def train_step(session: Session, options: argparse.Namespace) -> Facts:
     case = size(S, options) | {"batches": 4}
     for _ in session.over([case]):
         who = work(contenders.TRAIN_STEP, case, "train step")
-        session.measure(who, seconds=40, per=case["batches"])
+        session.measure(who, seconds=30, per=case["batches"])
     return against_peers(session.rows, "train step")
 
 
@@ -184,7 +184,7 @@ def growth(session: Session, options: argparse.Namespace) -> Facts:
         cases = [size(S | {axis: n}, options) | {"mode": MODES[1]} for n in values]
         each = [work((DERIVED, SCAN, LINEN), case, heading(case)) for case in cases]
         # All sizes take turns: growth cannot be told from the machine's own changes otherwise.
-        session.measure([*itertools.chain(*each)], turns=7, memory=True)
+        session.measure([*itertools.chain(*each)], turns=5, memory=True)
     facts: Facts = {}
     for who in (DERIVED, SCAN, LINEN):
         columns = [heading(S | {"mode": MODES[1], "steps": steps}) for steps in (500, 4000)]
