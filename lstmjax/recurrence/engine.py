@@ -10,6 +10,9 @@ from jaxtyping import Bool, Float
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision
 
+Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
+"""What depends on the data: params, xs (T, B, D), initial, mask (T, B), resets (T, B)."""
+
 
 class Workload(NamedTuple):
     """What an engine is asked to run a cell on.
