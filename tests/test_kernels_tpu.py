@@ -161,17 +161,27 @@ def test_under_shard_map():
     compare(case, got, expected(case, (params, x, initial, d_hs, d_final), options))
 
 
-def test_second_derivatives_and_forward_mode_are_refused():
-    cell = LSTM(5)
-    (params, x, *_), _ = draw(Case(cell))
+def test_second_derivatives_are_those_of_the_scan():
+    case = Case(LSTM(5), flags=BOTH)
+    args, options = draw(case)
 
-    def total(x):
-        return unroll(cell, params, x, engine=ENGINE)[0].sum()
+    def penalty(engine, params, x, initial, *cotangents):
+        def squares(params, x, initial):
+            given = (params, x, initial, *cotangents)
+            _, gradients = values_and_gradients(engine, case.cell, *given, **options)
+            return sum((g**2).sum() for g in jax.tree.leaves(gradients))
 
-    with pytest.raises(NotImplementedError, match=r'"pallas_tpu" has no second .* engine="scan"'):
-        jax.eval_shape(jax.grad(lambda x: (jax.grad(total)(x) ** 2).sum()), x)
+        return jax.grad(squares, (0, 1, 2))(params, x, initial)
+
+    got, wanted = (jax.jit(functools.partial(penalty, engine))(*args) for engine in (ENGINE, "scan"))
+    compare(case, (None, got), (None, wanted))
+
+
+def test_forward_mode_is_refused():
+    case = Case(LSTM(5))
+    (params, x, *_), _ = draw(case)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jit(lambda x: jax.jvp(total, (x,), (x,))).lower(x)
+        jax.jvp(lambda x: unroll(case.cell, params, x, engine=ENGINE)[0], (x,), (x,))
 
 
 # --- Choice, refusals, sizes ---------------------------------------------------------------------

@@ -91,10 +91,12 @@ def with_derivative(
 
 
 def or_zeros(tree: Tree, like: Tree) -> Tree:
-    """A tree with zeros in place of None, each array like that of another tree."""
-    return jax.tree.map(
-        lambda a, b: jnp.zeros_like(b) if a is None else a, tree, like, is_leaf=_is_none
-    )
+    """A tree with zeros in place of None, like what is there in another tree."""
+
+    def filled(a: Tree, b: Tree) -> Tree:
+        return jax.tree.map(jnp.zeros_like, b) if a is None else a
+
+    return jax.tree.map(filled, tree, like, is_leaf=_is_none)
 
 
 def _combined(one: Tree, other: Tree) -> Tree:

@@ -3,7 +3,6 @@
 `tpu_kernel` says what the letters in shapes mean.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lstmjax.cells.base import Carry, Cell, Params
-from lstmjax.recurrence.engine import vary_alike
+from lstmjax.recurrence.derivatives import or_zeros
+from lstmjax.recurrence.engine import Inputs, vary_alike
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.tpu_kernel import (
     Kept,
@@ -163,19 +162,7 @@ def _call(plan: Plan, kernel: Callable[..., None], operands: Any, aliases: Any, 
         name=name,
         **how,
     )
-    return _differentiated_once(call, operands)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiated_once(call: Callable[..., Any], operands: Any) -> Any:
     return call(*operands)
-
-
-@_differentiated_once.defjvp
-def _(call: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        'engine "pallas_tpu" has no second derivatives; take them with engine="scan"'
-    )
 
 
 def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
@@ -216,7 +203,13 @@ def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
 
 
 def _backward(
-    plan: Plan, operands: Operands, hs: Array, entering: Carry, d_hs: Array | None, d_final: Carry
+    plan: Plan,
+    operands: Operands,
+    hs: Array,
+    entering: Carry,
+    d_hs: Array | None,
+    d_final: Carry,
+    differentiate_xs: bool,
 ) -> Operands:
     """The gradients of all operands."""
     blocks, grid = _blocks(plan, operands, reverse=not plan.reverse)
@@ -224,7 +217,7 @@ def _backward(
     def summed(a: Array) -> Any:
         return ShapeDtypeStruct((grid[0], *a.shape), a.dtype)
 
-    xs = operands.xs if plan.differentiate_xs else None
+    xs = operands.xs if differentiate_xs else None
     d = map_parameters(summed, operands)._replace(xs=xs, start=None, valid=None, reset=None)
     d = jax.tree.map(lambda a: _shape(operands, *a.shape), d)
     d_specs = map_parameters(blocks.sums, d)._replace(
@@ -232,7 +225,7 @@ def _backward(
     )
     scratch = _scratch(plan, operands)
     # The gradient of xs takes their place: a chunk is read before it is written.
-    aliases = {0: 0} if plan.differentiate_xs else {}
+    aliases = {0: 0} if differentiate_xs else {}
     operands = _split(plan, operands)
     (d,) = _call(
         plan,
@@ -286,35 +279,42 @@ def _split(plan: Plan, operands: Operands) -> Operands:
     )
 
 
-# --- The gradient --------------------------------------------------------------------------------
+# --- What `with_derivative` takes -----------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recurrence(plan: Plan, operands: Operands) -> tuple[Array, Carry]:
-    """h after every step, masked ones included, and the final carry."""
-    hs, final, _ = _forward(plan, operands)
-    return hs, final
+def forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], tuple[Array, Carry]]:
+    """``(hs (T, B, H), final)``, and h of every step and the carry into each chunk as laid out."""
+    steps, batch, _ = inputs[1].shape
+    all_hs, final, entering = _forward(plan, laid_out(plan, *inputs))
+    hs, final = all_hs[:steps, :batch], jax.tree.map(lambda a: a[:batch], final)
+    mask = inputs[3]
+    return (hs if mask is None else jnp.where(mask[..., None], hs, 0), final), (all_hs, entering)
 
 
-def _recurrence_forward(plan: Plan, operands: Any) -> Any:
-    plan = dataclasses.replace(plan, differentiate_xs=operands.xs.perturbed)
-    operands = jax.tree.map(lambda a: a.value, operands, is_leaf=lambda a: hasattr(a, "perturbed"))
-    hs, final, entering = _forward(plan, operands)
-    return (hs, final), (plan, operands, hs, entering)
+def backward(
+    plan: Plan,
+    inputs: Inputs,
+    saved: tuple[Array, Carry],
+    d_outputs: tuple[Array | None, Carry],
+    wanted: Any,
+) -> tuple[Params, Array, Carry, None, None]:
+    """The gradients of parameters, ``xs`` and the initial carry."""
+    params, xs, initial, mask, resets = inputs
+    hs, entering = saved
+    d_hs, d_final = d_outputs
+    operands, pull_back = jax.vjp(
+        lambda params, xs, initial: laid_out(plan, params, xs, initial, mask, resets),
+        *(params, xs, initial),
+    )
+    if d_hs is not None:
+        d_hs = d_hs if mask is None else jnp.where(mask[..., None], d_hs, 0)
+        d_hs = _filled(d_hs, hs.shape)
+    d_final = or_zeros(d_final, initial)
+    d_final = jax.tree.map(lambda a, b: _filled(a, b.shape), d_final, operands.initial)
+    d = _backward(plan, operands, hs, entering, d_hs, d_final, wanted[1])
+    return *pull_back(or_zeros(d, operands)), None, None
 
 
-def _recurrence_backward(_: Plan, kept: Any, cotangents: Any) -> tuple[Operands]:
-    def nothing(a: Any) -> bool:
-        return isinstance(a, SymbolicZero)
-
-    def made(a: Any) -> Array:
-        return jnp.zeros(a.shape, a.dtype) if nothing(a) else a
-
-    # Often only the final carry is used: nothing as large as hs is then filled with zeros.
-    d_hs = None if nothing(cotangents[0]) else cotangents[0]
-    d_final = jax.tree.map(made, cotangents[1], is_leaf=nothing)
-    plan, operands, hs, entering = kept
-    return (_backward(plan, operands, hs, entering, d_hs, d_final),)
-
-
-recurrence.defvjp(_recurrence_forward, _recurrence_backward, symbolic_zeros=True)
+def _filled(a: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros behind the rows and steps that there are."""
+    return jnp.pad(a, [(0, n - m) for n, m in zip(shape, a.shape, strict=True)])

@@ -8,8 +8,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-
 from lstmjax.cells.base import Cell
 from lstmjax.precision import Precision
 
@@ -30,7 +28,6 @@ FITTING = 1280
 """Rows times steps of a chunk, where memory allows: enough for the matrix unit, and little."""
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a kernel is specialised to.
@@ -45,7 +42,6 @@ class Plan:
         group: steps of one product for the weight gradients; divides ``chunk``.
         vmem: bytes of VMEM to ask the compiler for.
         interpret: run by the Pallas interpreter, on any platform.
-        differentiate_xs: whether anything depends on the gradient of the inputs.
     """
 
     cell: Cell
@@ -57,7 +53,6 @@ class Plan:
     group: int
     vmem: int
     interpret: bool
-    differentiate_xs: bool = True
 
     @property
     def lanes(self) -> int:
