@@ -4,7 +4,6 @@ The interpreter knows neither the sizes of a TPU's tiles nor its memory: those o
 (`test_aot.py`).
 """
 
-import functools
 import subprocess
 import sys
 
@@ -30,6 +29,8 @@ from tests.kernel_cases import (
     compare,
     draw,
     expected,
+    final_gradients,
+    second_derivatives,
     values_and_gradients,
 )
 
@@ -101,17 +102,7 @@ def test_garbage_in_the_padding_has_no_influence():
 
 def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
     case = Case(GRU(5), flags=BOTH)
-    (params, x, initial, *_), options = draw(case)
-
-    def gradients(params, engine):
-        def last(params):
-            return (unroll(case.cell, params, x, initial, engine=engine, **options)[1].h ** 2).sum()
-
-        return jax.grad(last)(params)
-
-    got, wanted = (
-        jax.jit(functools.partial(gradients, engine=e))(params) for e in (ENGINE, "scan")
-    )
+    got, wanted = (final_gradients(engine, case) for engine in (ENGINE, "scan"))
     compare(case, ((), got), ((), wanted))
 
 
@@ -163,17 +154,7 @@ def test_under_shard_map():
 
 def test_second_derivatives_are_those_of_the_scan():
     case = Case(LSTM(5), flags=BOTH)
-    args, options = draw(case)
-
-    def penalty(engine, params, x, initial, *cotangents):
-        def squares(params, x, initial):
-            given = (params, x, initial, *cotangents)
-            _, gradients = values_and_gradients(engine, case.cell, *given, **options)
-            return sum((g**2).sum() for g in jax.tree.leaves(gradients))
-
-        return jax.grad(squares, (0, 1, 2))(params, x, initial)
-
-    got, wanted = (jax.jit(functools.partial(penalty, engine))(*args) for engine in (ENGINE, "scan"))
+    got, wanted = (second_derivatives(engine, case) for engine in (ENGINE, "scan"))
     compare(case, (None, got), (None, wanted))
 
 
