@@ -226,7 +226,8 @@ def _backward(
     (carry, after), (d_hs, d_final) = saved, d_outputs
     if d_hs is not None and mask is not None:
         d_hs = jnp.where(mask[..., None], d_hs, 0)
-    d_hs = jnp.zeros_like(after[0]) if d_hs is None else _pad(how, d_hs, "constant")
+    # Often only the final carry is used: no array of zeros as large as hs is then made, or read.
+    from_outside = [] if d_hs is None else [_pad(how, d_hs, "constant")]
     d_final = or_zeros(d_final, initial)
     (steps, batch, _), sizes = xs.shape, sizes_of(how.cell)
     rows, units = carry[0].shape
@@ -238,10 +239,10 @@ def _backward(
     zero = jnp.zeros((rows, units), xs.dtype)
     d_pre, finals = cut(
         _run(
-            backward_recurrence(how.job, steps, rows),
+            backward_recurrence(how.job._replace(d_hs=d_hs is not None), steps, rows),
             how.backward,
             weights=_weights(how, params, backward=True),
-            inputs=[*pre, *entering[not how.cell.uses_h :], d_hs],
+            inputs=[*pre, *entering[not how.cell.uses_h :], *from_outside],
             flags=flags,
             constants=_units(how, params, rows),
             carry=[_pad(how, a, "constant") for a in (d_final.h, *d_final.state)]
