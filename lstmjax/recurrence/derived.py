@@ -97,7 +97,7 @@ class Derived(Engine):
         run = with_derivative(
             functools.partial(_run_chunks, plan),
             functools.partial(_run_chunks_back, plan),
-            lambda inputs: Scan()(cell, *inputs, reverse=False, precision=precision),
+            Scan().function(cell, False, precision),
         )
         flags = (None if a is None else prepare(a) for a in (mask, resets))
         hs, final = run((params, prepare(xs), initial, *flags))

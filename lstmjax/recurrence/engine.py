@@ -1,6 +1,7 @@
 """What an engine is: a frozen value that runs any cell it does not refuse over time."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -77,6 +78,16 @@ class Engine:
     ) -> tuple[Float[Array, "T B H"], Carry]:
         """Run ``cell``; masked inputs are zero already, resets follow the direction."""
         raise NotImplementedError
+
+    def function(
+        self, cell: Cell, reverse: bool, precision: Precision
+    ) -> Callable[[Inputs], tuple[Array, Carry]]:
+        """A call of this engine as a function of nothing but what depends on the data."""
+
+        def run(inputs: Inputs) -> tuple[Array, Carry]:
+            return self(cell, *inputs, reverse, precision)
+
+        return run
 
 
 def overridden(cell: Cell) -> str | None:

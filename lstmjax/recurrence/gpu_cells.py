@@ -9,7 +9,8 @@ from jax import Array, lax
 
 from lstmjax.cells.base import Cell, Parts, _record
 from lstmjax.recurrence.emit import Program, trace
-from lstmjax.recurrence.gpu_plan import TILE, Recurrence, Tiles, up
+from lstmjax.recurrence.gpu_plan import TILE, Recurrence, Tiles
+from lstmjax.recurrence.layout import up
 
 
 class Job(NamedTuple):

@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from lstmjax.recurrence.layout import up
+
 TILE = 64
 """Units of a tile."""
 
@@ -95,11 +97,6 @@ class Recurrence:
     outputs: tuple[int, ...]
     downward: bool
     finish: Callable[[Tiles, Tiles], Tiles] | None = None
-
-
-def up(n: int, to: int) -> int:
-    """``n`` rounded up to a multiple."""
-    return -(-n // to) * to
 
 
 def split(x: Array, parts: int) -> list[Array]:

@@ -38,7 +38,8 @@ from lstmjax.recurrence.gpu_cells import (
     forward_recurrence,
     sizes_of,
 )
-from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan, up
+from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan
+from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 
 _MULTIPROCESSORS = 132
@@ -183,7 +184,7 @@ def _recurrence(how: _How) -> Callable[[Inputs], tuple[Array, Carry]]:
         with_derivative(
             functools.partial(_forward, how),
             functools.partial(_backward, how),
-            lambda inputs: Derived()(how.cell, *inputs, how.job.reverse, how.precision),
+            Derived().function(how.cell, how.job.reverse, how.precision),
         )
     )
 
@@ -323,7 +324,7 @@ def _input_part(how: _How, params: Params, xs: Array) -> Array:
 
 def _recurrent_part(how: _How, params: Params, hs: Array) -> Array:
     """``h R`` of all steps, ``hs (T, B, H)`` and the result padded."""
-    kernel = _pad_units(how, _dense(how.cell, params))
+    kernel = _pad_units(how, dense(how.cell, params["recurrent_kernel"]))
     kernel = jnp.pad(kernel, ((0, hs.shape[-1] - len(kernel)), (0, 0)))
     part = make_dot(how.precision)(hs, kernel)
     if how.cell.parts_apart:
@@ -337,20 +338,12 @@ def _weights(how: _How, params: Params, *, backward: bool) -> Array:
     Whatever a padded unit holds is multiplied by zero.
     """
     plan = how.backward if backward else how.forward
-    kernel = _pad_units(how, _dense(how.cell, params), "constant" if backward else "edge")
+    kernel = dense(how.cell, params["recurrent_kernel"])
+    kernel = _pad_units(how, kernel, "constant" if backward else "edge")
     units = kernel.shape[-1] // len(how.cell.gates)
     kernel = jnp.pad(kernel, ((0, units - len(kernel)), (0, 0))).reshape(units, -1, units)
     kernel = kernel.transpose((1, 0, 2) if backward else (1, 2, 0))
     return jnp.stack(split_outside(kernel, plan.parts))
-
-
-def _dense(cell: Cell, params: Params) -> Array:
-    """The recurrent kernel ``(H, G H)``, with zeros between heads."""
-    kernel = params["recurrent_kernel"]
-    if cell.heads == 1:
-        return kernel
-    eye = jnp.eye(cell.hidden_size, dtype=kernel.dtype)
-    return cell.recurrent_product(kernel, eye, make_dot("float32"))
 
 
 def _units(how: _How, params: Params, rows: int) -> list[Array]:

@@ -19,11 +19,11 @@ from lstmjax.precision import Precision
 from lstmjax.recurrence.derivatives import with_derivative
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
+from lstmjax.recurrence.layout import MIB, up
 from lstmjax.recurrence.tpu_plan import (
     DEFAULT_VMEM,
     FITTING,
     LANES,
-    MIB,
     ROWS,
     UNROLL,
     Plan,
@@ -31,7 +31,6 @@ from lstmjax.recurrence.tpu_plan import (
     divisor,
     parts_of,
     tpu_device,
-    up,
     vmem_bytes,
 )
 
@@ -116,7 +115,7 @@ class PallasTPU(Engine):
         run = with_derivative(
             functools.partial(forward, plan),
             functools.partial(backward, plan),
-            lambda inputs: Derived()(cell, *inputs, reverse, precision),
+            Derived().function(cell, reverse, precision),
         )
         return run((params, xs, initial, mask, resets))
 

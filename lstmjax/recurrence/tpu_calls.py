@@ -13,9 +13,10 @@ from jax import Array, ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.cells.base import Carry, Params
 from lstmjax.recurrence.derivatives import or_zeros
 from lstmjax.recurrence.engine import Inputs, vary_alike
+from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.tpu_kernel import (
     Kept,
@@ -24,7 +25,7 @@ from lstmjax.recurrence.tpu_kernel import (
     forward_kernel,
     map_parameters,
 )
-from lstmjax.recurrence.tpu_plan import Plan, up
+from lstmjax.recurrence.tpu_plan import Plan
 
 # --- Layout --------------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ def laid_out(
     return Operands(
         xs=more_rows(xs, axis=1),
         kernel=_spread(plan, params["kernel"]),
-        recurrent_kernel=_spread(plan, _dense(cell, params["recurrent_kernel"])),
+        recurrent_kernel=_spread(plan, dense(cell, params["recurrent_kernel"])),
         bias=_spread(plan, params["bias"][None]),
         recurrent_bias=_spread(plan, params["recurrent_bias"][None]) if cell.parts_apart else None,
         units={name: params["units"][name][None] for name in cell.unit_params},
@@ -79,16 +80,6 @@ def _spread(plan: Plan, a: Array) -> Array:
     gates, size = len(plan.cell.gates), plan.cell.hidden_size
     a = jnp.pad(a.reshape(-1, gates, size), ((0, 0), (0, 0), (0, plan.lanes - size)))
     return a.reshape(-1, gates * plan.lanes)
-
-
-def _dense(cell: Cell, recurrent_kernel: Array) -> Array:
-    """A block-diagonal kernel ``(H/heads, G*H)`` written out as ``(H, G*H)``."""
-    if cell.heads == 1:
-        return recurrent_kernel
-    block, gates = recurrent_kernel.shape[0], len(cell.gates)
-    blocks = recurrent_kernel.reshape(1, block, gates, cell.heads, block)
-    own = jnp.eye(cell.heads, dtype=bool).reshape(cell.heads, 1, 1, cell.heads, 1)
-    return jnp.where(own, blocks, 0).reshape(cell.hidden_size, -1)
 
 
 def _flags(plan: Plan, a: Array | None, dtype: Any) -> Array | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lstmjax.cells.base import Cell
 from lstmjax.precision import Precision
+from lstmjax.recurrence.layout import MIB, up
 
 LANES = 128
 """Columns of a tile."""
@@ -17,7 +18,6 @@ LANES = 128
 ROWS = 16
 """Rows of a bfloat16 tile; the rows of a block are a multiple of it."""
 
-MIB = 2**20
 DEFAULT_VMEM = 16 * MIB
 """VMEM that the compiler grants without being asked; all that a TPU v4 has."""
 
@@ -62,11 +62,6 @@ class Plan:
     def place(self, k: Any) -> Any:
         """Where in its chunk the step lies that is processed k-th."""
         return self.chunk - 1 - k if self.reverse else k
-
-
-def up(number: int, multiple: int) -> int:
-    """``number`` rounded up."""
-    return -(-number // multiple) * multiple
 
 
 def tpu_device() -> tuple[int, int]:
