@@ -38,7 +38,7 @@ from lstmjax.recurrence.gpu_cells import (
     forward_recurrence,
     sizes_of,
 )
-from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan
+from lstmjax.recurrence.gpu_plan import TILE, GPUPlan, Recurrence, choose_plan
 from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 
@@ -114,7 +114,7 @@ class PallasGPU(Engine):
             return f"{cell.hidden_size} units with {gates} gates do not fit into shared memory"
         return None
 
-    def plans(self, cell: Cell, batch: int, precision: Precision) -> tuple[Plan, Plan] | None:
+    def plans(self, cell: Cell, batch: int, precision: Precision) -> tuple[GPUPlan, GPUPlan] | None:
         """Layouts of the forward and the backward kernel, or None where they do not fit.
 
         The more rows a block has, the fewer blocks there are, and the slower is each.
@@ -125,7 +125,7 @@ class PallasGPU(Engine):
         depths = (3, 2) if self.depth is None else (self.depth,)
         found = []
         for rows in (8, 16) if self.rows is None else (self.rows,):
-            wanted = Plan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpret)
+            wanted = GPUPlan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpret)
             # Masks and resets take some memory as well: one layout with them and without.
             job = Job(cell, masked=True, resets=True, reverse=False)
             forward = choose_plan(forward_recurrence(job, 1, rows), wanted, depths)
@@ -169,8 +169,8 @@ class _How(NamedTuple):
 
     job: Job
     precision: Precision
-    forward: Plan
-    backward: Plan
+    forward: GPUPlan
+    backward: GPUPlan
 
     @property
     def cell(self) -> Cell:
@@ -268,7 +268,7 @@ def _backward(
     return d_params, d_xs, d_initial, None, None
 
 
-def _run(what: Recurrence, plan: Plan, **operands: Any) -> list[Array]:
+def _run(what: Recurrence, plan: GPUPlan, **operands: Any) -> list[Array]:
     """Call a kernel on padded arrays; returns the outputs and the final carry."""
     from lstmjax.recurrence.gpu_kernel import recurrence_kernel  # of no use without a GPU
 

@@ -26,7 +26,7 @@ from lstmjax.recurrence.tpu_plan import (
     LANES,
     ROWS,
     UNROLL,
-    Plan,
+    TPUPlan,
     chunk_near,
     divisor,
     parts_of,
@@ -127,7 +127,7 @@ class PallasTPU(Engine):
         features: int,
         reverse: bool = False,
         precision: Precision = "float32",
-    ) -> Plan:
+    ) -> TPUPlan:
         """The sizes that the kernels get for a batch."""
         rows = self._rows(batch)
         vmem = functools.partial(vmem_bytes, cell, rows, features=features, precision=precision)
@@ -139,7 +139,7 @@ class PallasTPU(Engine):
                 most -= 1
             chunk = chunk_near(steps, most)
         work = rows * len(cell.gates) * up(cell.hidden_size, LANES)
-        return Plan(
+        return TPUPlan(
             cell=cell,
             reverse=reverse,
             parts=parts_of(precision),

@@ -25,13 +25,13 @@ from lstmjax.recurrence.tpu_kernel import (
     forward_kernel,
     map_parameters,
 )
-from lstmjax.recurrence.tpu_plan import Plan
+from lstmjax.recurrence.tpu_plan import TPUPlan
 
 # --- Layout --------------------------------------------------------------------------------------
 
 
 def laid_out(
-    plan: Plan,
+    plan: TPUPlan,
     params: Params,
     xs: Array,
     initial: Carry,
@@ -66,7 +66,7 @@ def _longer(a: Array, missing: int) -> Array:
     return jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
 
 
-def _more_rows(plan: Plan, a: Array, axis: int = 0) -> Array:
+def _more_rows(plan: TPUPlan, a: Array, axis: int = 0) -> Array:
     """Copies of the last row: with them a step cannot meet values that it never meets otherwise."""
     missing = up(a.shape[axis], plan.rows) - a.shape[axis]
     if not missing:
@@ -75,14 +75,14 @@ def _more_rows(plan: Plan, a: Array, axis: int = 0) -> Array:
     return jnp.pad(a, widths, mode="edge")
 
 
-def _spread(plan: Plan, a: Array) -> Array:
+def _spread(plan: TPUPlan, a: Array) -> Array:
     """``(n, G*H)`` to ``(n, G*L)``, zeros behind each gate."""
     gates, size = len(plan.cell.gates), plan.cell.hidden_size
     a = jnp.pad(a.reshape(-1, gates, size), ((0, 0), (0, 0), (0, plan.lanes - size)))
     return a.reshape(-1, gates * plan.lanes)
 
 
-def _flags(plan: Plan, a: Array | None, dtype: Any) -> Array | None:
+def _flags(plan: TPUPlan, a: Array | None, dtype: Any) -> Array | None:
     """``(T, B)`` to ``(B/R, T/C, R, C)``: time along the lanes, so that little is padded."""
     if a is None:
         return None
@@ -98,7 +98,7 @@ def _flags(plan: Plan, a: Array | None, dtype: Any) -> Array | None:
 class Blocks(NamedTuple):
     """Block shapes and index maps for the kinds of arrays there are; the grid is (rows, time)."""
 
-    plan: Plan
+    plan: TPUPlan
     chunk: Callable[[Any], Any]  # which chunk the i-th on the grid is
 
     def steps(self, a: Any) -> pl.BlockSpec:
@@ -134,13 +134,15 @@ class Blocks(NamedTuple):
         return Operands(*map(jax.tree.map, kinds, operands))
 
 
-def _blocks(plan: Plan, operands: Operands, *, reverse: bool) -> tuple[Blocks, tuple[int, int]]:
+def _blocks(plan: TPUPlan, operands: Operands, *, reverse: bool) -> tuple[Blocks, tuple[int, int]]:
     steps, batch, _ = operands.xs.shape
     grid = batch // plan.rows, steps // plan.chunk
     return Blocks(plan, lambda i: grid[1] - 1 - i if reverse else i), grid
 
 
-def _call(plan: Plan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any) -> Any:
+def _call(
+    plan: TPUPlan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any
+) -> Any:
     name = f"{kernel.__name__}_{type(plan.cell).__name__}"
     parameters = pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem
@@ -162,7 +164,7 @@ def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
     return ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
 
 
-def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
+def _forward(plan: TPUPlan, operands: Operands) -> tuple[Array, Carry, Carry]:
     """h of every step, the final carry, the carry on the way into each chunk."""
     steps, batch, _ = operands.xs.shape
     size = plan.cell.hidden_size
@@ -194,7 +196,7 @@ def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
 
 
 def _backward(
-    plan: Plan,
+    plan: TPUPlan,
     operands: Operands,
     hs: Array,
     entering: Carry,
@@ -238,7 +240,7 @@ def _backward(
     return map_parameters(lambda a: a.sum(0), d)
 
 
-def _scratch(plan: Plan, operands: Operands) -> Kept:
+def _scratch(plan: TPUPlan, operands: Operands) -> Kept:
     cell, (_, _, features) = plan.cell, operands.xs.shape
     size, width = cell.hidden_size, len(cell.gates) * plan.lanes
 
@@ -262,7 +264,7 @@ def _scratch(plan: Plan, operands: Operands) -> Kept:
     )
 
 
-def _split(plan: Plan, operands: Operands) -> Operands:
+def _split(plan: TPUPlan, operands: Operands) -> Operands:
     """The weights in parts."""
     return operands._replace(
         kernel=jnp.stack(split_outside(operands.kernel, plan.parts)),
@@ -273,7 +275,7 @@ def _split(plan: Plan, operands: Operands) -> Operands:
 # --- What `with_derivative` takes -----------------------------------------------------------------
 
 
-def forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], tuple[Array, Carry]]:
+def forward(plan: TPUPlan, inputs: Inputs) -> tuple[tuple[Array, Carry], tuple[Array, Carry]]:
     """``(hs (T, B, H), final)``, and h of every step and the carry into each chunk as laid out."""
     steps, batch, _ = inputs[1].shape
     all_hs, final, entering = _forward(plan, laid_out(plan, *inputs))
@@ -283,7 +285,7 @@ def forward(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], tuple[Arra
 
 
 def backward(
-    plan: Plan,
+    plan: TPUPlan,
     inputs: Inputs,
     saved: tuple[Array, Carry],
     d_outputs: tuple[Array | None, Carry],

@@ -29,7 +29,7 @@ FITTING = 1280
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TPUPlan:
     """What a kernel is specialised to.
 
     Attributes:
