@@ -159,6 +159,28 @@ def values_and_gradients(engine, cell, params, x, initial, d_hs, d_final, **opti
     return out, pull_back((d_hs, d_final))
 
 
+def final_gradients(engine, case):
+    """Of the parameters alone, from the final h alone."""
+    (params, x, initial, *_), options = draw(case)
+
+    def final(params):
+        return (unroll(case.cell, params, x, initial, engine=engine, **options)[1].h ** 2).sum()
+
+    return jax.jit(jax.grad(final))(params)
+
+
+def second_derivatives(engine, case):
+    """Gradients of the sum of all squared gradients."""
+    (*inputs, d_hs, d_final), options = draw(case)
+
+    def squares(params, x, initial):
+        given = (params, x, initial, d_hs, d_final)
+        _, gradients = values_and_gradients(engine, case.cell, *given, **options)
+        return sum((g**2).sum() for g in jax.tree.leaves(gradients))
+
+    return jax.jit(jax.grad(squares, (0, 1, 2)))(*inputs)
+
+
 def expected(case, args, options):
     """The plain scan in float64."""
     with jax.enable_x64(True):

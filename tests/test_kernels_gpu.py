@@ -30,10 +30,12 @@ from tests.kernel_cases import (
     compare,
     draw,
     expected,
+    final_gradients,
+    second_derivatives,
     values_and_gradients,
 )
 
-ENGINE = PallasGPU(interpreter=INTERPRET)
+ENGINE = PallasGPU(interpret=INTERPRET)
 BOTH = ("mask", "resets")
 
 CASES = {
@@ -67,6 +69,12 @@ def test_the_parts_of_the_weights_add_up(parts):
     assert all(part.dtype == jnp.bfloat16 for part in found)
     error = sum(np.asarray(part, "float64") for part in found) - x
     assert np.all(np.abs(error) <= 2.0 ** (-8 * parts) * np.abs(x))
+
+
+def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
+    case = Case(GRU(5), flags=BOTH)
+    got, wanted = (final_gradients(engine, case) for engine in (ENGINE, "scan"))
+    compare(case, ((), got), ((), wanted))
 
 
 # --- Under the transformations of JAX ------------------------------------------------------------
@@ -162,18 +170,7 @@ def test_under_shard_map(check_vma, without_kernel):
 
 def test_second_derivatives_are_those_of_the_scan(without_kernel):
     case = Case(LSTM(5), flags=BOTH)
-    args, options = draw(case)
-
-    def penalty(engine, params, x, initial, *cotangents):
-        def squares(params, x, initial):
-            given = (params, x, initial, *cotangents)
-            _, gradients = values_and_gradients(engine, case.cell, *given, **options)
-            return sum((g**2).sum() for g in jax.tree.leaves(gradients))
-
-        return jax.grad(squares, (0, 1, 2))(params, x, initial)
-
-    got = jax.jit(lambda *a: penalty(without_kernel, *a))(*args)
-    wanted = jax.jit(lambda *a: penalty("scan", *a))(*args)
+    got, wanted = (second_derivatives(engine, case) for engine in (without_kernel, "scan"))
     compare(case, (None, got), (None, wanted))
 
 

@@ -4,7 +4,6 @@ The interpreter knows neither the sizes of a TPU's tiles nor its memory: those o
 (`test_aot.py`).
 """
 
-import functools
 import subprocess
 import sys
 
@@ -30,6 +29,8 @@ from tests.kernel_cases import (
     compare,
     draw,
     expected,
+    final_gradients,
+    second_derivatives,
     values_and_gradients,
 )
 
@@ -101,17 +102,7 @@ def test_garbage_in_the_padding_has_no_influence():
 
 def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
     case = Case(GRU(5), flags=BOTH)
-    (params, x, initial, *_), options = draw(case)
-
-    def gradients(params, engine):
-        def last(params):
-            return (unroll(case.cell, params, x, initial, engine=engine, **options)[1].h ** 2).sum()
-
-        return jax.grad(last)(params)
-
-    got, wanted = (
-        jax.jit(functools.partial(gradients, engine=e))(params) for e in (ENGINE, "scan")
-    )
+    got, wanted = (final_gradients(engine, case) for engine in (ENGINE, "scan"))
     compare(case, ((), got), ((), wanted))
 
 
@@ -161,17 +152,17 @@ def test_under_shard_map():
     compare(case, got, expected(case, (params, x, initial, d_hs, d_final), options))
 
 
-def test_second_derivatives_and_forward_mode_are_refused():
-    cell = LSTM(5)
-    (params, x, *_), _ = draw(Case(cell))
+def test_second_derivatives_are_those_of_the_scan():
+    case = Case(LSTM(5), flags=BOTH)
+    got, wanted = (second_derivatives(engine, case) for engine in (ENGINE, "scan"))
+    compare(case, (None, got), (None, wanted))
 
-    def total(x):
-        return unroll(cell, params, x, engine=ENGINE)[0].sum()
 
-    with pytest.raises(NotImplementedError, match=r'"pallas_tpu" has no second .* engine="scan"'):
-        jax.eval_shape(jax.grad(lambda x: (jax.grad(total)(x) ** 2).sum()), x)
+def test_forward_mode_is_refused():
+    case = Case(LSTM(5))
+    (params, x, *_), _ = draw(case)
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jit(lambda x: jax.jvp(total, (x,), (x,))).lower(x)
+        jax.jvp(lambda x: unroll(case.cell, params, x, engine=ENGINE)[0], (x,), (x,))
 
 
 # --- Choice, refusals, sizes ---------------------------------------------------------------------

@@ -13,8 +13,6 @@ from typing import Any, Literal
 from lstmjax.errors import UserError
 from lstmjax.precision import Precision
 
-MIB = 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -84,6 +82,7 @@ def _on_tpu(config: Config) -> int:
 
 def _print_tpu(found: Sequence[Any]) -> None:
     """A line a program and engine; then the kernels' figures as shares of the plain scan's."""
+    from lstmjax.recurrence.layout import MIB
 
     def mib(size: int | None) -> str:
         return "" if size is None else f"{size / MIB:.1f}"

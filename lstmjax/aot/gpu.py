@@ -25,7 +25,7 @@ from lstmjax.errors import UserError, first_line
 from lstmjax.precision import Precision
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu_cells import Job, backward_recurrence, forward_recurrence
-from lstmjax.recurrence.gpu_plan import TILE, Plan, shared_memory
+from lstmjax.recurrence.gpu_plan import TILE, GPUPlan, shared_memory
 from lstmjax.recurrence.pallas_gpu import PallasGPU
 from lstmjax.training.devices import BATCH
 
@@ -174,7 +174,7 @@ class CellReport(NamedTuple):
 
     forward: Compiled
     gradient: Compiled
-    plans: tuple[Plan, Plan]
+    plans: tuple[GPUPlan, GPUPlan]
     shared_memory: tuple[int, int]
 
 

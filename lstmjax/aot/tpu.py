@@ -191,7 +191,7 @@ def compile_program(
 
 
 def _is_kernel(name: str) -> bool:
-    return name.startswith(("forward_kernel_", "backward_kernel_"))
+    return "forward_kernel_" in name or "backward_kernel_" in name  # JAX adds jvp_, transpose_
 
 
 def _kernel_bundles(

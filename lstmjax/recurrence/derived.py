@@ -21,12 +21,12 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision, make_matmul
-from lstmjax.recurrence.engine import Engine, Workload, overridden, platform, vary_alike
+from lstmjax.recurrence.derivatives import or_zeros, with_derivative
+from lstmjax.recurrence.engine import Engine, Inputs, Workload, overridden, platform, vary_alike
 from lstmjax.recurrence.scan import Scan
 
 
@@ -93,14 +93,14 @@ class Derived(Engine):
             a = a[::-1] if reverse else a
             return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))) if padding else a
 
-        plan = Plan(cell, size, self.save, precision)
-        hs, final = _run(
-            plan,
-            params,
-            prepare(xs),
-            initial,
-            *(None if a is None else prepare(a) for a in (mask, resets)),
+        plan = _Plan(cell, size, self.save, precision)
+        run = with_derivative(
+            functools.partial(_run_chunks, plan),
+            functools.partial(_run_chunks_back, plan),
+            Scan().function(cell, False, precision),
         )
+        flags = (None if a is None else prepare(a) for a in (mask, resets))
+        hs, final = run((params, prepare(xs), initial, *flags))
         hs = hs[:steps]
         return hs[::-1] if reverse else hs, final
 
@@ -119,100 +119,20 @@ class Derived(Engine):
         return min(near, key=lambda k: abs(k - wanted), default=wanted)
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is fixed when a recurrence is traced."""
+class _Plan:
+    """What is fixed when a recurrence is traced; T is a multiple of the chunk."""
 
     cell: Cell
     chunk: int
     save: Literal["steps", "chunks"]
     precision: Precision
-    differentiate_xs: bool = True
-
-
-Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
-"""params, xs (T, B, D), initial, mask (T, B), resets (T, B); T is a multiple of the chunk."""
-
-
-# --- Derivatives: the first by `_backward`, higher ones by those of the plain scan ---------------
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(plan: Plan, *inputs: Any) -> tuple[Array, Carry]:
-    return _forward(plan, *inputs)[0]
-
-
-def _run_forward(plan: Plan, *inputs: Any) -> tuple[tuple[Array, Carry], Any]:
-    plan = dataclasses.replace(plan, differentiate_xs=inputs[1].perturbed)
-    values: Any = jax.tree.map(lambda a: a.value, inputs)
-    outputs, saved = _forward(plan, *values)
-    return outputs, (plan, values, saved)
-
-
-def _run_backward(_: Plan, kept: Any, cotangents: Any) -> Any:
-    plan, inputs, saved = kept
-    d_hs: Array | None = None if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
-    d_final = jax.tree.map(
-        lambda d, a: jnp.zeros_like(a) if isinstance(d, SymbolicZero) else d,
-        cotangents[1],
-        inputs[2],
-        is_leaf=lambda d: isinstance(d, SymbolicZero),
-    )
-    d_params, d_xs, d_initial = _backward(plan, inputs, saved, d_hs, d_final)
-    return d_params, d_xs, d_initial, None, None
-
-
-_run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
-
-
-def _plain(plan: Plan, inputs: Inputs) -> tuple[Array, Carry]:
-    return Scan()(plan.cell, *inputs, reverse=False, precision=plan.precision)
-
-
-def _plain_gradient(plan: Plan, inputs: Inputs, d_hs: Array | None, d_final: Carry) -> Any:
-    params, xs, initial, mask, resets = inputs
-    (hs, _), pull = jax.vjp(lambda *a: _plain(plan, (*a, mask, resets)), params, xs, initial)
-    d_params, d_xs, d_initial = pull((jnp.zeros_like(hs) if d_hs is None else d_hs, d_final))
-    return d_params, d_xs if plan.differentiate_xs else jnp.zeros_like(d_xs), d_initial
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _forward(plan: Plan, *inputs: Any) -> tuple[tuple[Array, Carry], Carry]:
-    return _run_chunks(plan, inputs)
-
-
-def _forward_backward(plan: Plan, inputs: Inputs, cotangents: Any) -> Any:
-    (d_hs, d_final), _ = cotangents  # what is saved leads to nothing but `_backward`, see there
-    return *_plain_gradient(plan, inputs, d_hs, d_final), None, None
-
-
-_forward.defvjp(lambda plan, *inputs: (_forward(plan, *inputs), inputs), _forward_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _backward(plan: Plan, inputs: Inputs, saved: Carry, d_hs: Array | None, d_final: Carry) -> Any:
-    return _run_chunks_back(plan, inputs, saved, d_hs, d_final)
-
-
-def _backward_backward(plan: Plan, kept: Any, cotangents: Any) -> Any:
-    inputs, saved, d_hs, d_final = kept
-    differentiable, (mask, resets) = inputs[:3], inputs[3:]
-    _, pull = jax.vjp(
-        lambda a, *d: _plain_gradient(plan, (*a, mask, resets), *d), differentiable, d_hs, d_final
-    )
-    d_inputs, dd_hs, dd_final = pull(cotangents)
-    # `saved` is a function of the inputs, whose whole derivative is in d_inputs already.
-    return (*d_inputs, None, None), jax.tree.map(jnp.zeros_like, saved), dd_hs, dd_final
-
-
-_backward.defvjp(lambda plan, *a: (_backward(plan, *a), a), _backward_backward)
 
 
 # --- The two passes ------------------------------------------------------------------------------
 
 
-def _run_chunks(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry]:
+def _run_chunks(plan: _Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry]:
     """All steps forward: ``(hs (T, B, H), final)`` and what `_run_chunks_back` needs.
 
     That is the carry before every step and after the last, ``(T + 1, H, B)``, or that before
@@ -245,10 +165,11 @@ def _run_chunks(plan: Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry]
 
 
 def _run_chunks_back(
-    plan: Plan, inputs: Inputs, saved: Carry, d_hs: Array | None, d_final: Carry
-) -> tuple[Params, Array, Carry]:
+    plan: _Plan, inputs: Inputs, saved: Carry, d_outputs: tuple[Array | None, Carry], wanted: Any
+) -> tuple[Params, Array, Carry, None, None]:
     """All steps backward: the gradients of parameters, ``xs`` and the initial carry."""
-    params, xs, _, mask, resets = inputs
+    params, xs, initial, mask, resets = inputs
+    d_hs, d_final = d_outputs
     size = plan.chunk
     first, last = _active_chunks(plan, xs.shape[0], mask, resets)
     rnn = _Recurrence(plan, params, xs.shape[1], xs.dtype)
@@ -265,19 +186,19 @@ def _run_chunks_back(
             before = jax.tree.map(lambda s, a: jnp.concatenate([s[None], a[:-1]]), start, after)
         d_carry, shares, d_x = rnn.walk_back(d_carry, before, x, valid, reset, d_h)
         d_params = jax.tree.map(jnp.add, d_params, shares)
-        return d_carry, d_params, _write(d_xs, d_x[None], k) if plan.differentiate_xs else d_xs
+        return d_carry, d_params, _write(d_xs, d_x[None], k) if wanted[1] else d_xs
 
     (_, batch, features), count = xs.shape, xs.shape[0] // size
     # Feature-major to the end: turned in the loop, it would become a slower product.
     d_xs = _zeros((count, features, size * batch), xs)
-    start = (_transposed(d_final), rnn.no_gradient(), d_xs)
+    start = (_transposed(or_zeros(d_final, initial)), rnn.no_gradient(), d_xs)
     d_carry, d_params, d_xs = lax.fori_loop(first, last, run_chunk, start)
     d_xs = d_xs.reshape(count, features, size, batch).transpose(0, 2, 3, 1).reshape(xs.shape)
-    return rnn.turned(d_params), d_xs, _transposed(d_carry)
+    return rnn.turned(d_params), d_xs, _transposed(d_carry), None, None
 
 
 def _active_chunks(
-    plan: Plan, steps: int, mask: Array | None, resets: Array | None
+    plan: _Plan, steps: int, mask: Array | None, resets: Array | None
 ) -> tuple[Any, Any]:
     """The first chunk with anything to do, and the one after the last."""
     count = steps // plan.chunk
@@ -313,7 +234,7 @@ def _transposed(carry: Carry) -> Carry:
 class _Recurrence:
     """One chunk of a cell's recurrence, there and back; arrays ``(features, [chunk,] B)``."""
 
-    def __init__(self, plan: Plan, params: Params, batch: int, dtype: Any) -> None:
+    def __init__(self, plan: _Plan, params: Params, batch: int, dtype: Any) -> None:
         self.cell, self.size = plan.cell, plan.chunk
         self.products = _Products(plan, params, dtype)
         self.start = vary_alike(_transposed(plan.cell.initial_carry(batch, dtype)), params)
@@ -407,7 +328,7 @@ class _Products:
     kernels stacked.
     """
 
-    def __init__(self, plan: Plan, params: Params, dtype: Any) -> None:
+    def __init__(self, plan: _Plan, params: Params, dtype: Any) -> None:
         self.cell, self.params = plan.cell, params
         self.matmul = make_matmul(plan.precision, dtype)
         self.operand_dtype = jnp.bfloat16 if plan.precision == "bfloat16" else dtype

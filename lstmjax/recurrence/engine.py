@@ -1,6 +1,7 @@
 """What an engine is: a frozen value that runs any cell it does not refuse over time."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -9,6 +10,9 @@ from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision
+
+Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
+"""What depends on the data: params, xs (T, B, D), initial, mask (T, B), resets (T, B)."""
 
 
 class Workload(NamedTuple):
@@ -74,6 +78,16 @@ class Engine:
     ) -> tuple[Float[Array, "T B H"], Carry]:
         """Run ``cell``; masked inputs are zero already, resets follow the direction."""
         raise NotImplementedError
+
+    def function(
+        self, cell: Cell, reverse: bool, precision: Precision
+    ) -> Callable[[Inputs], tuple[Array, Carry]]:
+        """A call of this engine as a function of nothing but what depends on the data."""
+
+        def run(inputs: Inputs) -> tuple[Array, Carry]:
+            return self(cell, *inputs, reverse, precision)
+
+        return run
 
 
 def overridden(cell: Cell) -> str | None:

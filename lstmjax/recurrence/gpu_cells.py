@@ -9,7 +9,8 @@ from jax import Array, lax
 
 from lstmjax.cells.base import Cell, Parts, _record
 from lstmjax.recurrence.emit import Program, trace
-from lstmjax.recurrence.gpu_plan import TILE, Recurrence, Tiles, up
+from lstmjax.recurrence.gpu_plan import TILE, Recurrence, Tiles
+from lstmjax.recurrence.layout import up
 
 
 class Job(NamedTuple):
@@ -20,12 +21,14 @@ class Job(NamedTuple):
         masked: steps may be masked.
         resets: there may be resets.
         reverse: from the last step to the first.
+        d_hs: backward, something depends on h of each step, not on the final carry alone.
     """
 
     cell: Cell
     masked: bool
     resets: bool
     reverse: bool
+    d_hs: bool = True
 
 
 class Sizes(NamedTuple):
@@ -148,7 +151,7 @@ def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
         steps=steps,
         batch=batch,
         units=up(job.cell.hidden_size, TILE),
-        inputs=parts + (1,) * (carry_seen + 1),
+        inputs=parts + (1,) * (carry_seen + job.d_hs),
         flags=job.masked + job.resets,
         constants=sizes.units,
         carry=sizes.carry + sizes.units,
@@ -163,19 +166,19 @@ def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
 def _backward_cell(
     job: Job, products: Tiles, inputs: Tiles, flags: Tiles, constants: Tiles, carry: Tiles
 ) -> tuple[Tiles, Tiles, Tiles]:
-    """Inputs: pre-activations, the carry that entered the step, d h from outside. Flags as above.
+    """Inputs: pre-activations, the carry that entered the step, d h from outside if there is one.
 
-    Constants: per-unit parameters. The carry is d carry, without what the product adds to d h, and
-    d units so far.
+    Flags as above. Constants: per-unit parameters. The carry is d carry, without what the product
+    adds to d h, and d units so far.
     """
     cell, sizes = job.cell, sizes_of(job.cell)
-    pre, old, (d_out,) = cut(inputs, sizes.pre, sizes.carry - (not cell.uses_h))
-    zero = jnp.zeros_like(d_out)
+    pre, old, d_h = cut(inputs, sizes.pre, sizes.carry - (not cell.uses_h))
+    zero = jnp.zeros_like(pre[0])
     zeros = [zero] * sizes.carry
     ct, d_units = cut(_with_products(products, carry), sizes.carry)
     if job.resets:
         ct = _choose(flags[-1], zeros, ct)
-    ct = [ct[0] + d_out, *ct[1:]]
+    ct = [sum(d_h, ct[0]), *ct[1:]]
     passing = zeros
     if job.masked:
         ct, passing = _choose(flags[0], ct, zeros), _choose(flags[0], zeros, ct)

@@ -11,7 +11,7 @@ Tiles are transposed, ``(units, rows)``: W is then the wide operand of the tenso
 kernel of gate g; backward, the gradients of the pre-activations are, and W_g is its transpose. What
 differs is `Recurrence.cell`, element-wise on tiles.
 
-Warpgroups of one block hand tiles on through its shared memory; `Plan.cluster` makes each
+Warpgroups of one block hand tiles on through its shared memory; `GPUPlan.cluster` makes each
 warpgroup a block of its own, in a cluster whose blocks write into each other's shared memory.
 """
 
@@ -26,10 +26,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, Tiles, barriers, buffers, split
+from lstmjax.recurrence.gpu_plan import TILE, GPUPlan, Recurrence, Tiles, barriers, buffers, split
 
 
-def recurrence_kernel(what: Recurrence, plan: Plan) -> Callable[..., list[Array]]:
+def recurrence_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
     """The kernel as a function of arrays.
 
     Returns:
@@ -61,7 +61,7 @@ def recurrence_kernel(what: Recurrence, plan: Plan) -> Callable[..., list[Array]
     return lambda *operands: kernel(jnp.ones(1, jnp.int32), *operands)
 
 
-def _scratch(what: Recurrence, plan: Plan) -> dict[str, Any]:
+def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
     """Shared memory in the order in which the tensor cores and the copy engine want it."""
     scratch: dict[str, Any] = {}
     for name, (shape, width) in buffers(what, plan).items():
@@ -87,7 +87,7 @@ _INDEX: tuple[Any, ...] = ((),) if _index.default is inspect.Parameter.empty els
 """Before JAX 0.11 `plgpu.load` had to be given an index; since then giving one warns."""
 
 
-def _load(ref: Any, plan: Plan, *, optimized: bool = True) -> Array:
+def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
     """``(rows, TILE)`` in memory to a tile in registers."""
     if plan.interpret is not None:
         return ref[...].T
@@ -95,7 +95,7 @@ def _load(ref: Any, plan: Plan, *, optimized: bool = True) -> Array:
     return plgpu.load(ref, *_INDEX, layout=_TRANSPOSED, optimized=optimized)
 
 
-def _load_flag(ref: Any, plan: Plan) -> Array:
+def _load_flag(ref: Any, plan: GPUPlan) -> Array:
     """``(rows,)`` in memory to a tile that has the same number for all units."""
     if plan.interpret is not None:
         flag = ref[...]
@@ -104,32 +104,32 @@ def _load_flag(ref: Any, plan: Plan) -> Array:
     return lax.broadcast_in_dim(flag, (TILE, plan.rows), (1,))
 
 
-def _load_operand(ref: Any, plan: Plan) -> Array:
+def _load_operand(ref: Any, plan: GPUPlan) -> Array:
     """``(TILE, TILE)`` in memory to the registers that a product reads its left operand from."""
     if plan.interpret is not None:
         return ref[...]
     return plgpu.load(ref, *_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def _store(ref: Any, tile: Array, plan: Plan) -> None:
+def _store(ref: Any, tile: Array, plan: GPUPlan) -> None:
     if plan.interpret is not None:
         ref[...] = tile.T
     else:
         plgpu.transpose_ref(ref, (1, 0))[...] = _as_tile(tile, plan)
 
 
-def _as_tile(x: Array, plan: Plan) -> Array:
+def _as_tile(x: Array, plan: GPUPlan) -> Array:
     """Settles the layout of what could have any: constants, and sums with accumulators."""
     return x if plan.interpret is not None else plgpu.layout_cast(x, _TRANSPOSED)
 
 
-def _as_carried(tiles: Tiles, plan: Plan) -> tuple[Array, ...]:
+def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
     """Tiles of one type. Inside `jax.shard_map` one from memory varies along the axes of the mesh,
     but nothing that is computed does; the factor vanishes when it is compiled."""
     return tuple(_as_tile(x, plan) * 1.0 for x in tiles)
 
 
-def _add_product(total: Any, left: Any, right: Any, plan: Plan) -> Any:
+def _add_product(total: Any, left: Any, right: Any, plan: GPUPlan) -> Any:
     """``total + left right^T``: issued to the tensor cores, or computed by the interpreter."""
     if plan.interpret is None:
         plgpu.wgmma(total, left, plgpu.transpose_ref(right, (1, 0)))
@@ -152,7 +152,7 @@ def _divided(i: Any, n: int) -> tuple[Any, Any]:
 class _Body:
     """The body of the kernel: one call is one warpgroup, all of time."""
 
-    def __init__(self, what: Recurrence, plan: Plan) -> None:
+    def __init__(self, what: Recurrence, plan: GPUPlan) -> None:
         self.__name__ = what.name
         self.what, self.plan = what, plan
         self.tiles = what.units // TILE

@@ -12,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from lstmjax.recurrence.layout import up
+
 TILE = 64
 """Units of a tile."""
 
@@ -38,7 +40,7 @@ TileStep = Callable[[Tiles, Tiles, Tiles, Tiles, Tiles], tuple[Tiles, Tiles, Til
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class GPUPlan:
     """How a kernel is laid out on the device.
 
     Attributes:
@@ -97,11 +99,6 @@ class Recurrence:
     finish: Callable[[Tiles, Tiles], Tiles] | None = None
 
 
-def up(n: int, to: int) -> int:
-    """``n`` rounded up to a multiple."""
-    return -(-n // to) * to
-
-
 def split(x: Array, parts: int) -> list[Array]:
     """bfloat16 numbers that sum up to a float32 number, the larger first; inside a kernel only.
 
@@ -119,7 +116,7 @@ def split(x: Array, parts: int) -> list[Array]:
     return numbers
 
 
-def buffers(what: Recurrence, plan: Plan) -> dict[str, tuple[tuple[int, ...], int]]:
+def buffers(what: Recurrence, plan: GPUPlan) -> dict[str, tuple[tuple[int, ...], int]]:
     """Shared memory of a block, as shapes and bytes of an element; each warpgroup owns a part."""
     tiles, owners, weights = _counts(what, plan)
     exchanged = (1 if what.shared else what.gates) * plan.parts
@@ -135,7 +132,7 @@ def buffers(what: Recurrence, plan: Plan) -> dict[str, tuple[tuple[int, ...], in
     return {name: buffer for name, buffer in found.items() if math.prod(buffer[0])}
 
 
-def barriers(what: Recurrence, plan: Plan) -> dict[str, tuple[int, int]]:
+def barriers(what: Recurrence, plan: GPUPlan) -> dict[str, tuple[int, int]]:
     """What is waited for, as arrivals and number of barriers."""
     tiles, owners, weights = _counts(what, plan)
     exchanged = (1 if what.shared else what.gates) * plan.parts
@@ -147,27 +144,27 @@ def barriers(what: Recurrence, plan: Plan) -> dict[str, tuple[int, int]]:
     return {name: (arrivals, number) for name, (arrivals, number) in found.items() if arrivals}
 
 
-def _counts(what: Recurrence, plan: Plan) -> tuple[int, int, int]:
+def _counts(what: Recurrence, plan: GPUPlan) -> tuple[int, int, int]:
     """Tiles of units, warpgroups of a block, and tiles of all W_g that are in shared memory."""
     tiles = what.units // TILE
     weights = what.gates * (plan.parts * tiles - plan.resident)
     return tiles, 1 if plan.cluster else tiles, weights
 
 
-def shared_memory(what: Recurrence, plan: Plan) -> int:
+def shared_memory(what: Recurrence, plan: GPUPlan) -> int:
     """Bytes of shared memory of a block."""
     sizes = [math.prod(shape) * width for shape, width in buffers(what, plan).values()]
     signals = [8 * number for _, number in barriers(what, plan).values()]
     return sum(up(size, 1024) for size in sizes) + sum(signals)
 
 
-def choose_plan(what: Recurrence, wanted: Plan, depths: tuple[int, ...]) -> Plan | None:
+def choose_plan(what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...]) -> GPUPlan | None:
     """The first layout that fits: one block rather than a cluster, inputs fetched well ahead.
 
     Args:
         what: the recurrence.
         wanted: all that is not chosen here.
-        depths: values of `Plan.buffers`, the most wanted first.
+        depths: values of `GPUPlan.buffers`, the most wanted first.
     """
     plans = (plan for plan in _plans(what, wanted, depths))
     return next((plan for plan in plans if shared_memory(what, plan) <= SHARED_MEMORY), None)
@@ -178,7 +175,7 @@ def _arrays(what: Recurrence) -> int:
     return sum(what.inputs) + what.flags + what.constants + what.carry + what.gates
 
 
-def _plans(what: Recurrence, wanted: Plan, depths: tuple[int, ...]) -> Iterator[Plan]:
+def _plans(what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...]) -> Iterator[GPUPlan]:
     tiles = what.units // TILE
     resident = min(tiles, _MOST_RESIDENT // what.gates)
     most = {False: _MOST_WARPGROUPS, True: _MOST_BLOCKS}

@@ -18,10 +18,11 @@ from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, make_dot
-from lstmjax.recurrence.derivatives import with_derivative
+from lstmjax.recurrence.derivatives import or_zeros, with_derivative
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import (
     Engine,
+    Inputs,
     Workload,
     odd_carry,
     overridden,
@@ -37,7 +38,8 @@ from lstmjax.recurrence.gpu_cells import (
     forward_recurrence,
     sizes_of,
 )
-from lstmjax.recurrence.gpu_plan import TILE, Plan, Recurrence, choose_plan, up
+from lstmjax.recurrence.gpu_plan import TILE, GPUPlan, Recurrence, choose_plan
+from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 
 _MULTIPROCESSORS = 132
@@ -65,7 +67,7 @@ class PallasGPU(Engine):
         fast_math: the hardware's tanh and exponential, exact to 2^-11. By default with
             ``precision="bfloat16"`` only.
         attached: False to compile for a GPU that this machine does not have.
-        interpreter: parameters of Pallas' interpreter for Mosaic GPU, to run on a CPU, slowly.
+        interpret: parameters of Pallas' interpreter for Mosaic GPU, to run on a CPU, slowly.
 
     Example:
         >>> from lstmjax.cells import LSTM
@@ -83,7 +85,7 @@ class PallasGPU(Engine):
     depth: int | None = None
     fast_math: bool | None = None
     attached: bool = True
-    interpreter: Any = None
+    interpret: Any = None
 
     def __post_init__(self) -> None:
         if self.rows is not None and (self.rows < 8 or self.rows % 8):
@@ -93,7 +95,7 @@ class PallasGPU(Engine):
 
     def refusal(self, cell: Cell, work: Workload) -> str | None:
         """Why not, in one clause: the device, the cell, the precision, or the size."""
-        if self.attached and self.interpreter is None:
+        if self.attached and self.interpret is None:
             if work.platform != "gpu":
                 return f"it runs on GPUs, not on {work.platform}"
             if (found := _compute_capability()) != "9.0":
@@ -112,7 +114,7 @@ class PallasGPU(Engine):
             return f"{cell.hidden_size} units with {gates} gates do not fit into shared memory"
         return None
 
-    def plans(self, cell: Cell, batch: int, precision: Precision) -> tuple[Plan, Plan] | None:
+    def plans(self, cell: Cell, batch: int, precision: Precision) -> tuple[GPUPlan, GPUPlan] | None:
         """Layouts of the forward and the backward kernel, or None where they do not fit.
 
         The more rows a block has, the fewer blocks there are, and the slower is each.
@@ -123,7 +125,7 @@ class PallasGPU(Engine):
         depths = (3, 2) if self.depth is None else (self.depth,)
         found = []
         for rows in (8, 16) if self.rows is None else (self.rows,):
-            wanted = Plan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpreter)
+            wanted = GPUPlan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpret)
             # Masks and resets take some memory as well: one layout with them and without.
             job = Job(cell, masked=True, resets=True, reverse=False)
             forward = choose_plan(forward_recurrence(job, 1, rows), wanted, depths)
@@ -153,10 +155,8 @@ class PallasGPU(Engine):
         plans = self.plans(cell, batch, precision)
         assert plans is not None, "refused"
         how = _How(Job(cell, mask is not None, resets is not None, reverse), precision, *plans)
-        valid, begins = (
-            None if a is None else vary_alike(a.astype(xs.dtype), xs) for a in (mask, resets)
-        )
-        return _recurrence(how)((params, xs, initial, valid, begins))
+        mask, resets = vary_alike((mask, resets), xs)
+        return _recurrence(how)((params, xs, initial, mask, resets))
 
 
 def _compute_capability() -> str:
@@ -169,16 +169,12 @@ class _How(NamedTuple):
 
     job: Job
     precision: Precision
-    forward: Plan
-    backward: Plan
+    forward: GPUPlan
+    backward: GPUPlan
 
     @property
     def cell(self) -> Cell:
         return self.job.cell
-
-
-Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
-"""params, xs (T, B, D), initial, mask (T, B), resets (T, B); flags are the numbers 0 and 1."""
 
 
 @functools.cache
@@ -188,17 +184,9 @@ def _recurrence(how: _How) -> Callable[[Inputs], tuple[Array, Carry]]:
         with_derivative(
             functools.partial(_forward, how),
             functools.partial(_backward, how),
-            functools.partial(_by_derived_engine, how),
+            Derived().function(how.cell, how.job.reverse, how.precision),
         )
     )
-
-
-def _by_derived_engine(how: _How, inputs: Inputs) -> tuple[Array, Carry]:
-    """The same by the derived engine."""
-    params, xs, initial, *flags = inputs
-    mask, resets = (None if a is None else a != 0 for a in flags)
-    operands = (params, xs, initial, mask, resets)
-    return Derived()(how.cell, *operands, how.job.reverse, how.precision)
 
 
 # --- Forward and backward ------------------------------------------------------------------------
@@ -227,18 +215,21 @@ def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Array, Carry], Any]:
     after, final = cut(outs, sizes.carry)
     hs, final = _unpad(how, after[0], batch), [_unpad(how, a, batch) for a in final]
     if mask is not None:
-        hs = jnp.where(mask[..., None] != 0, hs, 0)
+        hs = jnp.where(mask[..., None], hs, 0)
     return (hs, _as_carry(how, final)), (carry, after)
 
 
 def _backward(
-    how: _How, inputs: Inputs, saved: Any, cotangents: tuple[Array, Carry]
-) -> tuple[Params, Array, Carry, Array | None, Array | None]:
-    """The gradients of parameters, ``xs`` and initial carry; flags have none."""
-    params, xs, _, mask, resets = inputs
-    (carry, after), (d_hs, d_final) = saved, cotangents
-    if mask is not None:
-        d_hs = jnp.where(mask[..., None] != 0, d_hs, 0)
+    how: _How, inputs: Inputs, saved: Any, d_outputs: tuple[Array | None, Carry], wanted: Any
+) -> tuple[Params, Array, Carry, None, None]:
+    """The gradients of parameters, ``xs`` and initial carry."""
+    params, xs, initial, mask, resets = inputs
+    (carry, after), (d_hs, d_final) = saved, d_outputs
+    if d_hs is not None and mask is not None:
+        d_hs = jnp.where(mask[..., None], d_hs, 0)
+    # Often only the final carry is used: no array of zeros as large as hs is then made, or read.
+    from_outside = [] if d_hs is None else [_pad(how, d_hs, "constant")]
+    d_final = or_zeros(d_final, initial)
     (steps, batch, _), sizes = xs.shape, sizes_of(how.cell)
     rows, units = carry[0].shape
     flags = _flags(how, mask, resets)
@@ -249,10 +240,10 @@ def _backward(
     zero = jnp.zeros((rows, units), xs.dtype)
     d_pre, finals = cut(
         _run(
-            backward_recurrence(how.job, steps, rows),
+            backward_recurrence(how.job._replace(d_hs=d_hs is not None), steps, rows),
             how.backward,
             weights=_weights(how, params, backward=True),
-            inputs=[*pre, *entering[not how.cell.uses_h :], _pad(how, d_hs, "constant")],
+            inputs=[*pre, *entering[not how.cell.uses_h :], *from_outside],
             flags=flags,
             constants=_units(how, params, rows),
             carry=[_pad(how, a, "constant") for a in (d_final.h, *d_final.state)]
@@ -274,10 +265,10 @@ def _backward(
     if resets is not None:
         zeros = jax.tree.map(jnp.zeros_like, d_initial)
         d_initial = select_rows(_first(how, resets), zeros, d_initial)
-    return d_params, d_xs, d_initial, *jax.tree.map(jnp.zeros_like, (mask, resets))
+    return d_params, d_xs, d_initial, None, None
 
 
-def _run(what: Recurrence, plan: Plan, **operands: Any) -> list[Array]:
+def _run(what: Recurrence, plan: GPUPlan, **operands: Any) -> list[Array]:
     """Call a kernel on padded arrays; returns the outputs and the final carry."""
     from lstmjax.recurrence.gpu_kernel import recurrence_kernel  # of no use without a GPU
 
@@ -289,7 +280,7 @@ def _run(what: Recurrence, plan: Plan, **operands: Any) -> list[Array]:
 
 def _first(how: _How, resets: Array) -> Array:
     """Rows whose carry is replaced on the way into the first step."""
-    return resets[-1 if how.job.reverse else 0] != 0
+    return resets[-1 if how.job.reverse else 0]
 
 
 def _flags(how: _How, mask: Array | None, resets: Array | None) -> list[Array]:
@@ -298,8 +289,8 @@ def _flags(how: _How, mask: Array | None, resets: Array | None) -> list[Array]:
     if resets is not None:
         later = 1 if how.job.reverse else -1
         last = 0 if how.job.reverse else -1
-        flags.append(jnp.roll(resets, later, axis=0).at[last].set(0))
-    return [_pad_rows(how, flag, 1) for flag in flags]
+        flags.append(jnp.roll(resets, later, axis=0).at[last].set(False))
+    return [_pad_rows(how, flag.astype(jnp.float32), 1) for flag in flags]
 
 
 def _as_carry(how: _How, arrays: list[Array]) -> Carry:
@@ -333,7 +324,7 @@ def _input_part(how: _How, params: Params, xs: Array) -> Array:
 
 def _recurrent_part(how: _How, params: Params, hs: Array) -> Array:
     """``h R`` of all steps, ``hs (T, B, H)`` and the result padded."""
-    kernel = _pad_units(how, _dense(how.cell, params))
+    kernel = _pad_units(how, dense(how.cell, params["recurrent_kernel"]))
     kernel = jnp.pad(kernel, ((0, hs.shape[-1] - len(kernel)), (0, 0)))
     part = make_dot(how.precision)(hs, kernel)
     if how.cell.parts_apart:
@@ -347,20 +338,12 @@ def _weights(how: _How, params: Params, *, backward: bool) -> Array:
     Whatever a padded unit holds is multiplied by zero.
     """
     plan = how.backward if backward else how.forward
-    kernel = _pad_units(how, _dense(how.cell, params), "constant" if backward else "edge")
+    kernel = dense(how.cell, params["recurrent_kernel"])
+    kernel = _pad_units(how, kernel, "constant" if backward else "edge")
     units = kernel.shape[-1] // len(how.cell.gates)
     kernel = jnp.pad(kernel, ((0, units - len(kernel)), (0, 0))).reshape(units, -1, units)
     kernel = kernel.transpose((1, 0, 2) if backward else (1, 2, 0))
     return jnp.stack(split_outside(kernel, plan.parts))
-
-
-def _dense(cell: Cell, params: Params) -> Array:
-    """The recurrent kernel ``(H, G H)``, with zeros between heads."""
-    kernel = params["recurrent_kernel"]
-    if cell.heads == 1:
-        return kernel
-    eye = jnp.eye(cell.hidden_size, dtype=kernel.dtype)
-    return cell.recurrent_product(kernel, eye, make_dot("float32"))
 
 
 def _units(how: _How, params: Params, rows: int) -> list[Array]:

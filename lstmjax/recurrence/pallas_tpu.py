@@ -16,20 +16,21 @@ from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision
+from lstmjax.recurrence.derivatives import with_derivative
+from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
+from lstmjax.recurrence.layout import MIB, up
 from lstmjax.recurrence.tpu_plan import (
     DEFAULT_VMEM,
     FITTING,
     LANES,
-    MIB,
     ROWS,
     UNROLL,
-    Plan,
+    TPUPlan,
     chunk_near,
     divisor,
     parts_of,
     tpu_device,
-    up,
     vmem_bytes,
 )
 
@@ -39,8 +40,8 @@ class PallasTPU(Engine):
     """One fused kernel forward and one backward, derived from the cell's ``step``.
 
     Runs every cell that has a ``step``, mixed rows and heads included, in float32 or with bfloat16
-    products. Kept for the gradient are h of each step and one carry a chunk. Can be differentiated
-    once, in reverse.
+    products. Kept for the gradient are h of each step and one carry a chunk. Second and higher
+    reverse-mode derivatives are those of the derived engine; forward mode is refused by JAX.
 
     Attributes:
         chunk: steps of a chunk; None chooses what the TPU's VMEM holds.
@@ -108,12 +109,15 @@ class PallasTPU(Engine):
         steps, batch, features = xs.shape
         if steps == 0 or batch == 0:
             return jnp.zeros((steps, batch, cell.hidden_size), xs.dtype), initial
-        from lstmjax.recurrence.tpu_calls import laid_out, recurrence
+        from lstmjax.recurrence.tpu_calls import backward, forward
 
         plan = self.plan(cell, steps, batch, features, reverse, precision)
-        hs, final = recurrence(plan, laid_out(plan, params, xs, initial, mask, resets))
-        hs, final = hs[:steps, :batch], jax.tree.map(lambda a: a[:batch], final)
-        return hs if mask is None else jnp.where(mask[..., None], hs, 0), final
+        run = with_derivative(
+            functools.partial(forward, plan),
+            functools.partial(backward, plan),
+            Derived().function(cell, reverse, precision),
+        )
+        return run((params, xs, initial, mask, resets))
 
     def plan(
         self,
@@ -123,7 +127,7 @@ class PallasTPU(Engine):
         features: int,
         reverse: bool = False,
         precision: Precision = "float32",
-    ) -> Plan:
+    ) -> TPUPlan:
         """The sizes that the kernels get for a batch."""
         rows = self._rows(batch)
         vmem = functools.partial(vmem_bytes, cell, rows, features=features, precision=precision)
@@ -135,7 +139,7 @@ class PallasTPU(Engine):
                 most -= 1
             chunk = chunk_near(steps, most)
         work = rows * len(cell.gates) * up(cell.hidden_size, LANES)
-        return Plan(
+        return TPUPlan(
             cell=cell,
             reverse=reverse,
             parts=parts_of(precision),

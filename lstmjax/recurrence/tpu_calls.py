@@ -3,7 +3,6 @@
 `tpu_kernel` says what the letters in shapes mean.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lstmjax.cells.base import Carry, Cell, Params
-from lstmjax.recurrence.engine import vary_alike
+from lstmjax.cells.base import Carry, Params
+from lstmjax.recurrence.derivatives import or_zeros
+from lstmjax.recurrence.engine import Inputs, vary_alike
+from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.tpu_kernel import (
     Kept,
@@ -25,13 +25,13 @@ from lstmjax.recurrence.tpu_kernel import (
     forward_kernel,
     map_parameters,
 )
-from lstmjax.recurrence.tpu_plan import Plan, up
+from lstmjax.recurrence.tpu_plan import TPUPlan
 
 # --- Layout --------------------------------------------------------------------------------------
 
 
 def laid_out(
-    plan: Plan,
+    plan: TPUPlan,
     params: Params,
     xs: Array,
     initial: Carry,
@@ -51,7 +51,7 @@ def laid_out(
     return Operands(
         xs=more_rows(xs, axis=1),
         kernel=_spread(plan, params["kernel"]),
-        recurrent_kernel=_spread(plan, _dense(cell, params["recurrent_kernel"])),
+        recurrent_kernel=_spread(plan, dense(cell, params["recurrent_kernel"])),
         bias=_spread(plan, params["bias"][None]),
         recurrent_bias=_spread(plan, params["recurrent_bias"][None]) if cell.parts_apart else None,
         units={name: params["units"][name][None] for name in cell.unit_params},
@@ -66,7 +66,7 @@ def _longer(a: Array, missing: int) -> Array:
     return jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
 
 
-def _more_rows(plan: Plan, a: Array, axis: int = 0) -> Array:
+def _more_rows(plan: TPUPlan, a: Array, axis: int = 0) -> Array:
     """Copies of the last row: with them a step cannot meet values that it never meets otherwise."""
     missing = up(a.shape[axis], plan.rows) - a.shape[axis]
     if not missing:
@@ -75,24 +75,14 @@ def _more_rows(plan: Plan, a: Array, axis: int = 0) -> Array:
     return jnp.pad(a, widths, mode="edge")
 
 
-def _spread(plan: Plan, a: Array) -> Array:
+def _spread(plan: TPUPlan, a: Array) -> Array:
     """``(n, G*H)`` to ``(n, G*L)``, zeros behind each gate."""
     gates, size = len(plan.cell.gates), plan.cell.hidden_size
     a = jnp.pad(a.reshape(-1, gates, size), ((0, 0), (0, 0), (0, plan.lanes - size)))
     return a.reshape(-1, gates * plan.lanes)
 
 
-def _dense(cell: Cell, recurrent_kernel: Array) -> Array:
-    """A block-diagonal kernel ``(H/heads, G*H)`` written out as ``(H, G*H)``."""
-    if cell.heads == 1:
-        return recurrent_kernel
-    block, gates = recurrent_kernel.shape[0], len(cell.gates)
-    blocks = recurrent_kernel.reshape(1, block, gates, cell.heads, block)
-    own = jnp.eye(cell.heads, dtype=bool).reshape(cell.heads, 1, 1, cell.heads, 1)
-    return jnp.where(own, blocks, 0).reshape(cell.hidden_size, -1)
-
-
-def _flags(plan: Plan, a: Array | None, dtype: Any) -> Array | None:
+def _flags(plan: TPUPlan, a: Array | None, dtype: Any) -> Array | None:
     """``(T, B)`` to ``(B/R, T/C, R, C)``: time along the lanes, so that little is padded."""
     if a is None:
         return None
@@ -108,7 +98,7 @@ def _flags(plan: Plan, a: Array | None, dtype: Any) -> Array | None:
 class Blocks(NamedTuple):
     """Block shapes and index maps for the kinds of arrays there are; the grid is (rows, time)."""
 
-    plan: Plan
+    plan: TPUPlan
     chunk: Callable[[Any], Any]  # which chunk the i-th on the grid is
 
     def steps(self, a: Any) -> pl.BlockSpec:
@@ -144,13 +134,15 @@ class Blocks(NamedTuple):
         return Operands(*map(jax.tree.map, kinds, operands))
 
 
-def _blocks(plan: Plan, operands: Operands, *, reverse: bool) -> tuple[Blocks, tuple[int, int]]:
+def _blocks(plan: TPUPlan, operands: Operands, *, reverse: bool) -> tuple[Blocks, tuple[int, int]]:
     steps, batch, _ = operands.xs.shape
     grid = batch // plan.rows, steps // plan.chunk
     return Blocks(plan, lambda i: grid[1] - 1 - i if reverse else i), grid
 
 
-def _call(plan: Plan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any) -> Any:
+def _call(
+    plan: TPUPlan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any
+) -> Any:
     name = f"{kernel.__name__}_{type(plan.cell).__name__}"
     parameters = pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem
@@ -163,19 +155,7 @@ def _call(plan: Plan, kernel: Callable[..., None], operands: Any, aliases: Any, 
         name=name,
         **how,
     )
-    return _differentiated_once(call, operands)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiated_once(call: Callable[..., Any], operands: Any) -> Any:
     return call(*operands)
-
-
-@_differentiated_once.defjvp
-def _(call: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        'engine "pallas_tpu" has no second derivatives; take them with engine="scan"'
-    )
 
 
 def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
@@ -184,7 +164,7 @@ def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
     return ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
 
 
-def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
+def _forward(plan: TPUPlan, operands: Operands) -> tuple[Array, Carry, Carry]:
     """h of every step, the final carry, the carry on the way into each chunk."""
     steps, batch, _ = operands.xs.shape
     size = plan.cell.hidden_size
@@ -216,7 +196,13 @@ def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
 
 
 def _backward(
-    plan: Plan, operands: Operands, hs: Array, entering: Carry, d_hs: Array | None, d_final: Carry
+    plan: TPUPlan,
+    operands: Operands,
+    hs: Array,
+    entering: Carry,
+    d_hs: Array | None,
+    d_final: Carry,
+    differentiate_xs: bool,
 ) -> Operands:
     """The gradients of all operands."""
     blocks, grid = _blocks(plan, operands, reverse=not plan.reverse)
@@ -224,7 +210,7 @@ def _backward(
     def summed(a: Array) -> Any:
         return ShapeDtypeStruct((grid[0], *a.shape), a.dtype)
 
-    xs = operands.xs if plan.differentiate_xs else None
+    xs = operands.xs if differentiate_xs else None
     d = map_parameters(summed, operands)._replace(xs=xs, start=None, valid=None, reset=None)
     d = jax.tree.map(lambda a: _shape(operands, *a.shape), d)
     d_specs = map_parameters(blocks.sums, d)._replace(
@@ -232,7 +218,7 @@ def _backward(
     )
     scratch = _scratch(plan, operands)
     # The gradient of xs takes their place: a chunk is read before it is written.
-    aliases = {0: 0} if plan.differentiate_xs else {}
+    aliases = {0: 0} if differentiate_xs else {}
     operands = _split(plan, operands)
     (d,) = _call(
         plan,
@@ -254,7 +240,7 @@ def _backward(
     return map_parameters(lambda a: a.sum(0), d)
 
 
-def _scratch(plan: Plan, operands: Operands) -> Kept:
+def _scratch(plan: TPUPlan, operands: Operands) -> Kept:
     cell, (_, _, features) = plan.cell, operands.xs.shape
     size, width = cell.hidden_size, len(cell.gates) * plan.lanes
 
@@ -278,7 +264,7 @@ def _scratch(plan: Plan, operands: Operands) -> Kept:
     )
 
 
-def _split(plan: Plan, operands: Operands) -> Operands:
+def _split(plan: TPUPlan, operands: Operands) -> Operands:
     """The weights in parts."""
     return operands._replace(
         kernel=jnp.stack(split_outside(operands.kernel, plan.parts)),
@@ -286,35 +272,42 @@ def _split(plan: Plan, operands: Operands) -> Operands:
     )
 
 
-# --- The gradient --------------------------------------------------------------------------------
+# --- What `with_derivative` takes -----------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recurrence(plan: Plan, operands: Operands) -> tuple[Array, Carry]:
-    """h after every step, masked ones included, and the final carry."""
-    hs, final, _ = _forward(plan, operands)
-    return hs, final
+def forward(plan: TPUPlan, inputs: Inputs) -> tuple[tuple[Array, Carry], tuple[Array, Carry]]:
+    """``(hs (T, B, H), final)``, and h of every step and the carry into each chunk as laid out."""
+    steps, batch, _ = inputs[1].shape
+    all_hs, final, entering = _forward(plan, laid_out(plan, *inputs))
+    hs, final = all_hs[:steps, :batch], jax.tree.map(lambda a: a[:batch], final)
+    mask = inputs[3]
+    return (hs if mask is None else jnp.where(mask[..., None], hs, 0), final), (all_hs, entering)
 
 
-def _recurrence_forward(plan: Plan, operands: Any) -> Any:
-    plan = dataclasses.replace(plan, differentiate_xs=operands.xs.perturbed)
-    operands = jax.tree.map(lambda a: a.value, operands, is_leaf=lambda a: hasattr(a, "perturbed"))
-    hs, final, entering = _forward(plan, operands)
-    return (hs, final), (plan, operands, hs, entering)
+def backward(
+    plan: TPUPlan,
+    inputs: Inputs,
+    saved: tuple[Array, Carry],
+    d_outputs: tuple[Array | None, Carry],
+    wanted: Any,
+) -> tuple[Params, Array, Carry, None, None]:
+    """The gradients of parameters, ``xs`` and the initial carry."""
+    params, xs, initial, mask, resets = inputs
+    hs, entering = saved
+    d_hs, d_final = d_outputs
+    operands, pull_back = jax.vjp(
+        lambda params, xs, initial: laid_out(plan, params, xs, initial, mask, resets),
+        *(params, xs, initial),
+    )
+    if d_hs is not None:
+        d_hs = d_hs if mask is None else jnp.where(mask[..., None], d_hs, 0)
+        d_hs = _filled(d_hs, hs.shape)
+    d_final = or_zeros(d_final, initial)
+    d_final = jax.tree.map(lambda a, b: _filled(a, b.shape), d_final, operands.initial)
+    d = _backward(plan, operands, hs, entering, d_hs, d_final, wanted[1])
+    return *pull_back(or_zeros(d, operands)), None, None
 
 
-def _recurrence_backward(_: Plan, kept: Any, cotangents: Any) -> tuple[Operands]:
-    def nothing(a: Any) -> bool:
-        return isinstance(a, SymbolicZero)
-
-    def made(a: Any) -> Array:
-        return jnp.zeros(a.shape, a.dtype) if nothing(a) else a
-
-    # Often only the final carry is used: nothing as large as hs is then filled with zeros.
-    d_hs = None if nothing(cotangents[0]) else cotangents[0]
-    d_final = jax.tree.map(made, cotangents[1], is_leaf=nothing)
-    plan, operands, hs, entering = kept
-    return (_backward(plan, operands, hs, entering, d_hs, d_final),)
-
-
-recurrence.defvjp(_recurrence_forward, _recurrence_backward, symbolic_zeros=True)
+def _filled(a: Array, shape: tuple[int, ...]) -> Array:
+    """Zeros behind the rows and steps that there are."""
+    return jnp.pad(a, [(0, n - m) for n, m in zip(shape, a.shape, strict=True)])

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from lstmjax.cells.base import Carry, Parts
-from lstmjax.recurrence.tpu_plan import LANES, Plan
+from lstmjax.recurrence.tpu_plan import LANES, TPUPlan
 
 
 class Operands(NamedTuple):
@@ -153,7 +153,7 @@ def _left(ins: Operands, t: Any, new: Carry, old: Carry) -> Carry:
     return new if ins.valid is None else _choose(_flag(ins.valid, t), new, old)
 
 
-def _pre_activations(plan: Plan, ins: Operands, x: Any, h: Any) -> tuple[Array, ...]:
+def _pre_activations(plan: TPUPlan, ins: Operands, x: Any, h: Any) -> tuple[Array, ...]:
     """``(R, G*L)`` each: the sum, or the input part and the recurrent part."""
     parts = range(plan.parts)
     pre_x = product(x, [ins.kernel[p] for p in parts]) + ins.bias[...]
@@ -163,7 +163,7 @@ def _pre_activations(plan: Plan, ins: Operands, x: Any, h: Any) -> tuple[Array, 
     return (pre_x + pre_h,)
 
 
-def _named(plan: Plan, pre: tuple[Array, ...]) -> Any:
+def _named(plan: TPUPlan, pre: tuple[Array, ...]) -> Any:
     """The gates by name, ``(R, H)`` each, as ``step`` takes them."""
     cell = plan.cell
     whole = [cell._named(a) for a in pre]
@@ -171,7 +171,7 @@ def _named(plan: Plan, pre: tuple[Array, ...]) -> Any:
     return Parts(*gates) if cell.parts_apart else gates[0]
 
 
-def _step(plan: Plan, pre: Any, carry: Carry, units: dict[str, Array]) -> Carry:
+def _step(plan: TPUPlan, pre: Any, carry: Carry, units: dict[str, Array]) -> Carry:
     return plan.cell.apply_step(pre, carry, {"units": units})
 
 
@@ -183,7 +183,7 @@ def _units(ins: Operands) -> dict[str, Array]:
 
 
 def forward_kernel(
-    plan: Plan, ins: Operands, hs: Any, entering: Any, final: Any, carried: Any
+    plan: TPUPlan, ins: Operands, hs: Any, entering: Any, final: Any, carried: Any
 ) -> None:
     """Run one chunk.
 
@@ -221,7 +221,7 @@ def forward_kernel(
 
 
 def backward_kernel(
-    plan: Plan,
+    plan: TPUPlan,
     ins: Operands,
     hs: Any,
     entering: Any,
@@ -258,7 +258,7 @@ def _clear(ref: Any) -> None:
     ref[...] = jnp.zeros_like(ref)
 
 
-def _clear_lanes(plan: Plan, kept: Kept) -> None:
+def _clear_lanes(plan: TPUPlan, kept: Kept) -> None:
     """Zeros in the lanes of ``d_pre`` behind each gate, that nothing else ever writes."""
 
     def body(t: Any, _: None) -> None:
@@ -270,7 +270,7 @@ def _clear_lanes(plan: Plan, kept: Kept) -> None:
         lax.fori_loop(0, plan.chunk, body, None)
 
 
-def _sweep(plan: Plan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> None:
+def _sweep(plan: TPUPlan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> None:
     """Forward over the chunk, h being known: state and pre-activations of every step."""
     units = _units(ins)
 
@@ -290,7 +290,7 @@ def _sweep(plan: Plan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> Non
     lax.fori_loop(0, plan.chunk, body, first, unroll=plan.unroll)
 
 
-def _walk_back(plan: Plan, ins: Operands, d_hs: Any, d: Operands, kept: Kept) -> None:
+def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Any, d: Operands, kept: Kept) -> None:
     """Backward over the chunk: only what has to be done step by step."""
     units, parts = _units(ins), range(plan.parts)
 
@@ -321,7 +321,7 @@ def _walk_back(plan: Plan, ins: Operands, d_hs: Any, d: Operands, kept: Kept) ->
     write(d.initial, first)
 
 
-def _store_gates(plan: Plan, d_pre: Any, t: Any, d: Operands, kept: Kept) -> None:
+def _store_gates(plan: TPUPlan, d_pre: Any, t: Any, d: Operands, kept: Kept) -> None:
     """Lay the gradients of a step's gates side by side, and add them to those of the bias."""
     blocks = d_pre if plan.cell.parts_apart else (d_pre,)
     for ref, bias, gates in zip(kept.d_pre, (d.bias, d.recurrent_bias), blocks, strict=False):
@@ -332,7 +332,7 @@ def _store_gates(plan: Plan, d_pre: Any, t: Any, d: Operands, kept: Kept) -> Non
                 ref[p, t, :, lanes] = part
 
 
-def _weight_gradients(plan: Plan, ins: Operands, d: Operands, kept: Kept) -> None:
+def _weight_gradients(plan: TPUPlan, ins: Operands, d: Operands, kept: Kept) -> None:
     """The products that need not wait for one another, ``group`` steps at once."""
     parts = range(plan.parts)
     kernel = [ins.kernel[p] for p in parts]

@@ -8,10 +8,9 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
-
 from lstmjax.cells.base import Cell
 from lstmjax.precision import Precision
+from lstmjax.recurrence.layout import MIB, up
 
 LANES = 128
 """Columns of a tile."""
@@ -19,7 +18,6 @@ LANES = 128
 ROWS = 16
 """Rows of a bfloat16 tile; the rows of a block are a multiple of it."""
 
-MIB = 2**20
 DEFAULT_VMEM = 16 * MIB
 """VMEM that the compiler grants without being asked; all that a TPU v4 has."""
 
@@ -30,9 +28,8 @@ FITTING = 1280
 """Rows times steps of a chunk, where memory allows: enough for the matrix unit, and little."""
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TPUPlan:
     """What a kernel is specialised to.
 
     Attributes:
@@ -45,7 +42,6 @@ class Plan:
         group: steps of one product for the weight gradients; divides ``chunk``.
         vmem: bytes of VMEM to ask the compiler for.
         interpret: run by the Pallas interpreter, on any platform.
-        differentiate_xs: whether anything depends on the gradient of the inputs.
     """
 
     cell: Cell
@@ -57,7 +53,6 @@ class Plan:
     group: int
     vmem: int
     interpret: bool
-    differentiate_xs: bool = True
 
     @property
     def lanes(self) -> int:
@@ -67,11 +62,6 @@ class Plan:
     def place(self, k: Any) -> Any:
         """Where in its chunk the step lies that is processed k-th."""
         return self.chunk - 1 - k if self.reverse else k
-
-
-def up(number: int, multiple: int) -> int:
-    """``number`` rounded up."""
-    return -(-number // multiple) * multiple
 
 
 def tpu_device() -> tuple[int, int]:
