@@ -18,7 +18,6 @@ from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision
 from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
 from lstmjax.recurrence.tpu_plan import (
-    DEFAULT_VMEM,
     FITTING,
     LANES,
     MIB,
@@ -143,7 +142,8 @@ class PallasTPU(Engine):
             chunk=chunk,
             unroll=divisor(chunk, self.unroll or max(1, min(UNROLL, 2**17 // work))),
             group=divisor(chunk, max(1, 256 // rows)),
-            vmem=max(DEFAULT_VMEM, vmem(chunk)),
+            vmem=vmem(chunk),
+            vmem_forward=vmem(chunk, forward=True),
             interpret=self.interpret,
         )
 

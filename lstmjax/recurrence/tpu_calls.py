@@ -25,7 +25,7 @@ from lstmjax.recurrence.tpu_kernel import (
     forward_kernel,
     map_parameters,
 )
-from lstmjax.recurrence.tpu_plan import Plan, up
+from lstmjax.recurrence.tpu_plan import DEFAULT_VMEM, Plan, up
 
 # --- Layout --------------------------------------------------------------------------------------
 
@@ -150,10 +150,14 @@ def _blocks(plan: Plan, operands: Operands, *, reverse: bool) -> tuple[Blocks, t
     return Blocks(plan, lambda i: grid[1] - 1 - i if reverse else i), grid
 
 
-def _call(plan: Plan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any) -> Any:
+def _call(
+    plan: Plan, kernel: Callable[..., None], vmem: int, operands: Any, aliases: Any, **how: Any
+) -> Any:
     name = f"{kernel.__name__}_{type(plan.cell).__name__}"
+    # A limit, even a small one, takes 16 MiB from what the compiler may keep in VMEM throughout.
+    limit = vmem if vmem > DEFAULT_VMEM else None
     parameters = pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
     )
     call = pl.pallas_call(
         functools.partial(kernel, plan),
@@ -184,8 +188,10 @@ def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
     return ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
 
 
-def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
-    """h of every step, the final carry, the carry on the way into each chunk."""
+def _forward(
+    plan: Plan, operands: Operands, *, for_gradient: bool = True
+) -> tuple[Array, Carry, Carry | None]:
+    """h of every step, the final carry, for the gradient the carry on the way into each chunk."""
     steps, batch, _ = operands.xs.shape
     size = plan.cell.hidden_size
     blocks, grid = _blocks(plan, operands, reverse=plan.reverse)
@@ -195,11 +201,13 @@ def _forward(plan: Plan, operands: Operands) -> tuple[Array, Carry, Carry]:
         return jax.tree.map(lambda _: _shape(operands, *shape), operands.initial)
 
     hs = _shape(operands, steps, batch, size)
-    entering, final = carries(grid[1], batch, size), carries(batch, size)
+    entering = carries(grid[1], batch, size) if for_gradient else None
+    final = carries(batch, size)
     scratch = jax.tree.map(lambda _: pltpu.VMEM((plan.rows, size), jnp.float32), operands.initial)
     hs, entering, final = _call(
         plan,
         forward_kernel,
+        plan.vmem_forward,
         (operands,),
         {},
         grid=grid,
@@ -237,6 +245,7 @@ def _backward(
     (d,) = _call(
         plan,
         backward_kernel,
+        plan.vmem,
         (operands, hs, entering, d_hs, d_final),
         aliases,
         grid=grid,
@@ -292,7 +301,7 @@ def _split(plan: Plan, operands: Operands) -> Operands:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recurrence(plan: Plan, operands: Operands) -> tuple[Array, Carry]:
     """h after every step, masked ones included, and the final carry."""
-    hs, final, _ = _forward(plan, operands)
+    hs, final, _ = _forward(plan, operands, for_gradient=False)
     return hs, final
 
 
