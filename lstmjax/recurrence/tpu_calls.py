@@ -207,7 +207,7 @@ def _forward(
     hs, entering, final = _call(
         plan,
         forward_kernel,
-        plan.vmem_forward,
+        plan.vmem if for_gradient else plan.vmem_forward,  # as the backward kernel beside it
         (operands,),
         {},
         grid=grid,
