@@ -122,6 +122,7 @@ def test_help_explains():
         (["--hidden", "0"], "error: --hidden must be at least 1, got 0"),
         (["--cell", "Nothing"], "error: no cell 'Nothing' in lstmjax.cells"),
         (["--target", "hopper", "--devices", "4"], "error: --devices is for TPUs; leave it out"),
+        (["--target", "hopper", "--free-layouts"], "error: --free-layouts is for TPUs; leave"),
         (["--json", "no/such/folder/x.json"], "error: no folder no/such/folder for --json"),
         (["--batch", "6", "--devices", "4"], "error: 6 rows cannot be spread over 4 devices"),
     ],
@@ -163,6 +164,18 @@ def test_kernels_compile_and_take_fewer_bundles_than_the_plain_scan(cell, tmp_pa
     assert kernel["temporaries"] + kernel["in_vmem"] <= 0.6 * (
         plain["temporaries"] + plain["in_vmem"]
     )
+
+
+@needs_libtpu
+@pytest.mark.parametrize("flags", [[], ["--free-layouts"]], ids=["", "free layouts"])
+def test_forward_keeps_nothing_but_weights_and_the_layouts_that_it_needs(flags, tmp_path):
+    file = tmp_path / "figures.json"
+    done = aot("--target", "v5e", "--json", str(file), *flags)
+    assert done.returncode == 0, done.stderr
+    kernel = json.loads(file.read_text())["results"][0]
+    assert (kernel["program"], kernel["engine"]) == ("forward", "pallas_tpu")
+    copies = 0 if flags else 2 * 500 * 64 * 128 * 4  # of inputs and outputs, features along lanes
+    assert kernel["temporaries"] + kernel["in_vmem"] <= copies + 2**20
 
 
 SHARDED = """

@@ -36,6 +36,8 @@ class Config:
     """Chips that share the rows (TPU)."""
     train_step: bool = False
     """Compile the whole training step of a classifier around the cell, too."""
+    free_layouts: bool = False
+    """Let the compiler say how the cell's arguments and results lie in memory (TPU)."""
     json: pathlib.Path | None = None
     """Write the figures to this file as well."""
 
@@ -74,7 +76,9 @@ def _on_tpu(config: Config) -> int:
     cell = _cell(config)
     shape = tpu.Shape(config.steps, config.batch, config.features, config.precision)
     assert config.target != "hopper"
-    found = tpu.compile_cell(cell, shape, config.target, config.devices, config.train_step)
+    found = tpu.compile_cell(
+        cell, shape, config.target, config.devices, config.train_step, config.free_layouts
+    )
     _report(config, cell, [result._asdict() for result in found])
     _print_tpu(found)
     return 0
@@ -87,17 +91,18 @@ def _print_tpu(found: Sequence[Any]) -> None:
     def mib(size: int | None) -> str:
         return "" if size is None else f"{size / MIB:.1f}"
 
-    print("temporaries: MiB in memory, and those that stay in VMEM; kernel: MiB of VMEM")
-    rows = [("program", "engine", "compile s", "temporaries", "in VMEM", "kernel", "bundles/step")]
+    print("MiB of arguments and results, of temporaries in memory and in VMEM, of a kernel's VMEM")
+    columns = ("compile s", "in + out", "temporaries", "in VMEM", "kernel", "bundles/step")
+    rows = [("program", "engine", *columns)]
     for r in found:
         bundles = f"{r.bundles:,.0f}" if r.bundles else ""
-        sizes = mib(r.temporaries), mib(r.in_vmem), mib(r.vmem)
+        sizes = (mib(size) for size in (r.interface, r.temporaries, r.in_vmem, r.vmem))
         rows.append((r.program, r.engine, f"{r.seconds:.1f}", *sizes, bundles))
     half = len(found) // 2
     for kernel, plain in zip(found[:half], found[half:], strict=True):
         memory = _share(_total(kernel), _total(plain))
         bundles = _share(kernel.bundles, plain.bundles)
-        rows.append((kernel.program, "ratio", "", memory, "both together", "", bundles))
+        rows.append((kernel.program, "ratio", "", "", memory, "both together", "", bundles))
     _print_table(rows)
 
 
@@ -124,6 +129,8 @@ def _on_hopper(config: Config) -> int:
     cell = _cell(config)
     if config.devices > 1:
         raise UserError("--devices is for TPUs; leave it out for hopper")
+    if config.free_layouts:
+        raise UserError("--free-layouts is for TPUs; leave it out for hopper")
     from lstmjax.aot import gpu
 
     shape = gpu.Shape(config.steps, config.batch, config.features, config.precision)

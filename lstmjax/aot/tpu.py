@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from lstmjax.aot.bundles import Loop, loops_over, read_dump, read_vmem
@@ -45,6 +46,7 @@ class Compiled(NamedTuple):
         program: what was compiled.
         engine: the engine that ran the cell.
         seconds: tracing, lowering and compiling.
+        interface: bytes of arguments and results, as they lie in memory.
         temporaries: bytes of memory (HBM) beside arguments and results.
         in_vmem: bytes of further temporaries, that the compiler keeps in VMEM throughout.
         vmem: bytes of VMEM of the largest kernel; None without one.
@@ -54,6 +56,7 @@ class Compiled(NamedTuple):
     program: str
     engine: str
     seconds: float
+    interface: int
     temporaries: int
     in_vmem: int | None
     vmem: int | None
@@ -147,6 +150,17 @@ def cell_programs(
     }
 
 
+def with_free_layouts(f: Callable[..., Any], args: Any) -> tuple[Callable[..., Any], Any]:
+    """``f`` and the shapes of its arguments, how they lie in memory being left to the compiler.
+
+    So they lie inside a larger program. Between a program and its caller JAX lays arrays out in the
+    one way that pads least, and the compiler has to copy what it wants otherwise.
+    """
+    formats = jax.tree.map(lambda a: Format(Layout.AUTO, a.sharding), args)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
+    return jax.jit(f, in_shardings=formats, out_shardings=Format(Layout.AUTO)), shapes
+
+
 # --- Compiling -----------------------------------------------------------------------------------
 
 
@@ -175,7 +189,9 @@ def compile_program(
     except Exception as error:  # of one kind or another, by version
         raise UserError(f"{program} by {engine}: {first_line(error)}") from error
     seconds = time.perf_counter() - start
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    memory = compiled.memory_analysis()
+    interface = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    temporaries = memory.temp_size_in_bytes
     in_vmem = vmem = bundles = None
     if folder := dump_folder():
         programs, used = read_dump(folder), read_vmem(folder)
@@ -187,7 +203,8 @@ def compile_program(
             bundles = _loop_bundles(programs, compiled.as_text(), shape.steps)
         for path in folder.iterdir():  # the next program writes there, too
             path.unlink()
-    return Compiled(program, engine, seconds, temporaries, in_vmem, vmem, bundles)
+    sizes = (interface, temporaries, in_vmem, vmem)
+    return Compiled(program, engine, seconds, *sizes, bundles)
 
 
 def _is_kernel(name: str) -> bool:
@@ -219,7 +236,12 @@ def _loop_bundles(programs: dict[str, Loop], hlo: str, steps: int) -> float | No
 
 
 def compile_cell(
-    cell: Cell, shape: Shape, target: Target, devices: int = 1, train_step: bool = False
+    cell: Cell,
+    shape: Shape,
+    target: Target,
+    devices: int = 1,
+    train_step: bool = False,
+    free_layouts: bool = False,
 ) -> list[Compiled]:
     """Compile a cell for a TPU with its kernels, and with the plain scan beside them.
 
@@ -229,6 +251,7 @@ def compile_cell(
         target: generation of the TPU.
         devices: chips that share the rows, up to 4.
         train_step: the whole training step of a classifier around the cell, too.
+        free_layouts: of the cell's arguments and results; see `with_free_layouts`.
 
     Raises:
         UserError: the kernels do not run this cell, or the compiler refuses; with the reason.
@@ -245,6 +268,8 @@ def compile_cell(
     results = []
     for name, engine in ENGINES.items():
         programs = cell_programs(cell, shape, engine, mesh)
+        if free_layouts:
+            programs = {k: with_free_layouts(*program) for k, program in programs.items()}
         if train_step:
             programs["train step"] = train_step_program(cell, shape, engine, mesh)
         for program, (f, args) in programs.items():

@@ -15,6 +15,7 @@ def with_derivative(
     forward: Callable[[Tree], tuple[Tree, Tree]],
     backward: Callable[[Tree, Tree, Tree, Tree], Tree],
     plain: Callable[[Tree], Tree],
+    values: Callable[[Tree], Tree] | None = None,
 ) -> Callable[[Tree], Tree]:
     """A function with a vector-Jacobian product of its own, differentiable any number of times.
 
@@ -27,6 +28,8 @@ def with_derivative(
             gradient somebody asks for; in place of the others any result will do.
         plain: ``inputs -> outputs``, the same function as JAX differentiates it: what second and
             higher reverse-mode derivatives are taken from.
+        values: ``inputs -> outputs``, the same function where nobody asks for a derivative; by
+            default ``forward`` without what it saves.
 
     Returns:
         ``inputs -> outputs``. Forward mode is refused by JAX, as for every `jax.custom_vjp`.
@@ -74,7 +77,7 @@ def with_derivative(
 
     @jax.custom_vjp
     def function(inputs: Tree) -> Tree:
-        return there(inputs)[0]
+        return values(inputs) if values else there(inputs)[0]
 
     def keep(inputs: Tree) -> tuple[Tree, Any]:
         chosen = jax.tree.map(lambda a: a.value if a.perturbed else None, inputs)

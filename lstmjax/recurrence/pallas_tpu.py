@@ -21,7 +21,6 @@ from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
 from lstmjax.recurrence.layout import MIB, up
 from lstmjax.recurrence.tpu_plan import (
-    DEFAULT_VMEM,
     FITTING,
     LANES,
     ROWS,
@@ -109,13 +108,14 @@ class PallasTPU(Engine):
         steps, batch, features = xs.shape
         if steps == 0 or batch == 0:
             return jnp.zeros((steps, batch, cell.hidden_size), xs.dtype), initial
-        from lstmjax.recurrence.tpu_calls import backward, forward
+        from lstmjax.recurrence.tpu_calls import backward, forward, values
 
         plan = self.plan(cell, steps, batch, features, reverse, precision)
         run = with_derivative(
             functools.partial(forward, plan),
             functools.partial(backward, plan),
             Derived().function(cell, reverse, precision),
+            functools.partial(values, plan),
         )
         return run((params, xs, initial, mask, resets))
 
@@ -147,7 +147,8 @@ class PallasTPU(Engine):
             chunk=chunk,
             unroll=divisor(chunk, self.unroll or max(1, min(UNROLL, 2**17 // work))),
             group=divisor(chunk, max(1, 256 // rows)),
-            vmem=max(DEFAULT_VMEM, vmem(chunk)),
+            vmem=vmem(chunk),
+            vmem_forward=vmem(chunk, forward=True),
             interpret=self.interpret,
         )
 

@@ -25,7 +25,7 @@ from lstmjax.recurrence.tpu_kernel import (
     forward_kernel,
     map_parameters,
 )
-from lstmjax.recurrence.tpu_plan import TPUPlan
+from lstmjax.recurrence.tpu_plan import DEFAULT_VMEM, TPUPlan
 
 # --- Layout --------------------------------------------------------------------------------------
 
@@ -141,11 +141,13 @@ def _blocks(plan: TPUPlan, operands: Operands, *, reverse: bool) -> tuple[Blocks
 
 
 def _call(
-    plan: TPUPlan, kernel: Callable[..., None], operands: Any, aliases: Any, **how: Any
+    plan: TPUPlan, kernel: Callable[..., None], vmem: int, operands: Any, aliases: Any, **how: Any
 ) -> Any:
     name = f"{kernel.__name__}_{type(plan.cell).__name__}"
+    # A limit, even a small one, takes 16 MiB from what the compiler may keep in VMEM throughout.
+    limit = vmem if vmem > DEFAULT_VMEM else None
     parameters = pltpu.CompilerParams(
-        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plan.vmem
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=limit
     )
     call = pl.pallas_call(
         functools.partial(kernel, plan),
@@ -164,8 +166,10 @@ def _shape(operands: Operands, *shape: int) -> ShapeDtypeStruct:
     return ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
 
 
-def _forward(plan: TPUPlan, operands: Operands) -> tuple[Array, Carry, Carry]:
-    """h of every step, the final carry, the carry on the way into each chunk."""
+def _forward(
+    plan: TPUPlan, operands: Operands, *, saving: bool
+) -> tuple[Array, Carry, Carry | None]:
+    """h of every step, the final carry, where it is to be saved the carry into each chunk."""
     steps, batch, _ = operands.xs.shape
     size = plan.cell.hidden_size
     blocks, grid = _blocks(plan, operands, reverse=plan.reverse)
@@ -175,11 +179,13 @@ def _forward(plan: TPUPlan, operands: Operands) -> tuple[Array, Carry, Carry]:
         return jax.tree.map(lambda _: _shape(operands, *shape), operands.initial)
 
     hs = _shape(operands, steps, batch, size)
-    entering, final = carries(grid[1], batch, size), carries(batch, size)
+    entering = carries(grid[1], batch, size) if saving else None
+    final = carries(batch, size)
     scratch = jax.tree.map(lambda _: pltpu.VMEM((plan.rows, size), jnp.float32), operands.initial)
     hs, entering, final = _call(
         plan,
         forward_kernel,
+        plan.vmem if saving else plan.vmem_forward,  # the backward kernel beside it takes more
         (operands,),
         {},
         grid=grid,
@@ -223,6 +229,7 @@ def _backward(
     (d,) = _call(
         plan,
         backward_kernel,
+        plan.vmem,
         (operands, hs, entering, d_hs, d_final),
         aliases,
         grid=grid,
@@ -275,13 +282,20 @@ def _split(plan: TPUPlan, operands: Operands) -> Operands:
 # --- What `with_derivative` takes -----------------------------------------------------------------
 
 
-def forward(plan: TPUPlan, inputs: Inputs) -> tuple[tuple[Array, Carry], tuple[Array, Carry]]:
+def forward(
+    plan: TPUPlan, inputs: Inputs, saving: bool = True
+) -> tuple[tuple[Array, Carry], tuple[Array, Carry | None]]:
     """``(hs (T, B, H), final)``, and h of every step and the carry into each chunk as laid out."""
     steps, batch, _ = inputs[1].shape
-    all_hs, final, entering = _forward(plan, laid_out(plan, *inputs))
+    all_hs, final, entering = _forward(plan, laid_out(plan, *inputs), saving=saving)
     hs, final = all_hs[:steps, :batch], jax.tree.map(lambda a: a[:batch], final)
     mask = inputs[3]
     return (hs if mask is None else jnp.where(mask[..., None], hs, 0), final), (all_hs, entering)
+
+
+def values(plan: TPUPlan, inputs: Inputs) -> tuple[Array, Carry]:
+    """What `forward` returns first, without writing what it saves."""
+    return forward(plan, inputs, saving=False)[0]
 
 
 def backward(

@@ -191,7 +191,7 @@ def forward_kernel(
         plan: what the kernel is for.
         ins: the operands' blocks.
         hs: out, h after each step, ``(C, R, H)``.
-        entering: out, the carry before the chunk, arrays ``(1, R, H)``.
+        entering: out, the carry before the chunk, arrays ``(1, R, H)``, or None for values alone.
         final: out, the carry after the chunk, arrays ``(R, H)``.
         carried: scratch that hands the carry to the next chunk, likewise.
     """
@@ -200,7 +200,8 @@ def forward_kernel(
     def _() -> None:
         write(carried, read(ins.initial))
 
-    write(entering, read(carried), 0)
+    if entering is not None:
+        write(entering, read(carried), 0)
     units = _units(ins)
 
     def body(k: Any, carry: Carry) -> Carry:

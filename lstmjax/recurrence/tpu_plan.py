@@ -40,7 +40,8 @@ class TPUPlan:
         chunk: C.
         unroll: steps written out in a loop over time; divides ``chunk``.
         group: steps of one product for the weight gradients; divides ``chunk``.
-        vmem: bytes of VMEM to ask the compiler for.
+        vmem: bytes of VMEM that the backward kernel takes at most.
+        vmem_forward: likewise the forward kernel.
         interpret: run by the Pallas interpreter, on any platform.
     """
 
@@ -52,6 +53,7 @@ class TPUPlan:
     unroll: int
     group: int
     vmem: int
+    vmem_forward: int
     interpret: bool
 
     @property
@@ -91,8 +93,16 @@ def chunk_near(steps: int, most: int) -> int:
     return max(near or [most], key=lambda c: (math.gcd(c, UNROLL), c))
 
 
-def vmem_bytes(cell: Cell, rows: int, chunk: int, features: int, precision: Precision) -> int:
-    """Bytes of VMEM that the backward kernel takes, which is the larger one.
+def vmem_bytes(
+    cell: Cell,
+    rows: int,
+    chunk: int,
+    features: int,
+    precision: Precision,
+    *,
+    forward: bool = False,
+) -> int:
+    """Bytes of VMEM that the backward kernel takes, which is the larger one, or the forward one.
 
     Blocks that move with the grid, and weights, are there twice. To their sum a tenth and 2 MiB are
     added for what the compiler spills.
@@ -100,13 +110,15 @@ def vmem_bytes(cell: Cell, rows: int, chunk: int, features: int, precision: Prec
     parts, states = parts_of(precision), len(cell.State._fields)
     size, wide = up(cell.hidden_size, LANES), up(features, LANES)
     width = len(cell.gates) * size
-    sums = up(features, 8) + up(cell.hidden_size, 8)
     weights = 2 * 2 * parts * width * (up(features, ROWS) + up(cell.hidden_size, ROWS))
-    moving = 2 * 4 * (2 * wide + 2 * size)  # xs and their gradient, hs and theirs
-    pre = (4 + 2 * parts) * width * (1 + cell.parts_apart)
-    kept = 2 * parts * (wide + size) + 4 * size * (states + cell.uses_h)
     flags = 2 * 2 * 4 * up(chunk, LANES) * rows
-    step = rows * (moving + pre + kept)
     carries = 9 * 4 * rows * size * (1 + states)
-    total = weights + 2 * 4 * sums * width + flags + carries + chunk * step
+    moving = 2 * 4 * (wide + size)  # xs and hs
+    if forward:
+        total = weights + flags + carries + chunk * rows * moving
+    else:  # sums of the weights' gradients; gradients of xs and hs; scratch
+        sums = 2 * 4 * width * (up(features, 8) + up(cell.hidden_size, 8))
+        pre = (4 + 2 * parts) * width * (1 + cell.parts_apart)
+        kept = 2 * parts * (wide + size) + 4 * size * (states + cell.uses_h)
+        total = weights + sums + flags + carries + chunk * rows * (2 * moving + pre + kept)
     return total + total // 10 + 2 * MIB
