@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from tqdm import tqdm
+
 from benchmarks import contenders, problems
 from benchmarks.contenders import (
     BFLOAT16,
@@ -214,7 +216,9 @@ def to_accuracy(session: Session, options: argparse.Namespace) -> Facts:
                 ),
             }
             for name, command in commands.items():
-                times.setdefault(name, []).append(time_to_accuracy(*command))
+                seconds = time_to_accuracy(*command)
+                times.setdefault(name, []).append(seconds)
+                tqdm.write(f"{name}, seed {seed}: {seconds and round(seconds)} s")
     facts: Facts = {}
     for name, found in times.items():
         turns = [seconds for seconds in found if seconds is not None]
