@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
 from lstmjax.recurrence.layout import up
@@ -97,23 +96,6 @@ class Recurrence:
     outputs: tuple[int, ...]
     downward: bool
     finish: Callable[[Tiles, Tiles], Tiles] | None = None
-
-
-def split(x: Array, parts: int) -> list[Array]:
-    """bfloat16 numbers that sum up to a float32 number, the larger first; inside a kernel only.
-
-    Outside it is `lstmjax.recurrence.split.split_outside`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> [float(part) for part in split(jnp.float32(1.001), 2)]
-        [1.0, 0.00099945068359375]
-    """
-    numbers = []
-    for _ in range(parts):
-        numbers.append(x.astype(jnp.bfloat16))
-        x = x - numbers[-1].astype(jnp.float32)
-    return numbers
 
 
 def buffers(what: Recurrence, plan: GPUPlan) -> dict[str, tuple[tuple[int, ...], int]]:

@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from lstmjax.cells.base import Carry, Parts
+from lstmjax.recurrence.split import split
 from lstmjax.recurrence.tpu_plan import LANES, TPUPlan
 
 
@@ -79,15 +80,6 @@ class Kept(NamedTuple):
 
 
 # --- Products ------------------------------------------------------------------------------------
-
-
-def split(x: Array, parts: int) -> list[Array]:
-    """``x`` as a sum of bfloat16 arrays, each of them what the ones before it leave over."""
-    found = []
-    for _ in range(parts):
-        found.append(x.astype(jnp.bfloat16))
-        x = x - found[-1].astype(x.dtype)
-    return found
 
 
 def product(a: Sequence[Array], b: Sequence[Array], axes: tuple[int, int] = (1, 0)) -> Array:
