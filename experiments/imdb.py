@@ -15,7 +15,7 @@ two CPU devices), this test accuracy:
     conv                88.12 ± 0.66 %  (87.04-88.68)
     default             88.08 ± 0.19 %  (87.86-88.35)
 
-The README has the single runs, and says which version of the program each row is from.
+The README has the single runs.
 """
 
 import dataclasses

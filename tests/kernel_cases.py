@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lstmjax.cells import LSTM, Carry, Cell
+from lstmjax.cells import GRU, LSTM, Carry, Cell
 from lstmjax.recurrence import Scan, unroll
 from tests.tolerances import assert_close, recurrence_terms
 
@@ -179,6 +179,36 @@ def second_derivatives(engine, case):
         return sum((g**2).sum() for g in jax.tree.leaves(gradients))
 
     return jax.jit(jax.grad(squares, (0, 1, 2)))(*inputs)
+
+
+def compare_vmapped(engine):
+    """`jax.vmap` over parameters against one call for each set of them."""
+    case = Case(LSTM(5))
+    (_, *rest), options = draw(case)
+    sets = [draw(case, seed)[0][0] for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *sets)
+
+    def one(params):
+        return values_and_gradients(engine, case.cell, params, *rest, **options)
+
+    got = jax.jit(jax.vmap(one))(stacked)
+    for k, params in enumerate(sets):
+        apart = jax.tree.map(lambda a, k=k: a[k], got)
+        compare(case, apart, expected(case, (params, *rest), options))
+
+
+def compare_final_gradients(engine):
+    """Gradients of the parameters alone, from the final carry alone."""
+    case = Case(GRU(5), flags=("mask", "resets"))
+    got, wanted = (final_gradients(one, case) for one in (engine, "scan"))
+    compare(case, ((), got), ((), wanted))
+
+
+def compare_second_derivatives(engine):
+    """Those of an engine against those of the plain scan."""
+    case = Case(LSTM(5), flags=("mask", "resets"))
+    got, wanted = (second_derivatives(one, case) for one in (engine, "scan"))
+    compare(case, (None, got), (None, wanted))
 
 
 def expected(case, args, options):

@@ -28,10 +28,11 @@ from tests.kernel_cases import (
     TwoHeads,
     TwoHeadsApart,
     compare,
+    compare_final_gradients,
+    compare_second_derivatives,
+    compare_vmapped,
     draw,
     expected,
-    final_gradients,
-    second_derivatives,
     values_and_gradients,
 )
 
@@ -72,27 +73,14 @@ def test_the_parts_of_the_weights_add_up(parts):
 
 
 def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
-    case = Case(GRU(5), flags=BOTH)
-    got, wanted = (final_gradients(engine, case) for engine in (ENGINE, "scan"))
-    compare(case, ((), got), ((), wanted))
+    compare_final_gradients(ENGINE)
 
 
 # --- Under the transformations of JAX ------------------------------------------------------------
 
 
 def test_vmap_over_parameters_is_the_loop():
-    case = Case(LSTM(5))
-    (_, *rest), options = draw(case)
-    sets = [draw(case, seed)[0][0] for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *sets)
-
-    def one(params):
-        return values_and_gradients(ENGINE, case.cell, params, *rest, **options)
-
-    got = jax.jit(jax.vmap(one))(stacked)
-    for k, params in enumerate(sets):
-        apart = jax.tree.map(lambda a, k=k: a[k], got)
-        compare(case, apart, expected(case, (params, *rest), options))
+    compare_vmapped(ENGINE)
 
 
 def plain_kernel(what, plan):
@@ -169,9 +157,7 @@ def test_under_shard_map(check_vma, without_kernel):
 
 
 def test_second_derivatives_are_those_of_the_scan(without_kernel):
-    case = Case(LSTM(5), flags=BOTH)
-    got, wanted = (second_derivatives(engine, case) for engine in (without_kernel, "scan"))
-    compare(case, (None, got), (None, wanted))
+    compare_second_derivatives(without_kernel)
 
 
 def test_forward_mode_is_refused():

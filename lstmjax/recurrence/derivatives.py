@@ -44,18 +44,52 @@ def with_derivative(
         (8.0, 12.0, 12.0)
     """
 
+    there, back = _forward_pass(forward, plain), _backward_pass(backward, plain)
+
+    @jax.custom_vjp
+    def function(inputs: Tree) -> Tree:
+        return values(inputs) if values else there(inputs)[0]
+
+    def keep(inputs: Tree) -> tuple[Tree, Any]:
+        chosen = jax.tree.map(lambda a: a.value if a.perturbed else None, inputs)
+        others = jax.tree.map(lambda a: None if a.perturbed else a.value, inputs)
+        outputs, saved = there(_combined(chosen, others))
+        return outputs, (chosen, others, saved)
+
+    def pull_back(kept: Any, d_outputs: Tree) -> tuple[Tree]:
+        known = jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, d_outputs)
+        return (back(*kept, known),)
+
+    function.defvjp(keep, pull_back, symbolic_zeros=True)
+    return function
+
+
+def _forward_pass(
+    forward: Callable[[Tree], tuple[Tree, Tree]], plain: Callable[[Tree], Tree]
+) -> Callable[[Tree], tuple[Tree, Tree]]:
+    """``forward``, differentiated as ``plain`` is."""
+
     @jax.custom_vjp
     def there(inputs: Tree) -> tuple[Tree, Tree]:
         return forward(inputs)
 
-    # What is saved leads to nothing but `back`, whose rule has its whole derivative already.
+    # What is saved leads to nothing but the backward pass, whose rule has its whole derivative.
     there.defvjp(
         lambda inputs: (there(inputs), inputs),
         lambda inputs, d: jax.vjp(plain, inputs)[1](d[0]),
     )
+    return there
 
-    # The inputs come in two trees, None in each for what is in the other: `chosen` by somebody who
-    # asks for their gradient, and the others.
+
+def _backward_pass(
+    backward: Callable[[Tree, Tree, Tree, Tree], Tree], plain: Callable[[Tree], Tree]
+) -> Callable[..., Tree]:
+    """``backward``, differentiated as the gradient of ``plain`` is.
+
+    Its inputs come in two trees, None in each for what is in the other: ``chosen`` by somebody who
+    asks for their gradient, and the others.
+    """
+
     @jax.custom_vjp
     def back(chosen: Tree, others: Tree, saved: Tree, d_outputs: Tree) -> Tree:
         wanted = jax.tree.map(lambda a: a is not None, chosen, is_leaf=_is_none)
@@ -74,23 +108,7 @@ def with_derivative(
         lambda chosen, others, saved, d: (back(chosen, others, saved, d), (chosen, others, d)),
         differentiate_back,
     )
-
-    @jax.custom_vjp
-    def function(inputs: Tree) -> Tree:
-        return values(inputs) if values else there(inputs)[0]
-
-    def keep(inputs: Tree) -> tuple[Tree, Any]:
-        chosen = jax.tree.map(lambda a: a.value if a.perturbed else None, inputs)
-        others = jax.tree.map(lambda a: None if a.perturbed else a.value, inputs)
-        outputs, saved = there(_combined(chosen, others))
-        return outputs, (chosen, others, saved)
-
-    def pull_back(kept: Any, d_outputs: Tree) -> tuple[Tree]:
-        known = jax.tree.map(lambda d: None if isinstance(d, SymbolicZero) else d, d_outputs)
-        return (back(*kept, known),)
-
-    function.defvjp(keep, pull_back, symbolic_zeros=True)
-    return function
+    return back
 
 
 def or_zeros(tree: Tree, like: Tree) -> Tree:

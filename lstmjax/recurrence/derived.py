@@ -82,8 +82,6 @@ class Derived(Engine):
     ) -> tuple[Float[Array, "T B H"], Carry]:
         """Run ``cell`` over time."""
         steps, batch = xs.shape[:2]
-        if steps == 0:
-            return Scan()(cell, params, xs, initial, mask, resets, reverse, precision)
         size = self._chunk_size(steps, batch * len(cell.gates) * cell.hidden_size * xs.itemsize)
         padding = -steps % size
         if padding and mask is None:

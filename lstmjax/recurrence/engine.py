@@ -76,7 +76,10 @@ class Engine:
         reverse: bool,
         precision: Precision,
     ) -> tuple[Float[Array, "T B H"], Carry]:
-        """Run ``cell``; masked inputs are zero already, resets follow the direction."""
+        """Run ``cell`` over one step and one row at least.
+
+        Masked inputs are zero already, resets follow the direction.
+        """
         raise NotImplementedError
 
     def function(

@@ -149,10 +149,7 @@ class PallasGPU(Engine):
         precision: Precision,
     ) -> tuple[Float[Array, "T B H"], Carry]:
         """Run ``cell`` over time."""
-        steps, batch, _ = xs.shape
-        if steps == 0 or batch == 0:
-            return jnp.zeros((steps, batch, cell.hidden_size), xs.dtype), initial
-        plans = self.plans(cell, batch, precision)
+        plans = self.plans(cell, xs.shape[1], precision)
         assert plans is not None, "refused"
         how = _How(Job(cell, mask is not None, resets is not None, reverse), precision, *plans)
         mask, resets = vary_alike((mask, resets), xs)

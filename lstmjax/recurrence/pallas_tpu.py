@@ -106,8 +106,6 @@ class PallasTPU(Engine):
     ) -> tuple[Float[Array, "T B H"], Carry]:
         """Run ``cell`` over time."""
         steps, batch, features = xs.shape
-        if steps == 0 or batch == 0:
-            return jnp.zeros((steps, batch, cell.hidden_size), xs.dtype), initial
         from lstmjax.recurrence.tpu_calls import backward, forward, values
 
         plan = self.plan(cell, steps, batch, features, reverse, precision)

@@ -66,23 +66,39 @@ def unroll(
     if x.ndim != 3:
         raise ValueError(f"x must have shape (B, T, D), or (T, B, D) if time_major; got {x.shape}")
     xs, mask, resets = (x, mask, resets) if time_major else _swapped(x, mask, resets)
-    steps, batch, features = xs.shape
     _check(params, xs, mask, resets, lengths)
     if lengths is not None:
-        valid = length_mask(lengths, steps, padding).T
+        valid = length_mask(lengths, len(xs), padding).T
         mask = valid if mask is None else mask & valid
     if mask is not None:
         xs = jnp.where(mask[..., None], xs, 0)
     if resets is not None and reverse:
-        # Step t is entered from step t + 1, so the boundary in front of t + 1 lies between them.
-        resets = jnp.roll(resets, -1, axis=0).at[-1:].set(False)
+        resets = _reversed(resets)
     if initial is None:
-        initial = cell.initial_carry(batch, xs.dtype)
+        initial = cell.initial_carry(xs.shape[1], xs.dtype)
+    hs, final = _run(cell, params, xs, initial, mask, resets, reverse, precision, engine)
+    return (hs if time_major else hs.swapaxes(0, 1)), final
+
+
+def _run(
+    cell: Cell,
+    params: Params,
+    xs: Array,
+    initial: Carry,
+    mask: Array | None,
+    resets: Array | None,
+    reverse: bool,
+    precision: Precision,
+    engine: str | Engine | None,
+) -> tuple[Array, Carry]:
+    """Choose the engine and let it run, unless there is nothing to run."""
+    steps, batch, features = xs.shape
     params, xs, initial = vary_alike((params, xs, initial), params, xs, initial)
     work = Workload(platform(), str(xs.dtype), precision, steps, batch, features)
     chosen, _ = choose_engine(cell, work, engine)
-    hs, final = chosen(cell, params, xs, initial, mask, resets, reverse, precision)
-    return (hs if time_major else hs.swapaxes(0, 1)), final
+    if steps and batch:
+        return chosen(cell, params, xs, initial, mask, resets, reverse, precision)
+    return vary_alike(jnp.zeros((steps, batch, cell.hidden_size), xs.dtype), xs), initial
 
 
 def _check(
@@ -114,6 +130,14 @@ def _swapped(
         None if mask is None else mask.T,
         None if resets is None else resets.T,
     )
+
+
+def _reversed(resets: Array) -> Array:
+    """Resets for the way back in time.
+
+    Step t is entered from step t + 1, so the boundary in front of t + 1 lies between them.
+    """
+    return jnp.roll(resets, -1, axis=0).at[-1:].set(False)
 
 
 def length_mask(
