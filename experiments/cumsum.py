@@ -216,4 +216,5 @@ def draw(
 
 
 if __name__ == "__main__":
+    training.simple_kernels()
     run_command(RECIPES, main, description=__doc__)

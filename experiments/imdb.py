@@ -243,7 +243,7 @@ def main(config: Config) -> None:
     corpus = CORPUS[config.data.data]
     run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
     print_table(history, name)
-    print(f"{made.programs['jit(train)']} shape(s) trained on; {made}")
+    print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
     print(f"{corpus}, {name} accuracy {last[f'{name}_accuracy']:.2%}; everything in {run.path}")
 
 
@@ -262,13 +262,12 @@ def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
 def make_model(config: Config, cell: Cell, engine: Engine, mesh: Mesh) -> Classifier:
     """The model before the first step, drawn by one program: quicker to start than one a draw."""
 
-    @nnx.jit
     def draw() -> Classifier:
         rngs = nnx.Rngs(config.seed)
         return Classifier(cell, config.model, precision=config.precision, engine=engine, rngs=rngs)
 
     with jax.default_device(mesh.devices.flat[0]):
-        return draw()
+        return jax.jit(draw, compiler_options=training.quick_compilation(mesh))()
 
 
 def learn(

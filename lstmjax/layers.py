@@ -48,11 +48,12 @@ def dropout(x: Float[Array, "B ..."], rate: float, keys: RowKeys | None) -> Floa
     return jnp.where(keep, x / (1 - rate), 0)
 
 
-def fold_keys(keys: RowKeys | None, number: int) -> RowKeys | None:
-    """Fresh row keys for the use ``number``; None stays None."""
+def fold_keys(keys: RowKeys | None, uses: int) -> tuple[RowKeys | None, ...]:
+    """Fresh row keys for each of several uses, all derived at once; of None, as many None."""
     if keys is None:
-        return None
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+        return (None,) * uses
+    fold = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))
+    return tuple(fold(keys, jnp.arange(uses)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -198,9 +199,10 @@ class Stack(nnx.Module):
         **options: Any,
     ) -> Iterator[tuple[nnx.Module, Array, Any]]:
         """Layer by layer: the layer, its outputs, its final carry."""
+        layer_keys = fold_keys(keys, len(self.layers))
         for number, layer in enumerate(self.layers):
             if number:
-                x = dropout(x, self.dropout_rate, fold_keys(keys, number))
+                x = dropout(x, self.dropout_rate, layer_keys[number])
             carry = () if initial is None else (initial[number],)
             x, final = layer(x, *carry, **options)
             yield layer, x, final

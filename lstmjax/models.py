@@ -125,7 +125,7 @@ class Classifier(nnx.Module):
     ) -> Iterator[tuple[str, nnx.Module | None, Array]]:
         """The forward pass layer by layer: name, module (if it has parameters), output."""
         config = self.config
-        key_words, key_before, key_between, key_after = (fold_keys(keys, n) for n in range(4))
+        key_words, key_before, key_between, key_after = fold_keys(keys, 4)
         x = self.embedding(ids)
         yield "embedding", self.embedding, x
         if config.dropout_words:

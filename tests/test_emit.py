@@ -142,6 +142,13 @@ def test_at_the_edges(name):
     np.testing.assert_allclose(got, f(jnp.asarray(x)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sinh", "cosh"])
+def test_to_where_float32_ends(name):
+    x = np.asarray([[0.0, 88.0, 89.0, -89.25, np.inf, -np.inf]], "float32")
+    (got,) = trace(lambda x: [getattr(jnp, name)(x)], SHAPE, 1)(jnp.asarray(x))
+    np.testing.assert_allclose(got, getattr(np, name)(x.astype("float64")), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("f", "word"),
     [

@@ -46,7 +46,7 @@ def test_dropout_without_keys_is_the_identity():
     x = normal(0, 3, 4)
     assert dropout(x, 0.5, None) is x
     assert dropout(x, 0.0, row_keys(jax.random.key(0), 3)) is x
-    assert fold_keys(None, 3) is None
+    assert fold_keys(None, 3) == (None, None, None)
 
 
 def test_layers_hold_nothing_but_parameters():

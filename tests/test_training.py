@@ -6,9 +6,12 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -23,7 +26,7 @@ from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
-from lstmjax.training import compilation, devices
+from lstmjax.training import compilation, devices, step
 from lstmjax.training.devices import replicated
 from lstmjax.training.loop import IN_FLIGHT, on_device
 from lstmjax.training.step import Steps, Sums, TrainState
@@ -147,6 +150,41 @@ def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, quota, cores):
     assert devices.usable_cores() == cores
 
 
+PAGES_ANEW = """
+import resource
+import numpy as np
+from lstmjax.training.devices import keep_freed_memory
+if not keep_freed_memory():
+    raise SystemExit("no glibc")
+for turn in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.empty(2**26, np.uint8).fill(1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    command = [sys.executable, "-c", PAGES_ANEW]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    first, second = map(int, done.stdout.split())
+    assert second < first / 10
+
+
+def test_freed_memory_without_glibc(monkeypatch):
+    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())
+    assert not devices.keep_freed_memory()
+
+
+def test_simple_kernels_leave_the_users_flags(monkeypatch):
+    ours = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    theirs = "--xla_backend_extra_options=xla_cpu_small_call"
+    for before, after in (("", ours), ("--other=1", f"--other=1 {ours}"), (theirs, theirs)):
+        monkeypatch.setenv("XLA_FLAGS", before)
+        training.simple_kernels()
+        assert os.environ["XLA_FLAGS"] == after
+
+
 def test_a_missing_accelerator_is_named_with_its_remedy():
     with pytest.raises(UserError, match=r"no tpu here; this JAX finds: cpu\..*\.\[tpu\]"):
         training.make_mesh("tpu")
@@ -187,11 +225,12 @@ def test_every_step_drops_something_else():
     assert found[0] == found[2] != found[1]
 
 
-def test_devices_exchange_sums_once_a_step_not_once_a_time_step():
-    functions = make_steps(make_mesh(2))
+def test_devices_exchange_sums_once_a_step_not_once_a_time_step(monkeypatch):
+    monkeypatch.setattr(step, "quick_compilation", lambda mesh: {})  # of programs on their own
+    functions = compiled_steps.__wrapped__(2)
     batch = next(batches().epoch(0, 0))
-    lowered = functions.train.lower(functions.init(), batch, jax.random.key(0))
-    program = lowered.compile().as_text()
+    train = jax.jit(functions.train, donate_argnums=0)
+    program = train.lower(functions.init(), batch, jax.random.key(0)).compile().as_text()
     computations = dict(
         re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S)
     )
@@ -229,7 +268,7 @@ def test_no_two_streams_of_random_numbers_share_a_key():
     train = training.training_key(seed)
     rows = row_keys(jax.random.fold_in(train, 0), 16)
     streams = [*drawn, *jax.random.key_data(jax.random.split(train, 16))]
-    for keys in (rows, *(fold_keys(rows, number) for number in range(4))):
+    for keys in (rows, *fold_keys(rows, 4)):
         streams += [*jax.random.key_data(keys)]
     distinct = {tuple(np.asarray(key).tolist()) for key in streams}
     assert len(distinct) == len(streams)
@@ -297,7 +336,9 @@ def test_a_run_compiles_each_shape_once(tmp_path):
     with training.counting_compilations() as made:
         fit(tmp_path / "run", steps)
     shapes = len(batches().shapes)
-    assert made.programs["jit(train)"] == made.programs["jit(local_evaluation)"] == shapes
+    assert made.programs["jit(local_gradient)"] == shapes
+    assert made.programs["jit(local_evaluation)"] == shapes
+    assert made.programs["jit(update)"] == made.programs["jit(_step_keys)"] == 1
     assert made.kept == 0
 
 

@@ -247,6 +247,7 @@ def epoch(case: Case, one_shape: bool = False) -> Job:
 
 def cumsum(case: Case) -> Job:
     """The whole experiment of ``experiments/cumsum.py``, its evaluation included."""
+    training.simple_kernels()
     config = dataclasses.replace(cumsum_experiment.RECIPES["notebook"], updates=case["updates"])
     mesh = make_mesh(config.batch_size)
     run = jax.jit(

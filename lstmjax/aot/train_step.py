@@ -35,7 +35,7 @@ def on_mesh(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
 def train_step_program(
     cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The training step of the IMDB notebook's model around ``cell``, and its arguments' shapes.
+    """The training step of the IMDB notebook's model around ``cell`` as one program, and its arguments' shapes.
 
     Args:
         cell: the cell.
@@ -71,4 +71,4 @@ def train_step_program(
         on_mesh(mesh, batch, PartitionSpec(BATCH)),
         on_mesh(mesh, key, whole),
     )
-    return train, args
+    return jax.jit(train, donate_argnums=0), args

@@ -224,14 +224,20 @@ def _pow(x: Array, y: Array) -> Array:
 
 
 def _sinh(x: Array, **_: Any) -> Array:
-    small, e = _expm1(x), lax.exp(x)
+    small, half = _expm1(x), _half_exp(lax.abs(x))
     near = (small + small / (small + 1)) * 0.5
-    return lax.select(lax.abs(x) < 0.5, near, (e - 1 / e) * 0.5)
+    return lax.select(lax.abs(x) < 0.5, near, lax.sign(x) * (half - 0.25 / half))
 
 
 def _cosh(x: Array, **_: Any) -> Array:
-    e = lax.exp(lax.abs(x))
-    return (e + 1 / e) * 0.5
+    half = _half_exp(lax.abs(x))
+    return half + 0.25 / half
+
+
+def _half_exp(x: Array) -> Array:
+    """exp(x) / 2, finite where sinh and cosh still are and exp is not."""
+    root = lax.exp(x * 0.5)
+    return root * 0.5 * root
 
 
 def _asinh(x: Array, **_: Any) -> Array:

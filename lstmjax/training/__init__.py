@@ -8,6 +8,7 @@ from lstmjax.training.devices import (
     quick_compilation,
     replicated,
     sharded,
+    simple_kernels,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
 from lstmjax.training.report import RunFolder, as_dict, draw_curves, run_name, versions
@@ -39,6 +40,7 @@ __all__ = [
     "replicated",
     "run_name",
     "sharded",
+    "simple_kernels",
     "training_key",
     "versions",
 ]

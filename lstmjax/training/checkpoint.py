@@ -57,10 +57,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        leaves = jax.device_get(jax.tree.leaves(state))  # Orbax would compile a cut of each array
         self._manager.save(
             step,
             args=self._orbax.args.Composite(
-                state=self._orbax.args.StandardSave(jax.tree.leaves(state)),
+                state=self._orbax.args.StandardSave(leaves),
                 position=self._orbax.args.JsonSave(dataclasses.asdict(position)),
             ),
         )

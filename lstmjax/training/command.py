@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lstmjax.errors import UserError
 from lstmjax.training.compilation import keep_compiled
+from lstmjax.training.devices import keep_freed_memory
 from lstmjax.training.loop import Interrupted
 
 ConfigT = TypeVar("ConfigT")
@@ -36,6 +37,7 @@ def run_command(
         description=description,
     )
     keep_compiled()
+    keep_freed_memory()
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         main(config)

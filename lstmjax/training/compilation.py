@@ -60,7 +60,7 @@ class Compilations:
     """Programs that JAX has made ready.
 
     Attributes:
-        programs: how many, by name: ``"jit(train)"``.
+        programs: how many, by name: ``"jit(update)"``.
         kept: how many of them were found on disk instead of compiled.
     """
 

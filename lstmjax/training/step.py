@@ -18,9 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from lstmjax.data import Batch
-from lstmjax.layers import row_keys
+from lstmjax.layers import RowKeys, row_keys
 from lstmjax.recurrence import length_mask
-from lstmjax.training.devices import BATCH, quick_compilation, replicated
+from lstmjax.training.devices import BATCH, quick_compilation, replicated, sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 _SumsOf = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
 _GradientOf = Callable[[Any, Batch, Array], tuple[Any, Sums]]
 _EvaluationOf = Callable[[Any, Batch], Sums]
+_Update = Callable[[TrainState, Any, Sums], tuple[TrainState, Sums]]
 _Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
 
 
@@ -86,7 +87,8 @@ class Steps(NamedTuple):
 
     Attributes:
         init: makes the state before the first step.
-        train: ``(state, batch, key) -> (state, sums)``; the state's buffers are donated.
+        train: ``(state, batch, key) -> (state, sums)``; the state's buffers are donated. It runs
+            three programs, of which only the gradient's is compiled for every shape of batch.
         evaluate: ``(params, batch) -> sums``.
     """
 
@@ -121,11 +123,19 @@ def make_steps(
         state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
 
-    options = quick_compilation(mesh)
+    compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
+    rows = compiled(_step_keys, static_argnums=2, out_shardings=sharded(mesh))
+    gradient = compiled(gradient_of)
+    update = compiled(_update(optimizer), donate_argnums=0)
+
+    def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
+        keys = rows(key, state.step, batch.ids.shape[0])
+        return update(state, *gradient(state.params, batch, keys))
+
     return Steps(
         lambda: first_state(jax.device_put(params, replicated(mesh))),
-        jax.jit(_update(gradient_of, optimizer), donate_argnums=0, compiler_options=options),
-        jax.jit(evaluation_of, compiler_options=options),
+        train,
+        compiled(evaluation_of),
     )
 
 
@@ -163,12 +173,15 @@ def _summed_over_devices(sums_of: _SumsOf, mesh: Mesh) -> tuple[_GradientOf, _Ev
     )
 
 
-def _update(gradient_of: _GradientOf, optimizer: optax.GradientTransformation) -> _Train:
-    """The training step."""
+def _step_keys(key: PRNGKeyArray, step: Array, rows: int) -> RowKeys:
+    """One key a row for one training step."""
+    return row_keys(jax.random.fold_in(key, step), rows)
 
-    def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
-        keys = row_keys(jax.random.fold_in(key, state.step), batch.ids.shape[0])
-        gradient, totals = gradient_of(state.params, batch, keys)
+
+def _update(optimizer: optax.GradientTransformation) -> _Update:
+    """The state after a step, and its sums, from the gradient and the sums over the batch."""
+
+    def update(state: TrainState, gradient: Any, totals: Sums) -> tuple[TrainState, Sums]:
         gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.rows, 1), gradient)
         # A finite loss can have a gradient that is not: report it as the loss it will become.
         healthy = jnp.isfinite(optax.tree.norm(gradient))
@@ -177,4 +190,4 @@ def _update(gradient_of: _GradientOf, optimizer: optax.GradientTransformation) -
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, opt_state, state.step + 1), totals
 
-    return train
+    return update
