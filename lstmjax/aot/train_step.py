@@ -35,7 +35,7 @@ def on_mesh(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
 def train_step_program(
     cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The training step of the IMDB notebook's model around ``cell`` as one program, and its arguments' shapes.
+    """The notebook model's training step around ``cell`` as one program; its arguments' shapes.
 
     Args:
         cell: the cell.
