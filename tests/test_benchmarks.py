@@ -181,10 +181,13 @@ def test_time_to_accuracy_stops_the_run_at_the_target(tmp_path):
         record = json.dumps({"test_accuracy": accuracy})
         return ["-c", script.format(then), str(metrics), record]
 
-    found = parts.time_to_accuracy("jax", command(0.9, "signal.pause()"), str(tmp_path))
-    assert 0 < found < 60
+    seconds, reached = parts.time_to_accuracy("jax", command(0.9, "signal.pause()"), str(tmp_path))
+    assert reached
+    assert 0 < seconds < 60
     metrics.unlink()
-    assert parts.time_to_accuracy("jax", command(0.5, "pass"), str(tmp_path)) is None
+    seconds, reached = parts.time_to_accuracy("jax", command(0.5, "pass"), str(tmp_path))
+    assert not reached
+    assert 0 < seconds < 60
 
 
 @pytest.mark.parametrize(

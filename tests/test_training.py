@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
+import itertools
 import json
 import math
 import os
@@ -28,8 +30,8 @@ from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.training import compilation, devices, step
 from lstmjax.training.devices import replicated
-from lstmjax.training.loop import IN_FLIGHT, on_device
-from lstmjax.training.step import Steps, Sums, TrainState
+from lstmjax.training.loop import on_device
+from lstmjax.training.step import IN_FLIGHT, Steps, Sums, TrainState
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +231,7 @@ def test_devices_exchange_sums_once_a_step_not_once_a_time_step(monkeypatch):
     monkeypatch.setattr(step, "quick_compilation", lambda mesh: {})  # of programs on their own
     functions = compiled_steps.__wrapped__(2)
     batch = next(batches().epoch(0, 0))
-    train = jax.jit(functions.train, donate_argnums=0)
+    train = jax.jit(inspect.unwrap(functions.train), donate_argnums=0)
     program = train.lower(functions.init(), batch, jax.random.key(0)).compile().as_text()
     computations = dict(
         re.findall(r"^(?:ENTRY )?(%[\w.-]+) \(.*?\{\n(.*?)^\}", program, re.M | re.S)
@@ -425,6 +427,18 @@ def test_the_loop_does_not_wait_for_the_newest_steps(tmp_path):
         _, (record,) = fit(tmp_path / "run", steps, epochs=1, rows=50)
     assert late == ([], [])
     assert (record["step"], record["train_loss"]) == (7, 1.0)
+
+
+def test_only_so_many_steps_are_under_way(monkeypatch):
+    functions, awaited, sums = compiled_steps.__wrapped__(1), [], []
+    monkeypatch.setattr(step.jax, "block_until_ready", lambda result: awaited.append(result))
+    state = functions.init()
+    for batch in itertools.islice(batches().epoch(0, 0), IN_FLIGHT + 2):
+        assert len(awaited) == max(0, len(sums) - IN_FLIGHT)
+        state, found = functions.train(state, batch, jax.random.key(0))
+        sums.append(found)
+    assert awaited[0] is sums[0].tokens
+    assert awaited[1] is sums[1].tokens
 
 
 def test_fit_learns_and_reports(tmp_path):

@@ -1,5 +1,6 @@
 """The whole training step of a classifier, on shapes alone, for devices that need not be there."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,4 +72,4 @@ def train_step_program(
         on_mesh(mesh, batch, PartitionSpec(BATCH)),
         on_mesh(mesh, key, whole),
     )
-    return jax.jit(train, donate_argnums=0), args
+    return jax.jit(inspect.unwrap(train), donate_argnums=0), args

@@ -17,9 +17,6 @@ from lstmjax.training.devices import replicated, sharded
 from lstmjax.training.report import RunFolder
 from lstmjax.training.step import Steps, Sums, TrainState, training_key
 
-IN_FLIGHT = 4
-"""Steps handed to the device ahead of the newest one whose loss has been looked at."""
-
 LOG_EVERY = 10
 """A line of ``metrics.jsonl`` is written at every multiple of so many steps, and at the end of an
 epoch; it gives the means since the line before."""
@@ -137,7 +134,7 @@ def evaluate(
             if stop is not None:
                 _raise_if(stop)
             pending.append(steps.evaluate(params, batch))
-            if len(pending) > IN_FLIGHT:
+            while pending and pending[0].loss.is_ready():
                 total = _add(total, _on_host(pending.popleft()))
     for sums in pending:
         total = _add(total, _on_host(sums))
@@ -162,7 +159,7 @@ def _train_epoch(
         state, sums = steps.train(state, batch, key)
         done += 1
         pending.append((first + done - at.batch, sums))
-        if len(pending) > IN_FLIGHT:
+        while pending and pending[0][1].loss.is_ready():
             meter.account(*pending.popleft())
         if stop:
             break

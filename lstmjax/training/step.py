@@ -4,10 +4,11 @@ The gradient is taken device by device and summed once a step: left to the compi
 over a sharded batch would sum its weight gradient over the devices at every time step.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -75,15 +76,22 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return adam
 
 
+IN_FLIGHT = 4
+"""Calls of a compiled function that may be under way at once."""
+
 _SumsOf = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
 _GradientOf = Callable[[Any, Batch, Array], tuple[Any, Sums]]
 _EvaluationOf = Callable[[Any, Batch], Sums]
 _Update = Callable[[TrainState, Any, Sums], tuple[TrainState, Sums]]
+_CallT = TypeVar("_CallT", bound=Callable[..., Any])
 _Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
 
 
 class Steps(NamedTuple):
     """The compiled functions of a run.
+
+    ``train`` and ``evaluate`` return before the devices are done, but they begin only once fewer
+    than `IN_FLIGHT` of their calls are under way.
 
     Attributes:
         init: makes the state before the first step.
@@ -134,9 +142,28 @@ def make_steps(
 
     return Steps(
         lambda: first_state(jax.device_put(params, replicated(mesh))),
-        train,
-        compiled(evaluation_of),
+        _bounded(train),
+        _bounded(compiled(evaluation_of)),
     )
+
+
+def _bounded(call: _CallT) -> _CallT:
+    """``call``, waiting for the result of ``IN_FLIGHT`` calls ago before the next begins.
+
+    With 32 programs waiting for one of several CPU devices, XLA stops for good: handing it another
+    one blocks a thread that the programs under way need.
+    """
+    under_way: collections.deque[Any] = collections.deque()
+
+    @functools.wraps(call)
+    def bounded(*arguments: Any) -> Any:
+        if len(under_way) == IN_FLIGHT:
+            jax.block_until_ready(under_way.popleft())
+        result = call(*arguments)
+        under_way.append(jax.tree.leaves(result)[-1])  # of the sums, which nothing donates
+        return result
+
+    return bounded  # type: ignore[return-value]
 
 
 def _classification(graphdef: Any, hidden: Literal["left", "right"] | None) -> _SumsOf:
