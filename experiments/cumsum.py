@@ -12,8 +12,8 @@ Expect, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2), a per-s
     default     98.21 %  (97.20-98.57)
     notebook    93.89 %  (93.69-94.19)
 
-A first run took 4.6 to 5.9 s from start to end there, most of it start-up and compilation; later
-ones, which find the compiled program on disk, 3.2 to 3.5 s.
+A first run took 5.0 to 7.4 s from start to end there while others used the machine, most of it
+start-up and compilation.
 """
 
 import dataclasses
