@@ -187,6 +187,13 @@ def test_simple_kernels_leave_the_users_flags(monkeypatch):
         assert os.environ["XLA_FLAGS"] == after
 
 
+def test_quick_compilation_leaves_a_level_that_is_named(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--other=1")
+    assert training.quick_compilation(make_mesh(1)) == {"xla_backend_optimization_level": "1"}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert training.quick_compilation(make_mesh(1)) == {}
+
+
 def test_a_missing_accelerator_is_named_with_its_remedy():
     with pytest.raises(UserError, match=r"no tpu here; this JAX finds: cpu\..*\.\[tpu\]"):
         training.make_mesh("tpu")
@@ -228,7 +235,7 @@ def test_every_step_drops_something_else():
 
 
 def test_devices_exchange_sums_once_a_step_not_once_a_time_step(monkeypatch):
-    monkeypatch.setattr(step, "quick_compilation", lambda mesh: {})  # of programs on their own
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # no options of our own
     functions = compiled_steps.__wrapped__(2)
     batch = next(batches().epoch(0, 0))
     train = jax.jit(inspect.unwrap(functions.train), donate_argnums=0)
