@@ -80,8 +80,8 @@ def quick_compilation(mesh: Mesh) -> dict[str, Any]:
     """Compiler options for the programs of a training run.
 
     On CPU, LLVM's first level of optimization: for the recipes here half the compile time, the same
-    bits and no slower code, since the large products are library calls. Nothing elsewhere, nor where
-    ``XLA_FLAGS`` name a level.
+    bits and no slower code, since the large products are library calls. Nothing elsewhere, nor
+    where ``XLA_FLAGS`` name a level.
     """
     level = "xla_backend_optimization_level"
     if mesh.devices.flat[0].platform != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
