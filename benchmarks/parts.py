@@ -85,7 +85,7 @@ def recurrence(session: Session, options: argparse.Namespace) -> Facts:
         case = size(sizes, options) | {"mode": mode}
         column = heading(case)
         who = [c for c in contenders.RECURRENCE if sizes == S or "one device" not in c.name]
-        session.measure(work(who, case, column), seconds=12 if sizes == S else 3.5)
+        session.measure(work(who, case, column), seconds=10 if sizes == S else 2.5)
         facts |= against_peers(session.rows, column)
         exact, fast = (median(session.rows, who, column) for who in (DERIVED, BFLOAT16))
         if exact and fast:

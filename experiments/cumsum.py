@@ -12,8 +12,8 @@ Expect, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2), a per-s
     default     98.21 %  (97.20-98.57)
     notebook    93.89 %  (93.69-94.19)
 
-A first run took 5.0 to 7.4 s from start to end there while others used the machine, most of it
-start-up and compilation.
+A first run took 4.0 to 4.9 s from start to end there, most of it start-up and compilation (to 7.4 s
+while others slowed the machine down); a second one, its program compiled already, 3.4 to 4.0 s.
 """
 
 import dataclasses
