@@ -1,5 +1,6 @@
 """The experiments as a user runs them: results, errors in one line, interruption by signal."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -209,6 +210,15 @@ def test_a_cell_file_that_has_changed_is_not_resumed(run, error_of):
     run(imdb, *arguments)
     pathlib.Path("mine.py").write_text(text % 2.0)
     assert "cell-source" in error_of(imdb, *arguments, "--resume")
+
+
+def test_every_second_length_is_evaluated_on():
+    config = imdb.RECIPES["default"]
+    data = dataclasses.replace(config.data, data="demo")
+    train, evaluations = imdb.make_batches(dataclasses.replace(config, data=data))
+    (test,) = evaluations.values()
+    assert test.boundaries[-1] == train.boundaries[-1]
+    assert test.boundaries[::-1] == train.boundaries[::-2]
 
 
 def test_a_platform_that_jax_was_told_to_use_but_is_not_there():

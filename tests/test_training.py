@@ -348,6 +348,7 @@ def test_a_run_compiles_each_shape_once(tmp_path):
     assert made.programs["jit(local_gradient)"] == shapes
     assert made.programs["jit(local_evaluation)"] == shapes
     assert made.programs["jit(update)"] == made.programs["jit(_step_keys)"] == 1
+    assert "jit(slice)" not in made.programs  # nor does a checkpoint compile anything
     assert made.kept == 0
 
 
