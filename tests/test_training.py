@@ -431,6 +431,8 @@ def test_the_loop_does_not_wait_for_the_newest_steps(tmp_path):
             lambda: jax.device_put(state, replicated(make_mesh(2))),
             held_back(train, 7, late[0], guard),
             held_back(evaluate, 7, late[1], guard),
+            prepare_train=lambda batch: None,
+            prepare_evaluate=lambda batch: None,
         )
         _, (record,) = fit(tmp_path / "run", steps, epochs=1, rows=50)
     assert late == ([], [])
@@ -447,6 +449,85 @@ def test_only_so_many_steps_are_under_way(monkeypatch):
         sums.append(found)
     assert awaited[0] is sums[0].tokens
     assert awaited[1] is sums[1].tokens
+
+
+def of_two_shapes(mesh):
+    """A batch of each shape, on the devices."""
+    shapes = {batch.ids.shape: batch for batch in batches().epoch(0, 0)}
+    assert len(shapes) == 2
+    return [jax.device_put(batch, training.sharded(mesh)) for batch in shapes.values()]
+
+
+def test_a_prepared_shape_is_not_compiled_by_the_call():
+    mesh = make_mesh(2)
+    functions, key = compiled_steps.__wrapped__(2), jax.random.key(3)
+    first, second = of_two_shapes(mesh)
+    with training.counting_compilations() as before:
+        functions.prepare_train(first)  # nothing is known of the other arguments yet
+        functions.prepare_evaluate(first)
+    assert not before.programs
+    state, _ = functions.train(functions.init(), first, key)
+    functions.evaluate(state.params, first)
+    with training.counting_compilations() as made:
+        for batch in (second, second, first):
+            functions.prepare_train(batch)
+            functions.prepare_evaluate(batch)
+        state, sums = functions.train(state, second, key)
+        evaluated = functions.evaluate(state.params, second)
+    assert made.programs == {"jit(local_gradient)": 1, "jit(local_evaluation)": 1}
+    plain = make_steps(mesh)
+    expected, _ = plain.train(plain.init(), first, key)
+    expected = plain.train(expected, second, key)
+    expected = (*expected, plain.evaluate(expected[0].params, second))
+    jax.tree.map(np.testing.assert_array_equal, (state, sums, evaluated), expected)
+
+
+class Slow:
+    """A function of (params, batch), its compilation ended by ``go``."""
+
+    def __init__(self, error=None):
+        self.go, self.lowered, self.error = threading.Event(), [], error
+
+    def __call__(self, params, batch):
+        return params
+
+    def lower(self, params, batch):
+        self.lowered.append(batch.ids.shape)
+        return self
+
+    def compile(self):
+        assert self.go.wait(30)
+        if self.error:
+            raise self.error
+
+
+def of_length(steps):
+    return Batch(jnp.zeros((2, steps), jnp.int32), *(jnp.zeros(2) for _ in range(3)))
+
+
+def test_no_more_is_compiled_ahead_than_there_are_cores(monkeypatch):
+    monkeypatch.setattr(step, "usable_cores", lambda: 2)
+    slow = Slow()
+    calls = step._Calls(slow, slow.lower)
+    calls(jnp.ones(3), of_length(1))
+    for steps in (1, 2, 3, 4):
+        calls.prepare(of_length(steps))
+    assert slow.lowered == [(2, 2), (2, 3)]
+    slow.go.set()
+    calls(jnp.ones(3), of_length(2))
+    calls(jnp.ones(3), of_length(3))
+    calls.prepare(of_length(4))
+    assert slow.lowered == [(2, 2), (2, 3), (2, 4)]
+
+
+def test_a_compilation_that_fails_is_told_by_the_call():
+    slow = Slow(ValueError("no room"))
+    slow.go.set()
+    calls = step._Calls(slow, slow.lower)
+    calls(jnp.ones(3), of_length(1))
+    calls.prepare(of_length(2))
+    with pytest.raises(ValueError, match="no room"):
+        calls(jnp.ones(3), of_length(2))
 
 
 def test_fit_learns_and_reports(tmp_path):
@@ -628,7 +709,21 @@ def test_batches_are_put_on_device_ahead_of_use(ahead):
             yield batch
 
     for number, _ in enumerate(on_device(source(), make_mesh(2), ahead=ahead)):
-        assert len(taken) == min(number + ahead, len(batches()))
+        # The first is not kept waiting for others.
+        assert len(taken) == (min(number + ahead, len(batches())) if number else 1)
+
+
+def test_what_waits_is_prepared_whenever_a_batch_has_been_used():
+    seen, given = [], list(batches().epoch(0, 0))[:4]
+
+    def prepare(batch):
+        seen.append([*map(np.array_equal, itertools.repeat(batch.ids), ids)].index(True))
+
+    ids = [batch.ids for batch in given]
+    for number, _ in enumerate(on_device(given, make_mesh(2), prepare, ahead=2)):
+        assert seen == [[], [1, 2], [2, 3], [3]][number]
+        seen.clear()
+    assert seen == []
 
 
 def test_a_second_signal_acts_as_it_would_have(tmp_path):

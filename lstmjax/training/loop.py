@@ -4,7 +4,7 @@ import collections
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -38,13 +38,27 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def on_device(batches: Iterable[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Batch]:
-    """The batches, ``ahead`` of them on the devices when one is asked for."""
+def on_device(
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    prepare: Callable[[Batch], None] = lambda batch: None,
+    ahead: int = 8,
+) -> Iterator[Batch]:
+    """The batches, put on the devices before they are asked for, all but the first.
+
+    Args:
+        batches: what to put there.
+        mesh: the devices.
+        prepare: called with every batch that waits, each time another one has been used.
+        ahead: how many wait.
+    """
     placed = (jax.device_put(batch, sharded(mesh)) for batch in batches)
-    waiting = collections.deque(itertools.islice(placed, ahead))
+    waiting = collections.deque(itertools.islice(placed, 1))
     while waiting:
         yield waiting.popleft()
-        waiting.extend(itertools.islice(placed, 1))
+        waiting.extend(itertools.islice(placed, ahead - len(waiting)))
+        for batch in waiting:
+            prepare(batch)
 
 
 def fit(
@@ -126,9 +140,8 @@ def evaluate(
 
     pending: collections.deque[Sums] = collections.deque()
     total = Sums()
-    bar = tqdm(
-        on_device(batches.in_order(), mesh), f"  {name}", len(batches), leave=False, unit="batch"
-    )
+    placed = on_device(batches.in_order(), mesh, steps.prepare_evaluate)
+    bar = tqdm(placed, f"  {name}", len(batches), leave=False, unit="batch")
     with bar:
         for batch in bar:
             if stop is not None:
@@ -155,12 +168,20 @@ def _train_epoch(
     key, first = jax.device_put(training_key(seed), replicated(mesh)), int(state.step)
     pending: collections.deque[tuple[int, Sums]] = collections.deque()
     done, started = at.batch, time.perf_counter()
-    for batch in on_device(batches.epoch(seed, at.epoch, start=at.batch), mesh):
+
+    def look_back() -> None:
+        while pending and pending[0][1].loss.is_ready():
+            meter.account(*pending.popleft())
+
+    def prepare(batch: Batch) -> None:
+        look_back()  # tracing takes a while
+        steps.prepare_train(batch)
+
+    for batch in on_device(batches.epoch(seed, at.epoch, start=at.batch), mesh, prepare):
         state, sums = steps.train(state, batch, key)
         done += 1
         pending.append((first + done - at.batch, sums))
-        while pending and pending[0][1].loss.is_ready():
-            meter.account(*pending.popleft())
+        look_back()
         if stop:
             break
     while pending:

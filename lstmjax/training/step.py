@@ -8,7 +8,8 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxtyping import PRNGKeyArray
 from lstmjax.data import Batch
 from lstmjax.layers import RowKeys, row_keys
 from lstmjax.recurrence import length_mask
-from lstmjax.training.devices import BATCH, quick_compilation, replicated, sharded
+from lstmjax.training.devices import BATCH, quick_compilation, replicated, sharded, usable_cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,6 @@ _SumsOf = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
 _GradientOf = Callable[[Any, Batch, Array], tuple[Any, Sums]]
 _EvaluationOf = Callable[[Any, Batch], Sums]
 _Update = Callable[[TrainState, Any, Sums], tuple[TrainState, Sums]]
-_CallT = TypeVar("_CallT", bound=Callable[..., Any])
 _Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
 
 
@@ -91,18 +91,23 @@ class Steps(NamedTuple):
     """The compiled functions of a run.
 
     ``train`` and ``evaluate`` return before the devices are done, but they begin only once fewer
-    than `IN_FLIGHT` of their calls are under way.
+    than `IN_FLIGHT` of their calls are under way. Once called, they can be compiled for further
+    shapes of batches in the background; what was not prepared, the call compiles.
 
     Attributes:
         init: makes the state before the first step.
         train: ``(state, batch, key) -> (state, sums)``; the state's buffers are donated. It runs
             three programs, of which only the gradient's is compiled for every shape of batch.
         evaluate: ``(params, batch) -> sums``.
+        prepare_train: begins to compile ``train`` for batches like this one, if a core is free.
+        prepare_evaluate: the same for ``evaluate``.
     """
 
     init: Callable[[], TrainState]
     train: _Train
     evaluate: _EvaluationOf
+    prepare_train: Callable[[Batch], None]
+    prepare_evaluate: Callable[[Batch], None]
 
 
 def make_steps(
@@ -133,37 +138,75 @@ def make_steps(
 
     compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
     rows = compiled(_step_keys, static_argnums=2, out_shardings=sharded(mesh))
-    gradient = compiled(gradient_of)
+    gradient, evaluation = compiled(gradient_of), compiled(evaluation_of)
     update = compiled(_update(optimizer), donate_argnums=0)
 
     def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
         keys = rows(key, state.step, batch.ids.shape[0])
         return update(state, *gradient(state.params, batch, keys))
 
+    def lower_train(state: TrainState, batch: Batch, key: Any) -> Any:
+        keys = rows.eval_shape(key, state.step, batch.ids.shape[0])
+        return gradient.lower(state.params, batch, keys)
+
+    train_calls = _Calls(train, lower_train)
+    evaluate_calls = _Calls(evaluation, evaluation.lower)
     return Steps(
         lambda: first_state(jax.device_put(params, replicated(mesh))),
-        _bounded(train),
-        _bounded(compiled(evaluation_of)),
+        train_calls,
+        evaluate_calls,
+        train_calls.prepare,
+        evaluate_calls.prepare,
     )
 
 
-def _bounded(call: _CallT) -> _CallT:
-    """``call``, waiting for the result of ``IN_FLIGHT`` calls ago before the next begins.
+class _Calls:
+    """Calls of a function whose second argument is a batch, few at once, compiled ahead of use.
 
-    With 32 programs waiting for one of several CPU devices, XLA stops for good: handing it another
-    one blocks a thread that the programs under way need.
+    A call waits for the result of ``IN_FLIGHT`` calls ago before it begins: with 32 programs
+    waiting for one of several CPU devices, XLA stops for good, as handing it another one blocks a
+    thread that the programs under way need.
+
+    Args:
+        call: the function.
+        lower: gives for its arguments, or their shapes, what is to be compiled for them.
     """
-    under_way: collections.deque[Any] = collections.deque()
 
-    @functools.wraps(call)
-    def bounded(*arguments: Any) -> Any:
-        if len(under_way) == IN_FLIGHT:
-            jax.block_until_ready(under_way.popleft())
-        result = call(*arguments)
-        under_way.append(jax.tree.leaves(result)[-1])  # of the sums, which nothing donates
+    def __init__(self, call: Callable[..., Any], lower: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, call)
+        self._call, self._lower = call, lower
+        self._under_way: collections.deque[Any] = collections.deque()
+        self._others: list[Any] = []
+        self._made: dict[tuple[int, ...], Future[Any] | None] = {}
+        self._cores = usable_cores()
+        self._threads = ThreadPoolExecutor(self._cores, thread_name_prefix="compile")
+
+    def __call__(self, first: Any, batch: Batch, *more: Any) -> Any:
+        making = self._made.setdefault(batch.ids.shape, None)
+        if making is not None:
+            making.result()
+        if len(self._under_way) == IN_FLIGHT:
+            jax.block_until_ready(self._under_way.popleft())
+        self._others = self._others or [jax.tree.map(_shape, a) for a in (first, *more)]
+        result = self._call(first, batch, *more)
+        self._under_way.append(jax.tree.leaves(result)[-1])  # of the sums, which nothing donates
         return result
 
-    return bounded  # type: ignore[return-value]
+    def prepare(self, batch: Batch) -> None:
+        """Compile for the shape of ``batch`` in a thread, unless all cores do so already.
+
+        Nothing queues, for the process cannot end before the threads do.
+        """
+        making = sum(made is not None and not made.done() for made in self._made.values())
+        if self._others and batch.ids.shape not in self._made and making < self._cores:
+            # Traced here, under the caller's settings of JAX, which are a thread's own.
+            first, *more = self._others
+            lowered = self._lower(first, batch, *more)
+            self._made[batch.ids.shape] = self._threads.submit(lowered.compile)
+
+
+def _shape(a: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
 
 
 def _classification(graphdef: Any, hidden: Literal["left", "right"] | None) -> _SumsOf:
