@@ -1,11 +1,10 @@
 """How far every engine is from float64: ``python -m benchmarks.numerics``; renews docs/numerics.md.
 
 Runs every engine that serves an LSTM on this platform, in both precisions. Where there is no TPU,
-its kernel is interpreted.
+its kernel is interpreted; where there is no GPU, plain JAX computes what its kernel would.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import os
@@ -25,10 +24,16 @@ from benchmarks.harness import ROOT, deviation
 from benchmarks.report import BEGIN, END, device_name, machine, merge, versions
 from lstmjax.cells import LSTM
 from lstmjax.precision import Precision
-from lstmjax.recurrence import ENGINES, Engine, PallasTPU, Scan, Workload, unroll
+from lstmjax.recurrence import ENGINES, Engine, PallasGPU, PallasTPU, Scan, Workload, unroll
+from lstmjax.recurrence.gpu_plain import plain_kernel
 
 FOLDER, PAGE = ROOT / "benchmarks" / "results" / "numerics", ROOT / "docs" / "numerics.md"
 UPDATES, RATE = 100, 1e-3
+ELSEWHERE: dict[Engine, tuple[str, Engine]] = {
+    PallasTPU(): ("interpreted", PallasTPU(interpret=True)),
+    PallasGPU(): ("in plain JAX", PallasGPU(interpret=plain_kernel)),
+}
+"""How a kernel runs where its platform is not."""
 COLUMNS = {
     "last output": "h after the last step",
     "gradients": "worst gradient",
@@ -60,10 +65,10 @@ def contestants(sizes: Sizes) -> Iterator[tuple[str, Engine, Precision]]:
             )
             if engine.refusal(cell, work) is None:
                 yield engine.name, engine, precision
-            elif isinstance(engine, PallasTPU):
-                interpreted = dataclasses.replace(engine, interpret=True)
-                if interpreted.refusal(cell, work) is None:
-                    yield f"{engine.name}, interpreted", interpreted, precision
+            elif engine in ELSEWHERE:
+                how, stand_in = ELSEWHERE[engine]
+                if stand_in.refusal(cell, work) is None:
+                    yield f"{engine.name}, {how}", stand_in, precision
 
 
 def problem(sizes: Sizes) -> tuple[Any, Array, Array]:

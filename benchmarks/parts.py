@@ -22,6 +22,7 @@ from benchmarks.contenders import (
     LINEN,
     SCAN,
     STEPS,
+    TORCH,
     Contender,
 )
 from benchmarks.harness import ROOT, Row, Session, Work, environment
@@ -94,10 +95,10 @@ def recurrence(session: Session, options: argparse.Namespace) -> Facts:
 
 
 def floor(session: Session, options: argparse.Namespace) -> Facts:
-    """The matrix products alone, and how near to them the engines come."""
+    """The matrix products alone, and how near to them the engines and PyTorch come."""
     sizes, big = size(S, options), size({"size": 2048}, options)
     for _ in session.over([sizes]):
-        engines = [work((DERIVED, SCAN), sizes | {"mode": mode}, mode) for mode in MODES]
+        engines = [work((DERIVED, SCAN, TORCH), sizes | {"mode": mode}, mode) for mode in MODES]
         alone = work(CHAINS, sizes, "products") + work(LARGE, big, "products")
         alone += work(STEPS, sizes, "element-wise")
         session.measure([*alone, *itertools.chain(*engines)], seconds=20)
@@ -119,7 +120,7 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
     besides = {"forward": step, "forward+backward": step + gradient + again}
     for mode, extra in besides.items():
         facts[f"{mode}: floor and what else must be computed, ms"] = 1e3 * (floors[mode] + extra)
-    for mode, who in itertools.product(floors, (DERIVED, SCAN)):
+    for mode, who in itertools.product(floors, (DERIVED, SCAN, TORCH)):
         taken = median(session.rows, who, mode)
         if taken:
             facts[f"{mode}: {who.name} / floor"] = taken / floors[mode]

@@ -218,7 +218,7 @@ def main(config: Config) -> None:
     train, evaluations = make_batches(config)
     engine, reason = engine_for(config, cell, mesh)
     run = open_run(config)
-    model = make_model(config, cell, engine, mesh)
+    model = make_model(config, cell, mesh)
     shape = (config.data.batch_size, config.data.max_length)
     print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
     print(
@@ -251,7 +251,7 @@ def main(config: Config) -> None:
 
 
 def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
-    """The engine that runs the cell, and why that one."""
+    """The engine that runs the first layer in training, and why that one."""
     platform, rows = mesh.devices.flat[0].platform, config.data.batch_size // mesh.size
     features = config.model.conv_filters or config.model.embedding_size
     steps = config.data.max_length
@@ -262,8 +262,12 @@ def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
         raise UserError(f"{error}; leave out --engine") from error
 
 
-def make_model(config: Config, cell: Cell, engine: Engine, mesh: Mesh) -> Classifier:
-    """The model before the first step, drawn by one program: quicker to start than one a draw."""
+def make_model(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
+    """The model before the first step, drawn by one program: quicker to start than one a draw.
+
+    Without ``--engine``, every layer and every shape of batch gets an engine that can run it.
+    """
+    engine = None if config.engine == "auto" else config.engine
 
     def draw() -> Classifier:
         rngs = nnx.Rngs(config.seed)

@@ -89,7 +89,15 @@ class TwoProducts(LSTM):
         return super().transition(params, x, carry, dot)
 
 
-CELLS = [Heads(H), HeadsApart(H), Normalised(H), Clocked(H), Restarting(H)]
+class Undeclared(LSTM):
+    """Mixes the units of a row, and does not say so: as a cell of one unit it would be another."""
+
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return h - h.mean(axis=-1, keepdims=True), state
+
+
+CELLS = [Heads(H), HeadsApart(H), Normalised(H), Clocked(H), Restarting(H), Undeclared(H)]
 every_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: type(cell).__name__)
 
 

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from experiments import cumsum, imdb
-from lstmjax.recurrence import ENGINES
+from lstmjax.recurrence import ENGINES, Derived
 from lstmjax.training.command import run_command
 from lstmjax.training.devices import usable_cores
 
@@ -98,6 +98,22 @@ def test_an_engine_that_cannot_run_the_cell_is_refused(error_of, tmp_path):
     line = error_of(imdb, *options, *SMALL)
     assert "engine 'derived' cannot run Mine(hidden_size=4): Mine overrides transition" in line
     assert "leave out --engine" in line
+
+
+def test_a_shape_that_the_engine_cannot_run_gets_another(run, monkeypatch):
+    """Evaluated on are four times the rows: a kernel may lack the memory for them."""
+    refused = []
+
+    def refusal(self, cell, work):
+        if work.batch > 500 // 4:
+            refused.append(work.batch)
+            return "too many rows"
+        return None
+
+    monkeypatch.setattr(Derived, "refusal", refusal)
+    run(imdb, "--data", "demo", "--epochs", 1, *SMALL)
+    assert refused
+    assert result("runs/imdb-default-demo-LSTM-seed0")["test_accuracy"] > 0
 
 
 @pytest.mark.parametrize("recipe", sorted(imdb.RECIPES))

@@ -28,6 +28,7 @@ from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
+from lstmjax.recurrence.engine import platform as platform_traced_for
 from lstmjax.training import compilation, devices, step
 from lstmjax.training.devices import replicated
 from lstmjax.training.loop import on_device
@@ -194,6 +195,17 @@ def test_quick_compilation_leaves_a_level_that_is_named(monkeypatch):
     assert training.quick_compilation(make_mesh(1)) == {}
 
 
+def test_engines_are_chosen_for_the_devices_of_the_mesh(monkeypatch):
+    assert jax.config.jax_default_device is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    try:
+        mesh = training.make_mesh("cpu", rows=2)
+        assert jax.config.jax_default_device == mesh.devices.flat[0]
+        assert platform_traced_for() == "cpu"
+    finally:
+        jax.config.update("jax_default_device", None)
+
+
 def test_a_missing_accelerator_is_named_with_its_remedy():
     with pytest.raises(UserError, match=r"no tpu here; this JAX finds: cpu\..*\.\[tpu\]"):
         training.make_mesh("tpu")
@@ -350,6 +362,16 @@ def test_a_run_compiles_each_shape_once(tmp_path):
     assert made.programs["jit(update)"] == made.programs["jit(_step_keys)"] == 1
     assert "jit(slice)" not in made.programs  # nor does a checkpoint compile anything
     assert made.kept == 0
+
+
+def test_the_loop_prepares_what_it_will_train_and_evaluate_on(tmp_path):
+    steps, prepared = make_steps(make_mesh(2)), {"train": set(), "evaluate": set()}
+    recording = {
+        f"prepare_{kind}": lambda batch, shapes=shapes: shapes.add(batch.ids.shape)
+        for kind, shapes in prepared.items()
+    }
+    fit(tmp_path / "run", steps._replace(**recording), epochs=1)
+    assert prepared["train"] == prepared["evaluate"] == set(batches().shapes)
 
 
 def test_nothing_is_moved_to_the_devices_by_a_step_itself(tmp_path):

@@ -94,6 +94,7 @@ BFLOAT16 = _ours(
     "lstmjax derived, bfloat16", "lstmjax", 0.1, engine="derived", precision="bfloat16"
 )
 LINEN = Contender("Flax linen RNN", "jax", "jax_peers:linen", "flax")
+TORCH = Contender("PyTorch nn.LSTM", "torch", "torch_peers:recurrence", "torch")
 RECURRENCE = (
     *(DERIVED, SCAN, PLAIN, BFLOAT16),
     _ours("lstmjax derived, one device", "jax", engine="derived", devices=1),
@@ -102,7 +103,7 @@ RECURRENCE = (
     Contender("Flax NNX RNN", "jax", "jax_peers:nnx_rnn", "flax"),
     Contender("Haiku", "jax", "jax_peers:haiku", "haiku"),
     Contender("Equinox", "jax", "jax_peers:equinox", "equinox"),
-    Contender("PyTorch nn.LSTM", "torch", "torch_peers:recurrence", "torch"),
+    TORCH,
 )
 CHAINS = (
     Contender("chain of h R", "lstmjax", "ours:chain", options={"both": False}),

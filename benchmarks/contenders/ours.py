@@ -45,14 +45,20 @@ def spread(function: Any, mesh: Mesh, inputs: Any, outputs: Any) -> Any:
     )
 
 
-def recurrence(
+def recurrence(case: Case, engine: str, **how: Any) -> Job:
+    """`unroll` in a user's own program, time-major; ``how`` goes to `recurrence_program`."""
+    function, arguments, mesh = recurrence_program(case, engine, **how)
+    return jax_job(function, arguments, mesh.size)
+
+
+def recurrence_program(
     case: Case,
     engine: str,
     precision: Precision = "float32",
     devices: int | None = None,
     **settings: Any,
-) -> Job:
-    """`unroll` in a user's own program, time-major; ``settings`` are the engine's."""
+) -> tuple[Any, tuple[Any, ...], Mesh]:
+    """That program, jitted, its arguments and devices; ``settings`` are the engine's."""
     chosen = dataclasses.replace(ENGINES[engine], **settings)
     mesh, cell = make_mesh(case["batch"], devices), LSTM(case["hidden"])
 
@@ -69,8 +75,7 @@ def recurrence(
     else:
         function = spread(both, mesh, inputs, (ROWS, WHOLE, STEP_ROWS))
     places = tuple(NamedSharding(mesh, spec) for spec in inputs)
-    arguments = jax.device_put(problems.recurrence(case)[: len(inputs)], places)
-    return jax_job(function, arguments, mesh.size)
+    return function, jax.device_put(problems.recurrence(case)[: len(inputs)], places), mesh
 
 
 def with_gradient(forward: Callable[[Any, Any], Any]) -> Callable[..., Any]:

@@ -308,6 +308,11 @@ def cell_rows(cell: Cell, **options: Any) -> list[Row]:
     report = compile_cell(cell, **options)
     rows = []
     for k, compiled in enumerate((report.forward, report.gradient)):
+        if not compiled.kernels:
+            raise UserError(
+                f"{cell} has the kernels of a cell compiled before, on which the assembler does "
+                "not report again: compile it in a process of its own"
+            )
         plan, kernel = report.plans[k], compiled.kernels[-1]
         figures = report.shared_memory[k], kernel.registers, kernel.spilled
         blocks = -(-cell.hidden_size // TILE) if plan.cluster else 1

@@ -27,6 +27,7 @@ from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision, make_matmul
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
 from lstmjax.recurrence.engine import Engine, Inputs, Workload, overridden, platform, vary_alike
+from lstmjax.recurrence.gpu_cells import forward_program
 from lstmjax.recurrence.scan import Scan
 
 
@@ -448,8 +449,8 @@ def _feature_major_step(
 ) -> Callable[[Any, Carry, Params], Carry]:
     """``cell.step`` for lists of pre-activations, carries ``(H, B)`` and units ``(H, 1)``.
 
-    An element-wise step runs as that of a cell of one unit, mapped over the units. Where the step
-    mixes units, or contains arrays as wide as the cell, it sees transposed arrays instead.
+    A step that is element-wise, operation by operation, runs as that of a cell of one unit, mapped
+    over the units. Any other one, whatever the cell declares, sees transposed arrays instead.
     """
 
     def by_unit(pre: Any, carry: Carry, units: Params) -> Carry:
@@ -473,9 +474,10 @@ def _feature_major_step(
     pre = Parts(block, block) if cell.parts_apart else block
     try:
         new = jax.eval_shape(by_unit, pre, carry, dict.fromkeys(cell.unit_params, unit))
+        mixing = forward_program(cell).refusal()  # a mean over one unit has the right shape, too
     except (TypeError, ValueError):
         return by_row
-    return by_unit if new == carry else by_row
+    return by_unit if new == carry and mixing is None else by_row
 
 
 def _map_pre(function: Callable[[Any], Any], pre: Any) -> Any:

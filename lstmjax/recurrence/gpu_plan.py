@@ -51,7 +51,7 @@ class GPUPlan:
         parts: bfloat16 numbers that stand for an operand of the products: 1, or for float32 2, and
             3 up to 64 units.
         fast_math: the approximate functions of the hardware.
-        interpret: parameters of Pallas' interpreter to run on a CPU, or None.
+        interpret: parameters of Pallas' interpreter, or what takes the kernel's place, or None.
     """
 
     rows: int = 8
@@ -161,7 +161,7 @@ def _plans(what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...]) -> Iterat
     tiles = what.units // TILE
     resident = min(tiles, _MOST_RESIDENT // what.gates)
     most = {False: _MOST_WARPGROUPS, True: _MOST_BLOCKS}
-    if wanted.interpret is not None:
+    if wanted.interpret is not None and not callable(wanted.interpret):
         most = {False: tiles}  # the interpreter has no clusters
     for cluster in most:
         # Numbers in parts, and steps with many arrays, need registers; there memory comes first.

@@ -67,7 +67,8 @@ class PallasGPU(Engine):
         fast_math: the hardware's tanh and exponential, exact to 2^-11. By default with
             ``precision="bfloat16"`` only.
         attached: False to compile for a GPU that this machine does not have.
-        interpret: parameters of Pallas' interpreter for Mosaic GPU, to run on a CPU, slowly.
+        interpret: parameters of Pallas' interpreter for Mosaic GPU, to run on a CPU, slowly; or
+            what takes the kernel's place, `gpu_plain.plain_kernel`.
 
     Example:
         >>> from lstmjax.cells import LSTM
@@ -267,12 +268,14 @@ def _backward(
 
 def _run(what: Recurrence, plan: GPUPlan, **operands: Any) -> list[Array]:
     """Call a kernel on padded arrays; returns the outputs and the final carry."""
-    from lstmjax.recurrence.gpu_kernel import recurrence_kernel  # of no use without a GPU
-
+    if callable(plan.interpret):
+        make = plan.interpret
+    else:
+        from lstmjax.recurrence.gpu_kernel import recurrence_kernel as make  # of no use elsewhere
     order = ("inputs", "flags", "constants", "carry", "exchanged")
     arrays = [operands["weights"], *(array for name in order for array in operands[name])]
     # A kernel does not say along which axes of a mesh its results vary: as its operands do.
-    return vary_alike(list(recurrence_kernel(what, plan)(*arrays)), arrays)
+    return vary_alike(list(make(what, plan)(*arrays)), arrays)
 
 
 def _first(how: _How, resets: Array) -> Array:

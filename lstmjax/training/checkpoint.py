@@ -129,7 +129,8 @@ class Interruption:
 
         def remember(number: int, frame: FrameType | None) -> None:
             self.signal = number
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # reentrant
+            # Reentrant, unlike print.
+            os.write(2, b"\nstopping after this step; once more to stop without saving\n")
             put_back()
 
         def put_back() -> None:

@@ -57,6 +57,8 @@ def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mes
     while rows is not None and rows % count:
         count -= 1
     chosen = found[:count]
+    if chosen[0].platform != jax.default_backend():  # engines are chosen for the default device
+        jax.config.update("jax_default_device", chosen[0])
     return jax.make_mesh((len(chosen),), (BATCH,), devices=chosen, axis_types=(AxisType.Auto,))
 
 

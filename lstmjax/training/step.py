@@ -99,7 +99,8 @@ class Steps(NamedTuple):
         train: ``(state, batch, key) -> (state, sums)``; the state's buffers are donated. It runs
             three programs, of which only the gradient's is compiled for every shape of batch.
         evaluate: ``(params, batch) -> sums``.
-        prepare_train: begins to compile ``train`` for batches like this one, if a core is free.
+        prepare_train: traces ``train`` for batches like this one and begins to compile it, if a
+            core is free. What tracing raises it raises.
         prepare_evaluate: the same for ``evaluate``.
     """
 
@@ -205,8 +206,10 @@ class _Calls:
             self._made[batch.ids.shape] = self._threads.submit(lowered.compile)
 
 
-def _shape(a: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+def _shape(a: Any) -> Any:
+    """Of an array on devices; anything else stays."""
+    on_devices = isinstance(a, Array)
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) if on_devices else a
 
 
 def _classification(graphdef: Any, hidden: Literal["left", "right"] | None) -> _SumsOf:
