@@ -137,13 +137,13 @@ def train_step(session: Session, options: argparse.Namespace) -> Facts:
 
 
 def epoch(session: Session, options: argparse.Namespace) -> Facts:
-    """One epoch on IMDB as a user of each would run it; of the peers an eighth, times eight."""
+    """One epoch on IMDB as a user of each would run it; of the peers a sixteenth, times 16."""
     if not _have_imdb(session, options):
         return {}
     batches, turns = -(-25_000 // 64), 4
     case = {"steps": 500, "data_dir": options.data_dir}
     parts = [
-        (who, case | {"share": math.ceil(batches / turns / (1 if whole else 8))}, "epoch")
+        (who, case | {"share": math.ceil(batches / turns / (1 if whole else 16))}, "epoch")
         for who in contenders.EPOCH
         for whole in [options.full or who.process == "lstmjax"]
     ]
@@ -189,7 +189,7 @@ def growth(session: Session, options: argparse.Namespace) -> Facts:
         cases = [size(S | {axis: n}, options) | {"mode": MODES[1]} for n in values]
         each = [work((DERIVED, SCAN, LINEN), case, heading(case)) for case in cases]
         # All sizes take turns: growth cannot be told from the machine's own changes otherwise.
-        session.measure([*itertools.chain(*each)], turns=5, memory=True)
+        session.measure([*itertools.chain(*each)], turns=3, memory=True)
     facts: Facts = {}
     for who in (DERIVED, SCAN, LINEN):
         columns = [heading(S | {"mode": MODES[1], "steps": steps}) for steps in (500, 4000)]

@@ -178,7 +178,7 @@ def test_forward_keeps_nothing_but_weights_and_the_layouts_that_it_needs(flags, 
     assert kernel["temporaries"] + kernel["in_vmem"] <= copies + 2**20
 
 
-SHARDED = """
+COMPILE = """
 import tempfile
 import os
 from lstmjax.aot import tpu
@@ -188,18 +188,25 @@ import jax
 from jax.sharding import PartitionSpec as P
 from lstmjax.cells import LSTM
 from lstmjax.recurrence import unroll
-mesh = tpu.described_mesh("v5e", 4)
-cell = LSTM(20)
-params = jax.eval_shape(lambda: cell.init(jax.random.key(0), 3))
+cell, seeds, rows = LSTM(20), {seeds}, P("batch")
+mesh = tpu.described_mesh("v5e", 1 if seeds else 4)
 x = jax.ShapeDtypeStruct((32, 6, 3), "float32")
 mask = jax.ShapeDtypeStruct((32, 6), bool)
 
+def init():
+    if not seeds:
+        return cell.init(jax.random.key(0), 3)
+    return jax.vmap(lambda key: cell.init(key, 3))(jax.random.split(jax.random.key(0), seeds))
+
 def loss(params, x, mask):
     hs, _ = unroll(cell, params, x, mask=mask, resets=mask, engine="pallas_tpu")
-    return jax.lax.psum((hs ** 2).sum(), "batch")
+    return (hs ** 2).sum() if seeds else jax.lax.psum((hs ** 2).sum(), "batch")
 
-rows = P("batch")
-f = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(P(), rows, rows), out_specs=P())
+if seeds:
+    f = jax.vmap(jax.grad(loss), (0, None, None))
+else:
+    f = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(P(), rows, rows), out_specs=P())
+params = jax.eval_shape(init)
 args = tpu.on_mesh(mesh, params, P()), tpu.on_mesh(mesh, x, rows), tpu.on_mesh(mesh, mask, rows)
 with jax.set_mesh(mesh):
     jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).compile()
@@ -208,6 +215,7 @@ print("compiled")
 
 
 @needs_libtpu
-def test_it_compiles_where_shard_map_checks_what_varies():
-    done = run("-c", SHARDED)
+@pytest.mark.parametrize("seeds", [0, 3], ids=["shard_map checks what varies", "vmap over seeds"])
+def test_it_compiles_under_transformations(seeds):
+    done = run("-c", COMPILE.format(seeds=seeds))
     assert done.stdout == "compiled\n", done.stderr
