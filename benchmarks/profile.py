@@ -86,8 +86,10 @@ def main() -> None:
     for kind, each in sorted(spent.items(), key=lambda item: -sum(item[1])):
         mine = sum(each) / parts
         print(f"| {kind} | {len(each) / parts:,.0f} | {mine:.1f} | {mine / total:.0%} |")
-    print(f"\n{wall:.0f} ms a call; {traced:.0f} ms under the profiler, of which {total:.0f} ms")
-    print(f"in kernels, on each of {mesh.size} devices.")
+    print(
+        f"\n{wall:.0f} ms a call, {traced:.0f} ms under the profiler. Kernels of one device may run"
+    )
+    print(f"side by side: those of each of {mesh.size} devices add up to {total:.0f} ms.")
 
 
 if __name__ == "__main__":
