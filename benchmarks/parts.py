@@ -189,7 +189,8 @@ def growth(session: Session, options: argparse.Namespace) -> Facts:
         cases = [size(S | {axis: n}, options) | {"mode": MODES[1]} for n in values]
         each = [work((DERIVED, SCAN, LINEN), case, heading(case)) for case in cases]
         # All sizes take turns: growth cannot be told from the machine's own changes otherwise.
-        session.measure([*itertools.chain(*each)], turns=3, memory=True)
+        turns = 5 if axis == "steps" else 3
+        session.measure([*itertools.chain(*each)], turns=turns, memory=True)
     facts: Facts = {}
     for who in (DERIVED, SCAN, LINEN):
         columns = [heading(S | {"mode": MODES[1], "steps": steps}) for steps in (500, 4000)]
