@@ -64,6 +64,12 @@ def test_values_and_all_gradients(name):
     args, options = draw(case)
     got = jax.jit(lambda *a: values_and_gradients(ENGINE, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, args, options))
+    if case.flags:
+        plain = jax.jit(lambda *a: values_and_gradients(PLAIN, case.cell, *a, **options))(*args)
+        # Sums over units run in another order: some units in the last place. What the kernel leaves
+        # out of products of two parts, 2^-16 of each, would show.
+        errors = jax.tree.map(relative_error, *jax.device_get((got, plain)))
+        assert max(jax.tree.leaves(errors)) < 2e-6
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -86,32 +92,9 @@ def test_vmap_over_parameters_is_the_loop():
     compare_vmapped(ENGINE)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(PeepholeLSTM(5), flags=BOTH, reverse=True),
-        Case(GRU(70), steps=2, flags=BOTH),
-        Case(Three(6), flags=BOTH, precision="bfloat16"),
-    ],
-    ids=["three parts", "two parts, two tiles", "one part"],
-)
-def test_the_plain_kernel_computes_what_the_kernel_does(case):
-    args, options = draw(case)
-    results = [
-        jax.jit(lambda *a, engine=engine: values_and_gradients(engine, case.cell, *a, **options))
-        for engine in (ENGINE, PLAIN)
-    ]
-    kernel, plain = (jax.device_get(run(*args)) for run in results)
-    # Sums over units run in another order: some units in the last place. What the kernel leaves out
-    # of products of two parts, 2^-16 of each, would show.
-    errors = jax.tree.map(relative_error, kernel, plain)
-    assert max(jax.tree.leaves(errors)) < 2e-6
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_many_steps_of_many_units(precision):
+def test_many_steps_of_many_units():
     """More than a block holds: on a device, a cluster runs it."""
-    case = Case(LSTM(150), steps=200, batch=2, flags=BOTH, precision=precision)
+    case = Case(GRU(150), steps=200, batch=2, flags=BOTH)
     args, options = draw(case)
     got = jax.jit(lambda *a: values_and_gradients(PLAIN, case.cell, *a, **options))(*args)
     compare(case, got, expected(case, args, options))
