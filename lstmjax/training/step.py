@@ -198,8 +198,10 @@ class _Calls:
 
         Nothing queues, for the process cannot end before the threads do.
         """
+        if not self._others or batch.ids.shape in self._made:
+            return
         making = sum(made is not None and not made.done() for made in self._made.values())
-        if self._others and batch.ids.shape not in self._made and making < self._cores:
+        if making < self._cores:
             # Traced here, under the caller's settings of JAX, which are a thread's own.
             first, *more = self._others
             lowered = self._lower(first, batch, *more)
