@@ -137,27 +137,25 @@ def _run_chunks(plan: _Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry
     That is the carry before every step and after the last, ``(T + 1, H, B)``, or that before
     every chunk and after the last, ``(T / chunk + 1, H, B)``.
     """
-    params, xs, initial, mask, resets = inputs
+    _, xs, initial, mask, resets = inputs
     steps, size, every_step = xs.shape[0], plan.chunk, plan.save == "steps"
     first, last = _active_chunks(plan, steps, mask, resets)
     scale = size if every_step else 1  # places in `saved` a chunk
-    rnn = _Recurrence(plan, params, xs.shape[1], xs.dtype)
+    rnn = _Recurrence(plan, inputs)
 
-    def run_chunk(k: Array, loop: tuple[Carry, Carry, Array]) -> tuple[Carry, Carry, Array]:
-        carry, saved, hs = loop
-        x, valid, reset = (_chunk(a, k, size) for a in (xs, mask, resets))
-        carry, after = rnn.walk(carry, x, valid, reset)
-        kept = after if every_step else jax.tree.map(lambda a: a[None], carry)
-        saved = _write(saved, kept, k * scale + 1)
-        return carry, saved, hs if every_step else _write(hs, after.h, k * size)
+    def keep(kept: tuple[Carry, Array], new: Carry, t: Array) -> tuple[Carry, Array]:
+        saved, hs = kept
+        return (_write(saved, new, t + 1), hs) if every_step else (saved, _write(hs, new.h, t))
+
+    def run_chunk(k: Array, loop: tuple[Carry, tuple[Carry, Array]]) -> Any:
+        carry, (saved, hs) = rnn.walk(k, size, *loop, keep)
+        return carry, (saved if every_step else _write(saved, carry, k + 1), hs)
 
     carry = _transposed(initial)
-    places = steps // size * scale + 1
-    saved = jax.tree.map(lambda a: _zeros((places, *a.shape), a), carry)
-    saved = _write(saved, jax.tree.map(lambda a: a[None], carry), first * scale)
-    out = _zeros((0 if every_step else steps, *carry.h.shape), carry.h)
-    carry, saved, out = lax.fori_loop(first, last, run_chunk, (carry, saved, out))
-    hs = (saved.h[1:] if every_step else out).swapaxes(1, 2)
+    saved = _write(_room(steps // size * scale + 1, carry), carry, first * scale)
+    start = (carry, (saved, _room(0 if every_step else steps, carry.h)))
+    carry, (saved, hs) = lax.fori_loop(first, last, run_chunk, start)
+    hs = (saved.h[1:] if every_step else hs).swapaxes(1, 2)
     if mask is not None:
         hs = jnp.where(mask[..., None], hs, 0)
     return (hs, _transposed(carry)), saved
@@ -167,31 +165,28 @@ def _run_chunks_back(
     plan: _Plan, inputs: Inputs, saved: Carry, d_outputs: tuple[Array | None, Carry], wanted: Any
 ) -> tuple[Params, Array, Carry, None, None]:
     """All steps backward: the gradients of parameters, ``xs`` and the initial carry."""
-    params, xs, initial, mask, resets = inputs
+    _, xs, initial, mask, resets = inputs
     d_hs, d_final = d_outputs
     size = plan.chunk
     first, last = _active_chunks(plan, xs.shape[0], mask, resets)
-    rnn = _Recurrence(plan, params, xs.shape[1], xs.dtype)
+    rnn = _Recurrence(plan, inputs)
 
-    def run_chunk(j: Array, loop: tuple[Carry, Params, Array]) -> tuple[Carry, Params, Array]:
-        d_carry, d_params, d_xs = loop
+    def run_chunk(j: Array, loop: tuple[Carry, Params, Array, Any]) -> Any:
+        d_carry, d_params, d_xs, room = loop
         k = first + last - 1 - j
-        x, valid, reset, d_h = (_chunk(a, k, size) for a in (xs, mask, resets, d_hs))
-        if plan.save == "steps":
-            before = jax.tree.map(lambda a: _chunk(a, k, size), saved)
-        else:
-            start = jax.tree.map(lambda a: a[k], saved)
-            _, after = rnn.walk(start, x, valid, reset)
-            before = jax.tree.map(lambda s, a: jnp.concatenate([s[None], a[:-1]]), start, after)
-        d_carry, shares, d_x = rnn.walk_back(d_carry, before, x, valid, reset, d_h)
+        before, at = saved, k * size
+        if plan.save == "chunks":
+            before, at = rnn.carries_before(k, _at(saved, k)), 0
+        d_carry, shares, d_x, room = rnn.walk_back(k, d_carry, before, at, d_hs, room)
         d_params = jax.tree.map(jnp.add, d_params, shares)
-        return d_carry, d_params, _write(d_xs, d_x[None], k) if wanted[1] else d_xs
+        return d_carry, d_params, _write(d_xs, d_x, k) if wanted[1] else d_xs, room
 
     (_, batch, features), count = xs.shape, xs.shape[0] // size
     # Feature-major to the end: turned in the loop, it would become a slower product.
     d_xs = _zeros((count, features, size * batch), xs)
-    start = (_transposed(or_zeros(d_final, initial)), rnn.no_gradient(), d_xs)
-    d_carry, d_params, d_xs = lax.fori_loop(first, last, run_chunk, start)
+    d_carry = _transposed(or_zeros(d_final, initial))
+    start = (d_carry, rnn.no_gradient(), d_xs, rnn.products.empty_pres(size, batch))
+    d_carry, d_params, d_xs, _ = lax.fori_loop(first, last, run_chunk, start)
     d_xs = d_xs.reshape(count, features, size, batch).transpose(0, 2, 3, 1).reshape(xs.shape)
     return rnn.turned(d_params), d_xs, _transposed(d_carry), None, None
 
@@ -210,19 +205,36 @@ def _active_chunks(
     return first, jnp.where(active.any(), last, first)
 
 
-def _chunk(a: Array | None, k: Array, size: int) -> Any:
-    return None if a is None else lax.dynamic_slice_in_dim(a, k * size, size)
+# Places are never negative: told so, JAX leaves out the arithmetic that would wrap them.
 
 
-def _write(target: Any, part: Any, at: Any) -> Any:
-    return jax.tree.map(
-        lambda a, b: lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), at, 0), target, part
-    )
+def _at(tree: Any, place: Any) -> Any:
+    def at(a: Array) -> Array:
+        return lax.dynamic_index_in_dim(a, place, keepdims=False, allow_negative_indices=False)
+
+    return jax.tree.map(at, tree)
+
+
+def _chunk(a: Array, first: Any, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(a, first, size, allow_negative_indices=False)
+
+
+def _write(target: Any, part: Any, place: Any, axis: int = 0) -> Any:
+    def write(a: Array, b: Array) -> Array:
+        b = b.astype(a.dtype)
+        return lax.dynamic_update_index_in_dim(a, b, place, axis, allow_negative_indices=False)
+
+    return jax.tree.map(write, target, part)
 
 
 def _zeros(shape: tuple[int, ...], like: Array) -> Array:
     """Zeros of the type of another array."""
     return vary_alike(jnp.zeros(shape, like.dtype), like)
+
+
+def _room(places: int, one: Any) -> Any:
+    """Zeros for so many of what is in the tree."""
+    return jax.tree.map(lambda a: _zeros((places, *a.shape), a), one)
 
 
 def _transposed(carry: Carry) -> Carry:
@@ -231,36 +243,54 @@ def _transposed(carry: Carry) -> Carry:
 
 
 class _Recurrence:
-    """One chunk of a cell's recurrence, there and back; arrays ``(features, [chunk,] B)``."""
+    """A cell's recurrence, chunk by chunk, there and back; arrays ``(features, [chunk,] B)``."""
 
-    def __init__(self, plan: _Plan, params: Params, batch: int, dtype: Any) -> None:
+    def __init__(self, plan: _Plan, inputs: Inputs) -> None:
+        params, self.xs, _, self.mask, self.resets = inputs
+        batch, dtype = self.xs.shape[1], self.xs.dtype
         self.cell, self.size = plan.cell, plan.chunk
         self.products = _Products(plan, params, dtype)
         self.start = vary_alike(_transposed(plan.cell.initial_carry(batch, dtype)), params)
         self.units = {name: value[:, None] for name, value in params.get("units", {}).items()}
         self.step = _feature_major_step(plan.cell, batch, dtype)
 
-    def split(self, pre: Any) -> Any:
-        """Pre-activations ``(G H, B)`` to a list of G blocks ``(H, B)``."""
+    def pre(self, t: Array, h: Array) -> Any:
+        """Pre-activations of step ``t``, as a list of G blocks ``(H, B)``."""
+        pre = self.products.pre(_at(self.xs, t).T, h)
         return _map_pre(lambda a: jnp.split(a, len(self.cell.gates)), pre)
 
+    def begun(self, t: Array, carry: Carry) -> Carry:
+        """The carry that step ``t`` starts from, given that of the step before."""
+        return carry if self.resets is None else _where(_at(self.resets, t), self.start, carry)
+
     def walk(
-        self, carry: Carry, x: Array, valid: Array | None, reset: Array | None
-    ) -> tuple[Carry, Carry]:
-        """Run the steps of a chunk: the carry after it, and those after each of its steps."""
+        self,
+        k: Array,
+        steps: int,
+        carry: Carry,
+        kept: Any,
+        keep: Callable[[Any, Carry, Array], Any],
+    ) -> tuple[Carry, Any]:
+        """Run first steps of chunk ``k``, and ``keep(kept, new carry, t)`` after each of them."""
 
-        def step(i: Array, loop: tuple[Carry, Carry]) -> tuple[Carry, Carry]:
-            carry, after = loop
-            if reset is not None:
-                carry = _where(reset[i], self.start, carry)
-            pre = self.split(self.products.pre(x[i].T, carry.h))
-            new = self.step(pre, carry, self.units)
-            if valid is not None:
-                new = _where(valid[i], new, carry)
-            return new, jax.tree.map(lambda a, b: a.at[i].set(b), after, new)
+        def step(i: Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
+            t = k * self.size + i
+            carry = self.begun(t, loop[0])
+            new = self.step(self.pre(t, carry.h), carry, self.units)
+            if self.mask is not None:
+                new = _where(_at(self.mask, t), new, carry)
+            return new, keep(loop[1], new, t)
 
-        after = jax.tree.map(lambda a: _zeros((self.size, *a.shape), a), carry)
-        return lax.fori_loop(0, self.size, step, (carry, after))
+        return lax.fori_loop(0, steps, step, (carry, kept))
+
+    def carries_before(self, k: Array, carry: Carry) -> Carry:
+        """The carries before all steps of a chunk, from the first of them."""
+
+        def keep(kept: Carry, new: Carry, t: Array) -> Carry:
+            return _write(kept, new, t + 1 - k * self.size)
+
+        kept = _write(_room(self.size, carry), carry, 0)
+        return self.walk(k, self.size - 1, carry, kept, keep)[1]
 
     def no_gradient(self) -> Params:
         """Zeros to add the gradients of `walk_back` to."""
@@ -272,52 +302,48 @@ class _Recurrence:
         return {**self.products.turned(sums), **({"units": units} if units else {})}
 
     def walk_back(
-        self,
-        d_carry: Carry,
-        before: Carry,
-        x: Array,
-        valid: Array | None,
-        reset: Array | None,
-        d_hs: Array | None,
-    ) -> tuple[Carry, Params, Array]:
-        """Run the steps of a chunk backward: gradients of the carry, the parameters, the input."""
-        if reset is not None:
-            start = jax.tree.map(lambda a: a[None], self.start)
-            before = _where(reset[:, None], start, before)
+        self, k: Array, d_carry: Carry, before: Carry, at: Any, d_hs: Array | None, d_pres: Any
+    ) -> tuple[Carry, Params, Array, Any]:
+        """Run chunk ``k`` backward, the carries before its steps being those from ``at`` on.
 
-        def step(j: Array, loop: tuple[Carry, Any, Params, Any]) -> tuple[Carry, Any, Params, Any]:
-            d_carry, d_pres, d_units, row = loop
+        Gives the gradients of the carry, of the parameters and of the input, and the room
+        ``d_pres``, whose contents do not matter.
+        """
+
+        def step(j: Array, loop: tuple[Carry, Any, Any, Params]) -> Any:
+            d_carry, d_pres, row, d_units = loop
             i = self.size - 1 - j
-            at = jax.tree.map(lambda a: a[i], before)
+            t = k * self.size + i
+            carry = self.begun(t, _at(before, at + i))
             d_new, d_past = d_carry, None
             if d_hs is not None:
-                d_new = d_new._replace(h=d_new.h + d_hs[i].T)
-            if valid is not None:
-                zeros = jax.tree.map(jnp.zeros_like, d_carry)
-                d_new, d_past = _where(valid[i], d_new, zeros), _where(valid[i], zeros, d_carry)
-            pre = self.split(self.products.pre(x[i].T, at.h))
-            d_pre, d_at, d_unit = jax.vjp(self.step, pre, at, self.units)[1](d_new)
+                d_new = d_new._replace(h=d_new.h + _at(d_hs, t).T)
+            if self.mask is not None:
+                valid, zeros = _at(self.mask, t), jax.tree.map(jnp.zeros_like, d_carry)
+                d_new, d_past = _where(valid, d_new, zeros), _where(valid, zeros, d_carry)
+            _, pull_back = jax.vjp(self.step, self.pre(t, carry.h), carry, self.units)
+            d_pre, d_old, d_unit = pull_back(d_new)
             row = self.products.in_one(row, d_pre)
             d_pre = _map_pre(self.products._cast, row)
-            d_at = d_at._replace(h=d_at.h + self.products.recur_back(d_pre))
+            d_old = d_old._replace(h=d_old.h + self.products.recur_back(d_pre))
             if d_past is not None:
-                d_at = jax.tree.map(jnp.add, d_at, d_past)
-            if reset is not None:
-                d_at = _where(reset[i], jax.tree.map(jnp.zeros_like, d_at), d_at)
-            d_pres = jax.tree.map(
-                # As wide as ever: XLA:CPU would copy all of a narrow buffer to write a part of it.
-                lambda a, b: lax.dynamic_update_index_in_dim(a, b.astype(a.dtype), i, 1),
-                d_pres,
-                d_pre,
-            )
-            return d_at, d_pres, jax.tree.map(jnp.add, d_units, d_unit), row
+                d_old = jax.tree.map(jnp.add, d_old, d_past)
+            if self.resets is not None:
+                zeros = jax.tree.map(jnp.zeros_like, d_old)
+                d_old = _where(_at(self.resets, t), zeros, d_old)
+            # As wide as ever: XLA:CPU would copy all of a narrow buffer to write a part of it.
+            d_pres = _write(d_pres, d_pre, i, axis=1)
+            return d_old, d_pres, row, jax.tree.map(jnp.add, d_units, d_unit)
 
-        d_pres = self.products.empty_pres(self.size, x.shape[1])
         row = jax.tree.map(lambda a: a[:, 0], d_pres)
-        start = (d_carry, d_pres, jax.tree.map(jnp.zeros_like, self.units), row)
-        d_carry, d_pres, d_units, _ = lax.fori_loop(0, self.size, step, start)
-        shares, d_x = self.products.gradients(d_pres, x, before.h)
-        return d_carry, {**shares, "units": d_units}, d_x
+        start = (d_carry, d_pres, row, jax.tree.map(jnp.zeros_like, self.units))
+        d_carry, d_pres, _, d_units = lax.fori_loop(0, self.size, step, start)
+        x, h = _chunk(self.xs, k * self.size, self.size), _chunk(before.h, at, self.size)
+        if self.resets is not None:
+            reset = _chunk(self.resets, k * self.size, self.size)
+            h = jnp.where(reset[:, None], self.start.h, h)
+        shares, d_x = self.products.gradients(d_pres, x, h)
+        return d_carry, {**shares, "units": d_units}, d_x, d_pres
 
 
 class _Products:
