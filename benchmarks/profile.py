@@ -1,9 +1,10 @@
-"""Where the derived engine's time goes on a CPU: ``python -m benchmarks.profile``.
+"""Where the time goes on a CPU: ``python -m benchmarks.profile [recurrence|cumsum]``.
 
-Adds up what XLA's profiler says of every kernel of the recurrence, forward and backward at the
-notebook's shape, by what the kernel does.
+Adds up what XLA's profiler says of every kernel, by what the kernel does: of the recurrence forward
+and backward at the notebook's shape, or of an update of the cumulative sum.
 """
 
+import argparse
 import collections
 import gzip
 import json
@@ -12,16 +13,16 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.contenders.ours import recurrence_program
+from benchmarks.contenders.ours import cumsum_program, recurrence_program
 from benchmarks.problems import S
 
 CALLS = 20
-TRACED = 4
+UPDATES = 1_000
 KINDS = {
     "products": {"dot"},
     "functions (exp, tanh), with what is fused to them": {"exponential", "tanh", "logistic"},
@@ -29,6 +30,29 @@ KINDS = {
 }
 """What a kernel is called after: the first whose operations it has."""
 MOVING = "moving: slices, copies, transposition, zeros"
+
+
+class Profiled(NamedTuple):
+    """A jitted function and its arguments; a call of it consists of so many units."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    unit: str
+    units: int
+    devices: int
+    traced: int  # calls
+
+
+def recurrence() -> Profiled:
+    """Forward and backward at the notebook's shape, on one device a core."""
+    case: dict[str, Any] = S | {"mode": "forward+backward"}
+    function, arguments, mesh = recurrence_program(case, "derived")
+    return Profiled(function, arguments, "call", 1, mesh.size, traced=4)
+
+
+def cumsum() -> Profiled:
+    """An update, on one device; what is not done in each of them is left out."""
+    return Profiled(cumsum_program(UPDATES), (), "update", UPDATES, 1, traced=1)
 
 
 def kinds_of(program: str) -> Mapping[str, str]:
@@ -57,39 +81,48 @@ def events(folder: pathlib.Path) -> Iterator[tuple[str, float]]:
                 yield event["name"], event["dur"] / 1e3
 
 
-def seconds_a_call(function: Any, arguments: Any, calls: int) -> float:
+def seconds_a_call(profiled: Profiled, calls: int) -> float:
     """Median."""
     found = []
     for _ in range(calls):
         started = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
+        jax.block_until_ready(profiled.function(*profiled.arguments))
         found.append(time.perf_counter() - started)
     return statistics.median(found)
 
 
 def main() -> None:
     """Print the table."""
-    case: dict[str, Any] = S | {"mode": "forward+backward"}
-    function, arguments, mesh = recurrence_program(case, "derived")
-    kinds = kinds_of(function.lower(*arguments).compile().as_text())
-    wall = 1e3 * seconds_a_call(function, arguments, CALLS)
+    programs: dict[str, Callable[[], Profiled]] = {"recurrence": recurrence, "cumsum": cumsum}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
+    parser.add_argument("program", nargs="?", choices=programs, default="recurrence")
+    profiled = programs[parser.parse_args().program]()
+    lowered = profiled.function.lower(*profiled.arguments)
+    kinds = kinds_of(lowered.compile().as_text())
+    parts = profiled.traced * profiled.devices * profiled.units
+    wall = 1e3 * seconds_a_call(profiled, CALLS)
     spent: dict[str, list[float]] = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            traced = 1e3 * seconds_a_call(function, arguments, TRACED)
+            traced = 1e3 * seconds_a_call(profiled, profiled.traced)
         for name, duration in events(pathlib.Path(folder)):
             if name in kinds:
-                spent[kinds[name]].append(duration)
-    parts = TRACED * mesh.size
-    total = sum(map(sum, spent.values())) / parts
-    print("| kernels | a call and device | ms | share |\n|---|---|---|---|")
-    for kind, each in sorted(spent.items(), key=lambda item: -sum(item[1])):
+                spent[name].append(duration)
+    by_kind: dict[str, list[float]] = collections.defaultdict(list)
+    for name, each in spent.items():
+        if len(each) >= parts:
+            by_kind[kinds[name]] += each
+    total = sum(map(sum, by_kind.values())) / parts
+    print("| kernels | number | ms | share |\n|---|---|---|---|")
+    for kind, each in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
         mine = sum(each) / parts
-        print(f"| {kind} | {len(each) / parts:,.0f} | {mine:.1f} | {mine / total:.0%} |")
+        print(f"| {kind} | {len(each) / parts:,.0f} | {mine:.3g} | {mine / total:.0%} |")
     print(
-        f"\n{wall:.0f} ms a call, {traced:.0f} ms under the profiler. Kernels of one device may run"
+        f"\nNumber and ms are those of one {profiled.unit} on one of {profiled.devices} device(s);"
     )
-    print(f"side by side: those of each of {mesh.size} devices add up to {total:.0f} ms.")
+    print(
+        f"kernels may run side by side. {wall:.0f} ms a call, {traced:.0f} ms under the profiler."
+    )
 
 
 if __name__ == "__main__":

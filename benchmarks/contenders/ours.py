@@ -250,18 +250,23 @@ def epoch(case: Case, one_shape: bool = False) -> Job:
     )
 
 
-def cumsum(case: Case) -> Job:
-    """The whole experiment of ``experiments/cumsum.py``, its evaluation included."""
+def cumsum_program(updates: int) -> Any:
+    """The whole experiment of ``experiments/cumsum.py``, its evaluation included, jitted."""
     training.simple_kernels()
-    config = dataclasses.replace(cumsum_experiment.RECIPES["notebook"], updates=case["updates"])
-    mesh = make_mesh(config.batch_size)
-    run = jax.jit(
+    config = dataclasses.replace(cumsum_experiment.RECIPES["notebook"], updates=updates)
+    mesh = make_mesh(config.batch_size, devices=1)
+    return jax.jit(
         functools.partial(cumsum_experiment.experiment, config, LSTM(config.hidden_size)),
         compiler_options=training.quick_compilation(mesh),
     )
 
+
+def cumsum(case: Case) -> Job:
+    """That experiment, on the first device."""
+    run = cumsum_program(case["updates"])
+
     def once() -> None:
-        with jax.default_device(mesh.devices.flat[0]):
+        with jax.default_device(jax.devices()[0]):
             jax.device_get(run())
 
     return Job(once)
