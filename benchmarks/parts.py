@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from tqdm import tqdm
 
 from benchmarks import contenders, problems
@@ -102,28 +103,27 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
         alone = work(CHAINS, sizes, "products") + work(LARGE, big, "products")
         alone += work(STEPS, sizes, "element-wise")
         session.measure([*alone, *itertools.chain(*engines)], seconds=20)
-    seconds = {
-        row["contender"]: row["seconds"] for row in session.rows if row["case"] in (sizes, big)
-    }
+    turns = {(r["contender"], r["column"]): np.array(r["turns"]) for r in session.rows}
+    once, both = (turns[who.name, "products"] for who in CHAINS)
     steps, batch, features, hidden = sizes.values()
-    rate = 2 * big["size"] ** 3 / min(seconds[who.name] for who in LARGE)
+    rate = 2 * big["size"] ** 3 / min((turns[who.name, "products"] for who in LARGE), key=np.median)
     one = 2 * steps * batch * 4 * hidden / rate  # one feature's share of a large product
     floors = {  # x W; the gradient adds dz Wᵀ, xᵀ dz and hᵀ dz
-        "forward": seconds[CHAINS[0].name] + one * features,
-        "forward+backward": seconds[CHAINS[1].name] + one * (3 * features + hidden),
+        "forward": once + one * features,
+        "forward+backward": both + one * (3 * features + hidden),
     }
-    facts = {"large products, GFLOP/s": rate / 1e9}
-    facts |= {f"{mode}: floor, ms": 1e3 * least for mode, least in floors.items()}
+    facts = {"large products, GFLOP/s": float(np.median(rate)) / 1e9}
+    facts |= {f"{mode}: floor, ms": 1e3 * float(np.median(floors[mode])) for mode in MODES}
     # What the engine does besides: the step, its gradient, the pre-activations once more.
-    step, gradient = (seconds[who.name] for who in STEPS)
-    again = seconds[CHAINS[0].name] + one * features
-    besides = {"forward": step, "forward+backward": step + gradient + again}
+    step, gradient = (turns[who.name, "element-wise"] for who in STEPS)
+    besides = {"forward": step, "forward+backward": step + gradient + once + one * features}
     for mode, extra in besides.items():
-        facts[f"{mode}: floor and what else must be computed, ms"] = 1e3 * (floors[mode] + extra)
+        least = 1e3 * float(np.median(floors[mode] + extra))
+        facts[f"{mode}: floor and what else must be computed, ms"] = least
     for mode, who in itertools.product(floors, (DERIVED, SCAN, TORCH)):
-        taken = median(session.rows, who, mode)
-        if taken:
-            facts[f"{mode}: {who.name} / floor"] = taken / floors[mode]
+        if (who.name, mode) in turns:  # turn by turn, so that the machine's drift does not enter
+            ratio = float(np.median(turns[who.name, mode] / floors[mode]))
+            facts[f"{mode}: {who.name} / floor"] = ratio
     return facts
 
 

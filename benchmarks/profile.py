@@ -91,12 +91,8 @@ def seconds_a_call(profiled: Profiled, calls: int) -> float:
     return statistics.median(found)
 
 
-def main() -> None:
-    """Print the table."""
-    programs: dict[str, Callable[[], Profiled]] = {"recurrence": recurrence, "cumsum": cumsum}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
-    parser.add_argument("program", nargs="?", choices=programs, default="recurrence")
-    profiled = programs[parser.parse_args().program]()
+def table(profiled: Profiled) -> str:
+    """The kernels of one unit on one device, by kind."""
     lowered = profiled.function.lower(*profiled.arguments)
     kinds = kinds_of(lowered.compile().as_text())
     parts = profiled.traced * profiled.devices * profiled.units
@@ -113,16 +109,27 @@ def main() -> None:
         if len(each) >= parts:
             by_kind[kinds[name]] += each
     total = sum(map(sum, by_kind.values())) / parts
-    print("| kernels | number | ms | share |\n|---|---|---|---|")
+    if not total:
+        raise RuntimeError("the profiler saw no kernel that often; trace fewer units")
+    lines = ["| kernels | number | ms | share |", "|---|---|---|---|"]
     for kind, each in sorted(by_kind.items(), key=lambda item: -sum(item[1])):
         mine = sum(each) / parts
-        print(f"| {kind} | {len(each) / parts:,.0f} | {mine:.3g} | {mine / total:.0%} |")
-    print(
-        f"\nNumber and ms are those of one {profiled.unit} on one of {profiled.devices} device(s);"
-    )
-    print(
-        f"kernels may run side by side. {wall:.0f} ms a call, {traced:.0f} ms under the profiler."
-    )
+        lines.append(f"| {kind} | {len(each) / parts:,.0f} | {mine:.3g} | {mine / total:.0%} |")
+    unit, devices = profiled.unit, profiled.devices
+    lines += [
+        "",
+        f"Number and ms are those of one {unit} on one of {devices} device(s); kernels may run",
+    ]
+    lines += [f"side by side. {wall:.0f} ms a call, {traced:.0f} ms under the profiler."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table of the program asked for."""
+    programs: dict[str, Callable[[], Profiled]] = {"recurrence": recurrence, "cumsum": cumsum}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
+    parser.add_argument("program", nargs="?", choices=programs, default="recurrence")
+    print(table(programs[parser.parse_args().program]()))
 
 
 if __name__ == "__main__":

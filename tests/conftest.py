@@ -8,10 +8,11 @@ import pytest
 
 # Optimising is most of what compiling takes. Where rounding is compared, it is on: `OPTIMIZED`.
 # XLA's simple kernels (`lstmjax.training.simple_kernels`; the library must not be imported here,
-# before jaxtyping) halve the rest. With those of users, engines are compared where they are timed.
-unoptimized = "--xla_backend_optimization_level=0"
-simple = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {unoptimized} {simple}".strip()
+# before jaxtyping) halve the rest. `.ci/run` has some tests run with those of users as well.
+flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+if os.environ.get("LSTMJAX_TEST_KERNELS") != "users":
+    flags.append("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_compilation_cache", False)  # nothing from another run, or for one

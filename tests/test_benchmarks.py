@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, harness, numerics, parts, problems, report, worker
+from benchmarks import contenders, harness, numerics, parts, problems, profile, report, worker
 from benchmarks.contenders import Contender, Job, ours, training_job
 
 # --- What must stay fast -------------------------------------------------------------------------
@@ -285,3 +285,23 @@ def test_results_name_no_folder_and_no_host():
 def test_a_device_is_named_by_processor_and_cores():
     facts = {"processor": "Intel(R) Xeon(R) Platinum 8480C @ 2.00GHz", "cores": 2}
     assert report.device_name(facts) == "intel-xeon-platinum-8480c-2-cores"
+
+
+# --- The profile ---------------------------------------------------------------------------------
+
+
+def test_a_profile_tells_kernels_apart_and_counts_them():
+    weights = np.eye(40, dtype=np.float32)
+
+    def loop(x):
+        return jax.lax.fori_loop(0, 30, lambda i, x: jax.numpy.tanh(x @ weights).T, x)
+
+    profiled = profile.Profiled(jax.jit(loop), (weights,), "step", 30, devices=1, traced=2)
+    lines = profile.table(profiled).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines[2:-3]]
+    counts = {kind.split(":")[0].split(" ")[0]: int(number) for kind, number, *_ in rows}
+    assert counts["products"] == counts["functions"] == 1
+    assert sum(float(share.rstrip("%")) for *_, share in rows) == pytest.approx(100, abs=2)
+    assert "of one step on one of 1 device(s)" in lines[-2]
+    with pytest.raises(RuntimeError, match="trace fewer"):
+        profile.table(profiled._replace(units=10_000))

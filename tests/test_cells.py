@@ -217,32 +217,6 @@ def test_a_bias_for_a_gate_that_does_not_exist_is_refused():
             bias_init = {"forget": 1.0}
 
 
-def test_a_matrix_memory_is_masked_by_rows():
-    """As many rows as units: a mask along the wrong axis would go unnoticed by shapes."""
-
-    class Memory(Cell):
-        gates = ("k", "v")
-
-        class State(NamedTuple):
-            m: Array
-
-        def initial_carry(self, batch_size, dtype=jnp.float32):
-            h, _ = super().initial_carry(batch_size, dtype)
-            return Carry(h, self.State(jnp.zeros((batch_size, *2 * (self.hidden_size,)), dtype)))
-
-        def step(self, pre, state, params):
-            m = 0.9 * state.m + pre.k[:, :, None] * pre.v[:, None, :]
-            return jnp.tanh(jnp.einsum("bij,bj->bi", m, pre.k)), self.State(m)
-
-    cell = Memory(3)
-    check_contract(cell)
-    x, lengths = jax.random.normal(jax.random.key(1), (3, 6, 3)), [6, 2, 4]
-    _, final = unroll(cell, init(cell), x, lengths=jnp.array(lengths))
-    for row, length in enumerate(lengths):
-        _, alone = unroll(cell, init(cell), x[row : row + 1, :length])
-        np.testing.assert_allclose(final.state.m[row], alone.state.m[0], rtol=1e-5, atol=1e-6)
-
-
 # -- loading --------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,27 @@ class Undeclared(LSTM):
         return h - h.mean(axis=-1, keepdims=True), state
 
 
-CELLS = [Heads(H), HeadsApart(H), Normalised(H), Clocked(H), Restarting(H), Undeclared(H)]
+class Memory(Cell):
+    """Carries a matrix a row."""
+
+    gates = ("k", "v")
+
+    class State(NamedTuple):
+        m: jax.Array
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        h, _ = super().initial_carry(batch_size, dtype)
+        return Carry(h, self.State(jnp.zeros((batch_size, *2 * (self.hidden_size,)), dtype)))
+
+    def step(self, pre, state, params):
+        m = 0.9 * state.m + pre.k[:, :, None] * pre.v[:, None, :]
+        return jnp.tanh(jnp.einsum("bij,bj->bi", m, pre.k)), self.State(m)
+
+
+CELLS = [
+    *(Heads(H), HeadsApart(H), Normalised(H), Clocked(H), Restarting(H), Undeclared(H)),
+    Memory(B),  # as many units as rows: a mask along the wrong axis shows in no shape
+]
 every_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: type(cell).__name__)
 
 
@@ -148,6 +168,27 @@ def test_gradients_are_those_of_the_scan(cell, save):
         assert_same_gradients(cell, got, expected)
 
 
+def test_a_matrix_memory_is_masked_by_rows():
+    cell, lengths = Memory(3), [6, 2, 4]
+    params, x = cell.init(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (3, 6, 3))
+    _, final = unroll(cell, params, x, lengths=jnp.array(lengths))
+    for row, length in enumerate(lengths):
+        _, alone = unroll(cell, params, x[row : row + 1, :length])
+        assert_close(final.state.m[row], alone.state.m[0], reduction=6 * 6)
+
+
+@pytest.mark.parametrize("save", ["steps", "chunks"])
+@pytest.mark.parametrize("chunk", [1, T, 3 * T])
+def test_chunks_of_one_step_and_of_all(chunk, save):
+    cell = PeepholeLSTM(H)
+    params, x, options = make(cell)
+    got, expected = (
+        jax.jit(jax.value_and_grad(loss(cell, e, **options), (0, 1)))(params, x)
+        for e in (Derived(chunk, save), Scan())
+    )
+    assert_same_gradients(cell, got, expected)
+
+
 # --- Only what is asked for ----------------------------------------------------------------------
 
 
@@ -158,14 +199,15 @@ def test_gradients_of_the_parameters_alone():
     assert_same_gradients(cell, got, expected)
 
 
+@pytest.mark.parametrize("engine", [Derived(), Derived(4, "chunks")], ids=["one chunk", "three"])
 @pytest.mark.parametrize("cell", [LSTM(H), Heads(H), HeadsApart(H)], ids=repr)
-def test_bfloat16_trains_within_one_program(cell):
+def test_bfloat16_trains_within_one_program(cell, engine):
     """XLA:CPU has no bfloat16 product with its left side turned, and must not be led to one."""
     params, x = cell.init(jax.random.key(0), D), jax.random.normal(jax.random.key(1), (B, T, D))
     optimizer = optax.adam(1e-2)
 
     def loss(params):
-        return (unroll(cell, params, x, engine="derived", precision="bfloat16")[0] ** 2).mean()
+        return (unroll(cell, params, x, engine=engine, precision="bfloat16")[0] ** 2).mean()
 
     def update(state, _):
         params, moments = state
@@ -219,16 +261,18 @@ def test_forward_mode_is_refused():
 # --- Under the transformations of JAX ------------------------------------------------------------
 
 
+@pytest.mark.parametrize("save", ["steps", "chunks"])
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_under_shard_map(check_vma):
+def test_under_shard_map(check_vma, save):
     """Rows over two devices, parameters on both."""
+    engine = Derived(chunk=4, save=save)
     cell = PeepholeLSTM(H)
     params, x, options = make(cell)
     mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
 
     def local(params, x, mask, resets):
         value, gradients = jax.value_and_grad(
-            lambda p: (unroll(cell, p, x, mask=mask, resets=resets, engine="derived")[0] ** 2).sum()
+            lambda p: (unroll(cell, p, x, mask=mask, resets=resets, engine=engine)[0] ** 2).sum()
         )(params)
         if check_vma:  # the transpose of spreading the parameters has summed the gradient already
             return jax.lax.psum(value, "rows"), gradients
@@ -255,20 +299,24 @@ def test_under_jit_with_sharded_rows():
     assert_same_gradients(cell, gradients(params, spread), expected)
 
 
-def test_vmap_over_rows_of_their_own_lengths():
+@pytest.mark.parametrize("save", ["steps", "chunks"])
+@pytest.mark.parametrize(("chunk", "with_resets"), [(2, False), (4, True)])
+def test_vmap_over_rows_of_their_own_lengths(chunk, with_resets, save):
     """The trip count differs from one mapped batch to the next."""
     cell = LSTM(H)
-    params, x, _ = make(cell)
+    params, x, options = make(cell)
+    resets = options["resets"] if with_resets else None
     xs = jnp.stack([x, 2 * x, -x])
     lengths = jnp.array([[1, 2, 0, 2], [T, 1, 3, 4], [0, 0, 0, 0]])
 
     def gradients(engine):
         def one(x, lengths):
-            return jax.grad(loss(cell, engine, lengths=lengths), (0, 1))(params, x)
+            both = jax.value_and_grad(loss(cell, engine, lengths=lengths, resets=resets), (0, 1))
+            return both(params, x)
 
         return jax.jit(jax.vmap(one))(xs, lengths)
 
-    assert_same_gradients(cell, gradients(Derived(chunk=2)), gradients(Scan()))
+    assert_same_gradients(cell, gradients(Derived(chunk, save)), gradients(Scan()))
 
 
 # --- Chunks that are not run ---------------------------------------------------------------------

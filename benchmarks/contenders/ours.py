@@ -254,7 +254,7 @@ def cumsum_program(updates: int) -> Any:
     """The whole experiment of ``experiments/cumsum.py``, its evaluation included, jitted."""
     training.simple_kernels()
     config = dataclasses.replace(cumsum_experiment.RECIPES["notebook"], updates=updates)
-    mesh = make_mesh(config.batch_size, devices=1)
+    mesh = make_mesh(config.batch_size)
     return jax.jit(
         functools.partial(cumsum_experiment.experiment, config, LSTM(config.hidden_size)),
         compiler_options=training.quick_compilation(mesh),
@@ -264,9 +264,4 @@ def cumsum_program(updates: int) -> Any:
 def cumsum(case: Case) -> Job:
     """That experiment, on the first device."""
     run = cumsum_program(case["updates"])
-
-    def once() -> None:
-        with jax.default_device(jax.devices()[0]):
-            jax.device_get(run())
-
-    return Job(once)
+    return Job(lambda: jax.device_get(run()))

@@ -143,11 +143,11 @@ def _run_chunks(plan: _Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry
     scale = size if every_step else 1  # places in `saved` a chunk
     rnn = _Recurrence(plan, inputs)
 
-    def keep(kept: tuple[Carry, Array], new: Carry, t: Array) -> tuple[Carry, Array]:
-        saved, hs = kept
-        return (_write(saved, new, t + 1), hs) if every_step else (saved, _write(hs, new.h, t))
-
     def run_chunk(k: Array, loop: tuple[Carry, tuple[Carry, Array]]) -> Any:
+        def keep(kept: tuple[Carry, Array], new: Carry, i: Array) -> tuple[Carry, Array]:
+            (saved, hs), t = kept, k * size + i
+            return (_write(saved, new, t + 1), hs) if every_step else (saved, _write(hs, new.h, t))
+
         carry, (saved, hs) = rnn.walk(k, size, *loop, keep)
         return carry, (saved if every_step else _write(saved, carry, k + 1), hs)
 
@@ -205,7 +205,8 @@ def _active_chunks(
     return first, jnp.where(active.any(), last, first)
 
 
-# Places are never negative: told so, JAX leaves out the arithmetic that would wrap them.
+# No place is negative where it counts (a mapped loop that has ended may go on below zero, and what
+# it computes is thrown away): told so, JAX leaves out the arithmetic that would wrap them.
 
 
 def _at(tree: Any, place: Any) -> Any:
@@ -243,7 +244,7 @@ def _transposed(carry: Carry) -> Carry:
 
 
 class _Recurrence:
-    """A cell's recurrence, chunk by chunk, there and back; arrays ``(features, [chunk,] B)``."""
+    """A cell's recurrence, chunk by chunk, there and back; carries are ``(H, B)``."""
 
     def __init__(self, plan: _Plan, inputs: Inputs) -> None:
         params, self.xs, _, self.mask, self.resets = inputs
@@ -255,7 +256,7 @@ class _Recurrence:
         self.step = _feature_major_step(plan.cell, batch, dtype)
 
     def pre(self, t: Array, h: Array) -> Any:
-        """Pre-activations of step ``t``, as a list of G blocks ``(H, B)``."""
+        """Pre-activations of step ``t``: a list of G blocks ``(H, B)``, or two, in `Parts`."""
         pre = self.products.pre(_at(self.xs, t).T, h)
         return _map_pre(lambda a: jnp.split(a, len(self.cell.gates)), pre)
 
@@ -271,7 +272,7 @@ class _Recurrence:
         kept: Any,
         keep: Callable[[Any, Carry, Array], Any],
     ) -> tuple[Carry, Any]:
-        """Run first steps of chunk ``k``, and ``keep(kept, new carry, t)`` after each of them."""
+        """Run so many steps of chunk ``k``, and ``keep(kept, new carry, i)`` after the i-th."""
 
         def step(i: Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
             t = k * self.size + i
@@ -279,18 +280,15 @@ class _Recurrence:
             new = self.step(self.pre(t, carry.h), carry, self.units)
             if self.mask is not None:
                 new = _where(_at(self.mask, t), new, carry)
-            return new, keep(loop[1], new, t)
+            return new, keep(loop[1], new, i)
 
         return lax.fori_loop(0, steps, step, (carry, kept))
 
     def carries_before(self, k: Array, carry: Carry) -> Carry:
         """The carries before all steps of a chunk, from the first of them."""
-
-        def keep(kept: Carry, new: Carry, t: Array) -> Carry:
-            return _write(kept, new, t + 1 - k * self.size)
-
         kept = _write(_room(self.size, carry), carry, 0)
-        return self.walk(k, self.size - 1, carry, kept, keep)[1]
+        steps = self.size - 1
+        return self.walk(k, steps, carry, kept, lambda a, new, i: _write(a, new, i + 1))[1]
 
     def no_gradient(self) -> Params:
         """Zeros to add the gradients of `walk_back` to."""
@@ -331,13 +329,12 @@ class _Recurrence:
             if self.resets is not None:
                 zeros = jax.tree.map(jnp.zeros_like, d_old)
                 d_old = _where(_at(self.resets, t), zeros, d_old)
-            # As wide as ever: XLA:CPU would copy all of a narrow buffer to write a part of it.
             d_pres = _write(d_pres, d_pre, i, axis=1)
             return d_old, d_pres, row, jax.tree.map(jnp.add, d_units, d_unit)
 
         row = jax.tree.map(lambda a: a[:, 0], d_pres)
-        start = (d_carry, d_pres, row, jax.tree.map(jnp.zeros_like, self.units))
-        d_carry, d_pres, _, d_units = lax.fori_loop(0, self.size, step, start)
+        loop = (d_carry, d_pres, row, jax.tree.map(jnp.zeros_like, self.units))
+        d_carry, d_pres, _, d_units = lax.fori_loop(0, self.size, step, loop)
         x, h = _chunk(self.xs, k * self.size, self.size), _chunk(before.h, at, self.size)
         if self.resets is not None:
             reset = _chunk(self.resets, k * self.size, self.size)
@@ -410,7 +407,10 @@ class _Products:
         )
 
     def empty_pres(self, size: int, batch: int) -> Any:
-        """Room for the gradients of a chunk's pre-activations."""
+        """Room for the gradients of a chunk's pre-activations.
+
+        Never narrower than they are: XLA:CPU would copy all of it to write a part.
+        """
         room = _zeros((self.kernel.shape[0], size, batch), self.params["bias"])
         return Parts(room, room) if self.cell.parts_apart else room
 
@@ -465,7 +465,7 @@ def _parts(pre: Any) -> Parts:
     return pre if isinstance(pre, Parts) else Parts(pre, pre)
 
 
-def _where(rows: Bool[Array, "*K B"], yes: Carry, no: Carry) -> Carry:
+def _where(rows: Bool[Array, " B"], yes: Carry, no: Carry) -> Carry:
     """`select_rows` for feature-major arrays."""
     return jax.tree.map(lambda a, b: jnp.where(rows, a, b), yes, no)
 
