@@ -631,6 +631,7 @@ def test_real_facts(real_splits):
         assert max(row.max() for row in dataset.sequences) == 4999
 
 
+@pytest.mark.alone
 def test_real_speed(real_splits):
     *_, first, second = real_splits
     assert first < 30  # measured 9 s
