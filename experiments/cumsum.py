@@ -175,11 +175,13 @@ def compute(config: Config, cell: Cell, mesh: Mesh) -> Outcome:
     Raises:
         UserError: a loss is not finite.
     """
-    compiled = jax.jit(
+    jitted = jax.jit(
         experiment, static_argnums=(0, 1), compiler_options=training.quick_compilation(mesh)
     )
     with jax.default_device(mesh.devices.flat[0]):
-        outcome = jax.device_get(compiled(config, cell))
+        lowered = jitted.lower(config, cell)
+        training.prepare_drawing()
+        outcome = jax.device_get(lowered.compile()())
     finite = np.isfinite([*outcome.curves[0], outcome.test[0]])
     if not finite.all():
         raise UserError(

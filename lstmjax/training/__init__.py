@@ -11,7 +11,14 @@ from lstmjax.training.devices import (
     simple_kernels,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
-from lstmjax.training.report import RunFolder, as_dict, draw_curves, run_name, versions
+from lstmjax.training.report import (
+    RunFolder,
+    as_dict,
+    draw_curves,
+    prepare_drawing,
+    run_name,
+    versions,
+)
 from lstmjax.training.step import (
     OptimizerConfig,
     make_optimizer,
@@ -36,6 +43,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_steps",
+    "prepare_drawing",
     "quick_compilation",
     "replicated",
     "run_name",

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -213,6 +215,11 @@ class RunFolder:
         steps = [r for r in records if r["kind"] == "step"]
         epochs = [r for r in records if r["kind"] == "epoch"]
         draw_curves(self.path / "curves.png", title, steps, epochs)
+
+
+def prepare_drawing() -> None:
+    """Import Matplotlib in a thread: half a second that passes while XLA compiles something."""
+    threading.Thread(target=importlib.import_module, args=("matplotlib.figure",)).start()
 
 
 def draw_curves(
