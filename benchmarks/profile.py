@@ -106,7 +106,7 @@ def table(profiled: Profiled) -> str:
                 spent[name].append(duration)
     by_kind: dict[str, list[float]] = collections.defaultdict(list)
     for name, each in spent.items():
-        if len(each) >= parts:
+        if len(each) >= parts:  # else it is not part of every unit
             by_kind[kinds[name]] += each
     total = sum(map(sum, by_kind.values())) / parts
     if not total:
@@ -118,9 +118,9 @@ def table(profiled: Profiled) -> str:
     unit, devices = profiled.unit, profiled.devices
     lines += [
         "",
-        f"Number and ms are those of one {unit} on one of {devices} device(s); kernels may run",
+        f"Number and ms are those of one {unit} on one of {devices} device(s); kernels may",
     ]
-    lines += [f"side by side. {wall:.0f} ms a call, {traced:.0f} ms under the profiler."]
+    lines += [f"run side by side. {wall:.0f} ms a call, {traced:.0f} ms under the profiler."]
     return "\n".join(lines)
 
 
