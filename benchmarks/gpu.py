@@ -34,7 +34,7 @@ from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Workload, choose_engine, unroll
 from lstmjax.recurrence.engine import platform
-from lstmjax.recurrence.pallas_gpu import PallasGPU
+from lstmjax.recurrence.gpu.engine import PallasGPU
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "gpu"
 SECONDS = 420.0

@@ -25,7 +25,7 @@ from benchmarks.report import BEGIN, END, device_name, machine, merge, versions
 from lstmjax.cells import LSTM
 from lstmjax.precision import Precision
 from lstmjax.recurrence import ENGINES, Engine, PallasGPU, PallasTPU, Scan, Workload, unroll
-from lstmjax.recurrence.gpu_plain import plain_kernel
+from lstmjax.recurrence.gpu.plain import plain_kernel
 
 FOLDER, PAGE = ROOT / "benchmarks" / "results" / "numerics", ROOT / "docs" / "numerics.md"
 UPDATES, RATE = 100, 1e-3

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 from lstmjax.aot import gpu
 from lstmjax.cells import GRU, LSTM, PeepholeLSTM
 from lstmjax.errors import UserError
-from lstmjax.recurrence import PallasGPU, Workload, pallas_gpu, unroll
-from lstmjax.recurrence.gpu_cells import Job
+from lstmjax.recurrence import PallasGPU, Workload, unroll
+from lstmjax.recurrence.gpu import engine as gpu_engine
+from lstmjax.recurrence.gpu.cells import Job
 from tests.kernel_cases import LayerNorm, Three
 
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
@@ -86,10 +87,10 @@ def test_all_parts_of_the_weights_are_kept(hidden, backward):
     """With its excess precision XLA takes a number rounded to bfloat16 and back for the number."""
     cell = LSTM(hidden)
     plans = PallasGPU(attached=False).plans(cell, WORK.batch, "float32")
-    how = pallas_gpu._How(Job(cell, False, False, False), "float32", *plans)
+    how = gpu_engine._How(Job(cell, False, False, False), "float32", *plans)
 
     def weights(params):
-        return pallas_gpu._weights(how, params, backward=backward)
+        return gpu_engine._weights(how, params, backward=backward)
 
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), WORK.features))
     text = gpu.executable_for_hopper(weights, params).as_text()

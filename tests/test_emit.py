@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lstmjax.recurrence.emit import trace
+from lstmjax.recurrence.gpu.emit import trace
 from tests.tolerances import assert_close
 
 SHAPE = (2, 3)  # of the trace

@@ -12,9 +12,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
-from lstmjax.recurrence import Derived, Workload, choose_engine, pallas_gpu, unroll
-from lstmjax.recurrence.gpu_plain import plain_kernel
-from lstmjax.recurrence.pallas_gpu import PallasGPU
+from lstmjax.recurrence import Derived, Workload, choose_engine, unroll
+from lstmjax.recurrence.gpu import engine as gpu_engine
+from lstmjax.recurrence.gpu.plain import plain_kernel
+from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.split import split_outside
 from tests.gpu_interpreter import INTERPRET
 from tests.kernel_cases import (
@@ -208,16 +209,16 @@ def test_refusals_name_the_reason(cell, change, reason):
     [("9.0", True), ("8.0", False), ("7.5", False), ("10.0", False), ("gfx942", False)],
 )
 def test_only_hopper_is_served(found, fits, monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: found)
+    monkeypatch.setattr(gpu_engine, "_compute_capability", lambda: found)
     refusal = PallasGPU().refusal(LSTM(100), WORK)
     reason = f"it needs a Hopper GPU (compute capability 9.0), not {found}"
     assert refusal == (None if fits else reason)
 
 
 def test_it_is_the_first_choice_on_a_gpu_that_it_runs_on(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: "9.0")
+    monkeypatch.setattr(gpu_engine, "_compute_capability", lambda: "9.0")
     assert choose_engine(LSTM(5), WORK) == (PallasGPU(), "the first choice")
-    monkeypatch.setattr(pallas_gpu, "_compute_capability", lambda: "8.0")
+    monkeypatch.setattr(gpu_engine, "_compute_capability", lambda: "8.0")
     reason = "no pallas_gpu: it needs a Hopper GPU (compute capability 9.0), not 8.0"
     assert choose_engine(LSTM(5), WORK) == (Derived(), reason)
 

@@ -22,7 +22,7 @@ from lstmjax.cells.base import Cell
 from lstmjax.errors import UserError, first_line
 from lstmjax.recurrence import PallasTPU, Scan, Workload
 from lstmjax.recurrence.engine import Engine
-from lstmjax.recurrence.tpu_plan import tpu_device
+from lstmjax.recurrence.tpu.plan import tpu_device
 from lstmjax.training.devices import BATCH
 
 Target = Literal["v4", "v5e", "v5p", "v6e", "tpu7x"]

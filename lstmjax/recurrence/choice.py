@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from lstmjax.cells.base import Cell
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
-from lstmjax.recurrence.pallas_gpu import PallasGPU
-from lstmjax.recurrence.pallas_tpu import PallasTPU
+from lstmjax.recurrence.gpu.engine import PallasGPU
+from lstmjax.recurrence.tpu.engine import PallasTPU
 from lstmjax.recurrence.scan import Scan
 
 ENGINES: Mapping[str, Engine] = {

@@ -27,7 +27,7 @@ from lstmjax.cells.base import Carry, Cell, Params, Parts
 from lstmjax.precision import Precision, make_matmul
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
 from lstmjax.recurrence.engine import Engine, Inputs, Workload, overridden, platform, vary_alike
-from lstmjax.recurrence.gpu_cells import forward_program
+from lstmjax.recurrence.gpu.cells import forward_program
 from lstmjax.recurrence.scan import Scan
 
 

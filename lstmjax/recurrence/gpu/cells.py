@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lstmjax.cells.base import Cell, Parts, _record
-from lstmjax.recurrence.emit import Program, trace
-from lstmjax.recurrence.gpu_plan import TILE, Recurrence, Tiles
+from lstmjax.recurrence.gpu.emit import Program, trace
+from lstmjax.recurrence.gpu.plan import TILE, Recurrence, Tiles
 from lstmjax.recurrence.layout import up
 
 

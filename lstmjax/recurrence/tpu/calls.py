@@ -1,6 +1,6 @@
 """The TPU kernels as functions of arrays: layout, calls, gradient.
 
-`tpu_kernel` says what the letters in shapes mean.
+`tpu.kernel` says what the letters in shapes mean.
 """
 
 import functools
@@ -18,14 +18,14 @@ from lstmjax.recurrence.derivatives import or_zeros
 from lstmjax.recurrence.engine import Inputs, vary_alike
 from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
-from lstmjax.recurrence.tpu_kernel import (
+from lstmjax.recurrence.tpu.kernel import (
     Kept,
     Operands,
     backward_kernel,
     forward_kernel,
     map_parameters,
 )
-from lstmjax.recurrence.tpu_plan import DEFAULT_VMEM, TPUPlan
+from lstmjax.recurrence.tpu.plan import DEFAULT_VMEM, TPUPlan
 
 # --- Layout --------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from lstmjax.recurrence.engine import (
     select_rows,
     vary_alike,
 )
-from lstmjax.recurrence.gpu_cells import (
+from lstmjax.recurrence.gpu.cells import (
     Job,
     backward_program,
     backward_recurrence,
@@ -38,7 +38,7 @@ from lstmjax.recurrence.gpu_cells import (
     forward_recurrence,
     sizes_of,
 )
-from lstmjax.recurrence.gpu_plan import TILE, GPUPlan, Recurrence, choose_plan
+from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, choose_plan
 from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 
@@ -68,7 +68,7 @@ class PallasGPU(Engine):
             ``precision="bfloat16"`` only.
         attached: False to compile for a GPU that this machine does not have.
         interpret: parameters of Pallas' interpreter for Mosaic GPU, to run on a CPU, slowly; or
-            what takes the kernel's place, `gpu_plain.plain_kernel`.
+            what takes the kernel's place, `gpu.plain.plain_kernel`.
 
     Example:
         >>> from lstmjax.cells import LSTM
@@ -271,7 +271,7 @@ def _run(what: Recurrence, plan: GPUPlan, **operands: Any) -> list[Array]:
     if callable(plan.interpret):
         make = plan.interpret
     else:
-        from lstmjax.recurrence.gpu_kernel import recurrence_kernel as make  # of no use elsewhere
+        from lstmjax.recurrence.gpu.kernel import recurrence_kernel as make  # of no use elsewhere
     order = ("inputs", "flags", "constants", "carry", "exchanged")
     arrays = [operands["weights"], *(array for name in order for array in operands[name])]
     # A kernel does not say along which axes of a mesh its results vary: as its operands do.

@@ -1,6 +1,6 @@
 """The sizes of the TPU kernels: blocks of rows, chunks of time, and the VMEM that they take.
 
-Pallas is not imported unless there is a TPU. `tpu_kernel` says what the letters in shapes mean.
+Pallas is not imported unless there is a TPU. `tpu.kernel` says what the letters in shapes mean.
 """
 
 import dataclasses

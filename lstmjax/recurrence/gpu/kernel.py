@@ -26,7 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lstmjax.recurrence.gpu_plan import TILE, GPUPlan, Recurrence, Tiles, barriers, buffers
+from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, Tiles, barriers, buffers
 from lstmjax.recurrence.split import split
 
 

@@ -1,6 +1,6 @@
 """Fused TPU kernels (Pallas, Mosaic) for any cell that has a ``step``: the engine.
 
-The kernels are in `tpu_kernel`, their sizes in `tpu_plan`, layouts and calls in `tpu_calls`, which
+The kernels are in `tpu.kernel`, their sizes in `tpu.plan`, layouts and calls in `tpu.calls`, which
 is imported, and Pallas with it, when a recurrence first runs here.
 """
 
@@ -20,7 +20,7 @@ from lstmjax.recurrence.derivatives import with_derivative
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
 from lstmjax.recurrence.layout import MIB, up
-from lstmjax.recurrence.tpu_plan import (
+from lstmjax.recurrence.tpu.plan import (
     FITTING,
     LANES,
     ROWS,
@@ -106,7 +106,7 @@ class PallasTPU(Engine):
     ) -> tuple[Float[Array, "T B H"], Carry]:
         """Run ``cell`` over time."""
         steps, batch, features = xs.shape
-        from lstmjax.recurrence.tpu_calls import backward, forward, values
+        from lstmjax.recurrence.tpu.calls import backward, forward, values
 
         plan = self.plan(cell, steps, batch, features, reverse, precision)
         run = with_derivative(

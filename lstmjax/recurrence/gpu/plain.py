@@ -12,13 +12,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lstmjax.recurrence.gpu_cells import cut
-from lstmjax.recurrence.gpu_plan import GPUPlan, Recurrence
+from lstmjax.recurrence.gpu.cells import cut
+from lstmjax.recurrence.gpu.plan import GPUPlan, Recurrence
 from lstmjax.recurrence.split import split_outside
 
 
 def plain_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
-    """`gpu_kernel.recurrence_kernel` as a scan over whole arrays.
+    """`gpu.kernel.recurrence_kernel` as a scan over whole arrays.
 
     Of the plan only ``parts`` counts; the approximate functions of the hardware are not imitated.
     """

@@ -1,4 +1,4 @@
-"""The bodies of the TPU kernels, generic in a cell's ``step``; `tpu_calls` calls them.
+"""The bodies of the TPU kernels, generic in a cell's ``step``; `tpu.calls` calls them.
 
 One kernel runs a whole sequence forward, one backward. Their grid is (blocks of rows, chunks of
 time); weights and carry stay in VMEM from chunk to chunk. Kept for the gradient are h of every
@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 
 from lstmjax.cells.base import Carry, Parts
 from lstmjax.recurrence.split import split
-from lstmjax.recurrence.tpu_plan import LANES, TPUPlan
+from lstmjax.recurrence.tpu.plan import LANES, TPUPlan
 
 
 class Operands(NamedTuple):

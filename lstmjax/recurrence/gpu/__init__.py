@@ -1,0 +1,1 @@
+"""Fused Hopper kernels (Pallas, Mosaic GPU), derived from an element-wise step."""

@@ -1,0 +1,1 @@
+"""Fused TPU kernels (Pallas, Mosaic), derived from a step."""
