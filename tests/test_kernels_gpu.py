@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, Workload, choose_engine, unroll
 from lstmjax.recurrence.gpu import engine as gpu_engine
-from lstmjax.recurrence.gpu.plain import plain_kernel
 from lstmjax.recurrence.gpu.engine import PallasGPU
+from lstmjax.recurrence.gpu.plain import plain_kernel
 from lstmjax.recurrence.split import split_outside
 from tests.gpu_interpreter import INTERPRET
 from tests.kernel_cases import (

@@ -25,8 +25,8 @@ from lstmjax.errors import UserError, first_line
 from lstmjax.precision import Precision
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.cells import Job, backward_recurrence, forward_recurrence
-from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, shared_memory
 from lstmjax.recurrence.gpu.engine import PallasGPU
+from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, shared_memory
 from lstmjax.training.devices import BATCH
 
 HOPPER = """

@@ -4,8 +4,8 @@ from lstmjax.recurrence.choice import ENGINES, choose_engine
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
-from lstmjax.recurrence.tpu.engine import PallasTPU
 from lstmjax.recurrence.scan import Scan
+from lstmjax.recurrence.tpu.engine import PallasTPU
 from lstmjax.recurrence.unroll import length_mask, unroll
 
 __all__ = [

@@ -6,8 +6,8 @@ from lstmjax.cells.base import Cell
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
-from lstmjax.recurrence.tpu.engine import PallasTPU
 from lstmjax.recurrence.scan import Scan
+from lstmjax.recurrence.tpu.engine import PallasTPU
 
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine for engine in (PallasTPU(), PallasGPU(), Derived(), Scan())
