@@ -1,4 +1,12 @@
-"""The one kind of error that a command line shows as a single line, without a traceback."""
+"""Errors that a person can put right: one clear line, with the line of their own program."""
+
+import os
+import sysconfig
+from collections.abc import Iterable
+from typing import Any
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_LIBRARIES = tuple({sysconfig.get_path(k) + os.sep for k in ("stdlib", "purelib", "platlib")})
 
 
 class UserError(Exception):
@@ -9,6 +17,42 @@ class UserError(Exception):
     """
 
 
+class ContractError(UserError, TypeError, ValueError):
+    """A cell, or what a recurrence is called with, does not fit the contract."""
+
+
 def first_line(error: Exception) -> str:
     """What another library's exception says, as far as it fits a line of ours."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def user_line(raised: Any) -> str:
+    """Where in a user's program an error or an operation came from, as `` (my_cell.py:12)``.
+
+    Args:
+        raised: an exception, or an equation of a jaxpr.
+
+    Returns:
+        The innermost line that belongs neither to this package nor to an installed one; "" where
+        there is none.
+    """
+    lines = list(_lines(raised))
+    own = [(file, line) for file, line in lines if not _installed(file)]
+    return f" ({os.path.basename(own[0][0])}:{own[0][1]})" if own else ""
+
+
+def _lines(raised: Any) -> Iterable[tuple[str, int]]:
+    """Files and lines, the innermost first."""
+    if isinstance(raised, BaseException):
+        found, entry = [], raised.__traceback__
+        while entry is not None:
+            found.append((entry.tb_frame.f_code.co_filename, entry.tb_lineno))
+            entry = entry.tb_next
+        return found[::-1]
+    traceback = getattr(getattr(raised, "source_info", None), "traceback", None)
+    frames = getattr(traceback, "frames", None) or ()  # what JAX keeps is not for the public
+    return [(frame.file_name, frame.line_num) for frame in frames]
+
+
+def _installed(file: str) -> bool:
+    return file.startswith((_PACKAGE, *_LIBRARIES, "<"))

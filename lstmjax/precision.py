@@ -8,12 +8,54 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Precision = Literal["float32", "bfloat16"]
-"""``"float32"``: operands as they are (float64 stays float64), products in full precision.
+"""What `as_precision` makes of what others call it.
+
+``"float32"``: operands as they are (float64 stays float64), products in full precision.
 ``"bfloat16"``: operands of every product, those of the gradient too, rounded to bfloat16; sums in
 float32; results as wide as the operands came."""
 
 Dot = Callable[[Array, Array], Array]
 """Contracts the last axis of ``x (..., K)`` with the first of ``w (K, N)``."""
+
+PRODUCT = "lstmjax_product"
+"""The name under which `marked_dot` is found in a traced program."""
+
+_NAMES: dict[Any, Precision] = {
+    None: "float32",
+    "float32": "float32",
+    "float64": "float32",
+    "highest": "float32",
+    lax.Precision.HIGHEST: "float32",
+    "bfloat16": "bfloat16",
+}
+
+
+def as_precision(asked: Any) -> Precision:
+    """The mode that somebody means who knows JAX or Flax.
+
+    Args:
+        asked: ``"float32"`` or ``"bfloat16"``, such a dtype; or, for operands as they are,
+            ``None``, ``"highest"``, `jax.lax.Precision.HIGHEST`, ``"float64"``.
+
+    Raises:
+        ValueError: anything else.
+
+    Example:
+        >>> as_precision(None), as_precision(jnp.bfloat16), as_precision("highest")
+        ('float32', 'bfloat16', 'float32')
+    """
+    name = asked
+    if not isinstance(asked, str | lax.Precision | None):
+        try:
+            name = jnp.dtype(asked).name
+        except TypeError:
+            name = asked
+    try:
+        return _NAMES[name.lower() if isinstance(name, str) else name]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f'precision must be "float32" (full products) or "bfloat16" (fast ones), got {asked!r}'
+        ) from None
 
 
 def make_dot(mode: Precision) -> Dot:
@@ -62,6 +104,15 @@ def make_matmul(
 
 def _wide_dot(x: Array, w: Array) -> Array:
     return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision="highest")
+
+
+def _marked(x: Array, w: Array) -> Array:
+    return _wide_dot(x, w)
+
+
+_marked.__name__ = _marked.__qualname__ = PRODUCT
+marked_dot: Dot = jax.jit(_marked)
+"""`make_dot("float32")` for tracing: a traced program shows it as a call of that name."""
 
 
 # A rule of its own: that of a rounded product would multiply a float32 cotangent with bfloat16

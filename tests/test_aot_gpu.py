@@ -15,8 +15,10 @@ from lstmjax.aot import gpu
 from lstmjax.cells import GRU, LSTM, PeepholeLSTM
 from lstmjax.errors import UserError
 from lstmjax.recurrence import PallasGPU, Workload, unroll
+from lstmjax.recurrence.engine import How
 from lstmjax.recurrence.gpu import engine as gpu_engine
 from lstmjax.recurrence.gpu.cells import Job
+from lstmjax.recurrence.step import step_of
 from tests.kernel_cases import LayerNorm, Three
 
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
@@ -86,8 +88,10 @@ def test_compiles_under_vmap_and_shard_map():
 def test_all_parts_of_the_weights_are_kept(hidden, backward):
     """With its excess precision XLA takes a number rounded to bfloat16 and back for the number."""
     cell = LSTM(hidden)
-    plans = PallasGPU(attached=False).plans(cell, WORK.batch, "float32")
-    how = gpu_engine._How(Job(cell, False, False, False), "float32", *plans)
+    work = WORK._replace(precision="float32")
+    plans = PallasGPU(attached=False).plans(cell, work)
+    job = Job(cell, step_of(cell, work), False, False, False)
+    how = gpu_engine._How(job, How(), *plans)
 
     def weights(params):
         return gpu_engine._weights(how, params, backward=backward)

@@ -305,7 +305,10 @@ def test_unroll_says_which_shape_does_not_fit():
     params, x = init(cell), jnp.ones((2, 5, 3))
     cases = [
         ({"lengths": jnp.array([1, 2, 3])}, r"lengths must have shape \(2,\), got \(3,\)"),
-        ({"mask": jnp.ones((2, 4), bool)}, "mask must cover 2 rows x 5 steps"),
+        (
+            {"mask": jnp.ones((2, 4), bool)},
+            r"mask must cover rows x steps, \(2, 5\) here; got \(2, 4\)",
+        ),
         ({"padding": "middle", "lengths": jnp.array([1, 2])}, "middle"),
         ({"engine": "warp"}, "no engine 'warp'; there are: .*scan"),
     ]

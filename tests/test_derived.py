@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
+from lstmjax.cells.contract import shapes_of
 from lstmjax.recurrence import Derived, Scan, Workload, choose_engine, unroll
 from tests.tolerances import assert_close, recurrence_terms
 
@@ -82,7 +83,7 @@ class Restarting(LSTM):
 
 
 class TwoProducts(LSTM):
-    """A transition of its own: only the plain scan runs it."""
+    """A transition of its own."""
 
     def transition(self, params, x, carry, dot):
         carry = carry._replace(h=jnp.tanh(dot(carry.h, params["recurrent_kernel"]))[:, :H])
@@ -116,6 +117,7 @@ class Memory(Cell):
 
 CELLS = [
     *(Heads(H), HeadsApart(H), Normalised(H), Clocked(H), Restarting(H), Undeclared(H)),
+    TwoProducts(H),
     Memory(B),  # as many units as rows: a mask along the wrong axis shows in no shape
 ]
 every_cell = pytest.mark.parametrize("cell", CELLS, ids=lambda cell: type(cell).__name__)
@@ -251,11 +253,20 @@ def test_second_derivatives_are_those_of_the_scan(cell, save):
         assert_same_gradients(cell, penalty(Derived(chunk=4, save=save)), penalty(Scan()))
 
 
-def test_forward_mode_is_refused():
-    cell = LSTM(H)
-    params, x, _ = make(cell)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: unroll(cell, params, x, engine="derived")[0], (x,), (x,))
+@pytest.mark.parametrize("cell", [LSTM(H), TwoProducts(H)], ids=["LSTM", "TwoProducts"])
+def test_forward_mode_is_that_of_the_scan(cell):
+    with jax.enable_x64(True):
+        params, x, options = make(cell, dtype=jnp.float64)
+
+        def run(engine):
+            one = loss(cell, engine, **options)
+            tangents = jax.tree.map(jnp.cos, (params, x))
+            pushed = jax.jvp(jax.jit(one), (params, x), tangents)
+            products = jax.jvp(jax.grad(one, (0, 1)), (params, x), tangents)[1]
+            hessian = jax.hessian(lambda b: one({**params, "bias": b}, x))(params["bias"])
+            return pushed, products, hessian
+
+        jax.tree.map(assert_close, run(Derived(chunk=4)), run(Scan()))
 
 
 # --- Under the transformations of JAX ------------------------------------------------------------
@@ -378,13 +389,47 @@ def test_the_memory_of_a_thousand_steps_serves_sixteen_thousand():
 # --- Choice --------------------------------------------------------------------------------------
 
 
+class Counting(LSTM):
+    """Carries whole numbers, and a key."""
+
+    class State(NamedTuple):
+        c: jax.Array
+        n: jax.Array
+        key: jax.Array
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        h, (c,) = LSTM(self.hidden_size).initial_carry(batch_size, dtype)
+        keys = jax.random.split(jax.random.key(0), batch_size)
+        return Carry(h, self.State(c, jnp.zeros((batch_size, 1), jnp.int32), keys))
+
+    def step(self, pre, state, params):
+        h, c = LSTM.step(LSTM(self.hidden_size), pre, LSTM.State(state.c), params)
+        draw = jax.vmap(lambda key: jax.random.uniform(key, (self.hidden_size,)))
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(state.key)
+        h = h * draw(keys) + state.n.astype(h.dtype) / 10
+        return h, self.State(c.c, state.n + 1, keys)
+
+
 def test_it_is_chosen_and_says_what_it_cannot_run():
     assert choose_engine(LSTM(H), WORK) == (Derived(), "the first choice")
-    chosen, reason = choose_engine(TwoProducts(H), WORK)
+    assert choose_engine(TwoProducts(H), WORK) == (Derived(), "the first choice")
+    cell = Counting(H)
+    work = WORK._replace(args=shapes_of(cell, B, D))
+    chosen, reason = choose_engine(cell, work)
     assert chosen == Scan()
-    assert reason == "no derived: TwoProducts overrides transition"
-    with pytest.raises(ValueError, match=r"'derived' cannot run .*: TwoProducts overrides"):
-        choose_engine(TwoProducts(H), WORK, "derived")
+    assert reason == "no derived: Counting carries state.n, which is int32"
+    with pytest.raises(ValueError, match=r"'derived' cannot run .*: Counting carries state"):
+        choose_engine(cell, work, "derived")
+
+
+def test_a_carry_that_is_no_number_runs_where_it_can():
+    cell = Counting(H)
+    params, x, options = make(cell)
+    value = lambda params, x: (unroll(cell, params, x, **options)[0] ** 2).sum()  # noqa: E731
+    with pytest.raises(ValueError, match="carries state"):
+        unroll(cell, params, x, engine="derived")
+    got = jax.grad(value, (0, 1))(params, x)
+    assert all(np.all(np.isfinite(a)) and np.any(a) for a in jax.tree.leaves(got))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lstmjax.recurrence.gpu.emit import trace
+from lstmjax.recurrence.gpu.emit import Emission
+from lstmjax.traced import trace
 from tests.tolerances import assert_close
 
 SHAPE = (2, 3)  # of the trace
@@ -101,6 +102,11 @@ FUNCTIONS = {
 }
 
 
+def emit(f, arguments):
+    """Of arrays of the shape that is traced."""
+    return Emission(trace(f, *[jax.ShapeDtypeStruct(SHAPE, "float32")] * arguments))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_and_their_derivatives(name):
     f, x = FUNCTIONS[name]
@@ -110,7 +116,7 @@ def test_functions_and_their_derivatives(name):
         y, pull = jax.vjp(f, x)
         return [y, *pull(ct)]
 
-    program = trace(both, SHAPE, 2)
+    program = emit(both, 2)
     assert program.refusal() is None
     for what, got, expected in zip(
         ("value", "derivative"), jax.jit(program)(x, ct), jax.jit(both)(x, ct), strict=True
@@ -137,7 +143,7 @@ EDGES = {
 def test_at_the_edges(name):
     f, numbers = EDGES[name]
     x = np.asarray([numbers], "float32")
-    program = trace(lambda x: [f(x)], SHAPE, 1)
+    program = emit(lambda x: [f(x)], 1)
     (got,) = program(jnp.asarray(x))
     np.testing.assert_allclose(got, f(jnp.asarray(x)), rtol=1e-6)
 
@@ -145,7 +151,7 @@ def test_at_the_edges(name):
 @pytest.mark.parametrize("name", ["sinh", "cosh"])
 def test_to_where_float32_ends(name):
     x = np.asarray([[0.0, 88.0, 89.0, -89.25, np.inf, -np.inf]], "float32")
-    (got,) = trace(lambda x: [getattr(jnp, name)(x)], SHAPE, 1)(jnp.asarray(x))
+    (got,) = emit(lambda x: [getattr(jnp, name)(x)], 1)(jnp.asarray(x))
     np.testing.assert_allclose(got, getattr(np, name)(x.astype("float64")), rtol=1e-6)
 
 
@@ -165,7 +171,7 @@ def test_to_where_float32_ends(name):
     ids=["cumsum", "sum", "sort", "rev", "digamma", "iota", "constant", "loop", "product"],
 )
 def test_what_cannot_be_emitted_is_named(f, word):
-    assert word in trace(lambda x: [f(x)], SHAPE, 1).refusal()
+    assert word in emit(lambda x: [f(x)], 1).refusal()
 
 
 def test_several_arguments_and_results():
@@ -173,6 +179,6 @@ def test_several_arguments_and_results():
         return [x * y, x + y, jnp.zeros_like(x)]
 
     x, y = ANY, SMALL
-    got = trace(f, SHAPE, 2)(jnp.asarray(x), jnp.asarray(y))
+    got = emit(f, 2)(jnp.asarray(x), jnp.asarray(y))
     for one, expected in zip(got, f(x, y), strict=True):
         assert_close(one, expected)

@@ -36,7 +36,7 @@ from tests.kernel_cases import (
     expected,
     values_and_gradients,
 )
-from tests.tolerances import relative_error
+from tests.tolerances import assert_close, relative_error
 
 ENGINE = PallasGPU(interpret=INTERPRET)
 PLAIN = PallasGPU(interpret=plain_kernel)
@@ -134,11 +134,16 @@ def test_second_derivatives_are_those_of_the_scan():
     compare_second_derivatives(PLAIN)
 
 
-def test_forward_mode_is_refused():
+def test_forward_mode_is_that_of_the_scan():
     case = Case(LSTM(5))
     (params, x, *_), _ = draw(case)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: unroll(case.cell, params, x, engine=ENGINE)[0], (x,), (x,))
+
+    def run(engine):
+        hs = lambda x: unroll(case.cell, params, x, engine=engine)[0]  # noqa: E731
+        return jax.jvp(hs, (x,), (x,))
+
+    for got, wanted in zip(run(PLAIN), run("scan"), strict=True):
+        assert_close(got, wanted, reduction=100)
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 4), (3, 0)], ids=["no rows", "no steps"])
@@ -184,7 +189,7 @@ WORK = Workload("gpu", "float32", "bfloat16", steps=500, batch=64, features=32)
     [
         (LSTM(100), {"platform": "tpu"}, "it runs on GPUs, not on tpu"),
         (LSTM(100), {"dtype": "float64"}, "it computes in float32, the inputs are float64"),
-        (LayerNorm(100), {}, "its step mixes the units of a row (elementwise = False)"),
+        (LayerNorm(100), {}, "its step uses reduce_sum"),
         (Undeclared(100), {}, "its step uses reduce_sum"),
         (PerUnitConstant(100), {}, "its step holds a constant of shape (1, 100)"),
         (Special(100), {}, "its step uses digamma"),
@@ -246,6 +251,10 @@ def test_settings_are_checked():
 
 def test_more_rows_a_block_where_blocks_would_wait():
     engine = PallasGPU(attached=False)
-    rows = {batch: engine.plans(LSTM(100), batch, "bfloat16")[0].rows for batch in (64, 1056, 1057)}
+
+    def rows_of(engine, batch):
+        return engine.plans(LSTM(100), WORK._replace(batch=batch))[0].rows
+
+    rows = {batch: rows_of(engine, batch) for batch in (64, 1056, 1057)}
     assert rows == {64: 8, 1056: 8, 1057: 16}
-    assert PallasGPU(rows=8).plans(LSTM(100), 4096, "bfloat16")[0].rows == 8
+    assert rows_of(PallasGPU(rows=8), 4096) == 8

@@ -34,6 +34,7 @@ from tests.kernel_cases import (
     expected,
     values_and_gradients,
 )
+from tests.tolerances import assert_close
 
 ENGINE = PallasTPU(chunk=3, unroll=1, interpret=True)
 BOTH = ("mask", "resets")
@@ -144,11 +145,16 @@ def test_second_derivatives_are_those_of_the_scan():
     compare_second_derivatives(ENGINE)
 
 
-def test_forward_mode_is_refused():
+def test_forward_mode_is_that_of_the_scan():
     case = Case(LSTM(5))
     (params, x, *_), _ = draw(case)
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda x: unroll(case.cell, params, x, engine=ENGINE)[0], (x,), (x,))
+
+    def run(engine):
+        hs = lambda x: unroll(case.cell, params, x, engine=engine)[0]  # noqa: E731
+        return jax.jvp(hs, (x,), (x,))
+
+    for got, wanted in zip(run(ENGINE), run("scan"), strict=True):
+        assert_close(got, wanted, reduction=100)
 
 
 # --- Choice, refusals, sizes ---------------------------------------------------------------------
@@ -215,7 +221,7 @@ def test_settings_are_checked(settings, message):
 @pytest.mark.parametrize("batch", [1, 17, 64, 256, 1000])
 @pytest.mark.parametrize("steps", [1, 7, 97, 500])
 def test_sizes_fit_and_divide(steps, batch, hidden):
-    plan = PallasTPU().plan(LSTM(hidden), steps, batch, features=32)
+    plan = PallasTPU().plan(LSTM(hidden), WORK._replace(steps=steps, batch=batch))
     assert 1 <= plan.chunk <= steps
     assert plan.rows % 16 == 0
     assert plan.chunk % plan.unroll == plan.chunk % plan.group == 0

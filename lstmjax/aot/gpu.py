@@ -19,14 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from lstmjax.aot.train_step import Shape, train_step_program
-from lstmjax.cells.base import Cell
+from lstmjax.aot.train_step import Shape, step_inputs, train_step_program
+from lstmjax.cells.base import Cell, start
 from lstmjax.errors import UserError, first_line
 from lstmjax.precision import Precision
+from lstmjax.recurrence import unroll
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.cells import Job, backward_recurrence, forward_recurrence
 from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, shared_memory
+from lstmjax.recurrence.step import step_of
 from lstmjax.training.devices import BATCH
 
 HOPPER = """
@@ -211,9 +213,9 @@ def compile_cell(
     if refusal is not None:
         raise UserError(f"engine {engine.name} cannot run {cell}: {refusal}")
     shapes, run = recurrence_program(cell, work, engine, flags=flags)
-    plans = engine.plans(cell, batch, precision)
+    plans = engine.plans(cell, work)
     assert plans is not None
-    job = Job(cell, flags, flags, reverse=False)
+    job = Job(cell, step_of(cell, work), flags, flags, reverse=False)
     sizes = (
         shared_memory(forward_recurrence(job, steps, batch), plans[0]),
         shared_memory(backward_recurrence(job, steps, batch), plans[1]),
@@ -233,22 +235,27 @@ def recurrence_program(
     shape = jax.ShapeDtypeStruct
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), work.features))
     xs = shape((work.steps, work.batch, work.features), jnp.float32)
-    initial = jax.eval_shape(lambda: cell.initial_carry(work.batch))
+    initial = jax.eval_shape(
+        lambda: start(cell, None, work.batch, work.features, jnp.float32)
+    )
+    more = step_inputs(cell, work.steps, work.batch, work.features)
     flag = shape((work.steps, work.batch), jnp.bool_) if flags else None
 
-    def run(params: Any, xs: Any, initial: Any, mask: Any, resets: Any) -> Any:
-        return engine(cell, params, xs, initial, mask, resets, False, work.precision)
+    def run(params: Any, xs: Any, initial: Any, more: Any, mask: Any, resets: Any) -> Any:
+        how: Any = {"time_major": True, "engine": engine, "precision": work.precision}
+        flags: Any = {"mask": mask, "resets": resets}
+        return unroll(cell, params, xs, initial, inputs=more, **flags, **how)
 
-    return (params, xs, initial, flag, flag), run
+    return (params, xs, initial, more, flag, flag), run
 
 
 def _gradient(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The gradient of a function of all outputs with respect to the first three arguments."""
+    """The gradient of a function of all outputs with respect to the first four arguments."""
 
     def total(*arguments: Any) -> Any:
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*arguments)))
 
-    return jax.grad(total, (0, 1, 2))
+    return jax.grad(total, (0, 1, 2, 3))
 
 
 def compile_train_step(cell: Cell, shape: Shape) -> Compiled:

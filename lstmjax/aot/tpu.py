@@ -17,10 +17,10 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from lstmjax.aot.bundles import Loop, loops_over, read_dump, read_vmem
-from lstmjax.aot.train_step import Shape, on_mesh, train_step_program
-from lstmjax.cells.base import Cell
+from lstmjax.aot.train_step import Shape, on_mesh, step_inputs, train_step_program
+from lstmjax.cells.base import Cell, start
 from lstmjax.errors import UserError, first_line
-from lstmjax.recurrence import PallasTPU, Scan, Workload
+from lstmjax.recurrence import PallasTPU, Scan, Workload, unroll
 from lstmjax.recurrence.engine import Engine
 from lstmjax.recurrence.tpu.plan import tpu_device
 from lstmjax.training.devices import BATCH
@@ -121,18 +121,20 @@ def cell_programs(
     steps, batch, features, precision = shape
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
     xs = jax.ShapeDtypeStruct((steps, batch, features), jnp.float32)
-    initial = jax.eval_shape(lambda: cell.initial_carry(batch))
+    initial = jax.eval_shape(lambda: start(cell, None, batch, features, jnp.float32))
+    more = step_inputs(cell, steps, batch, features)
 
-    def forward(params: Any, xs: Any, initial: Any) -> Any:
-        return engine(cell, params, xs, initial, None, None, False, precision)
+    def forward(params: Any, xs: Any, initial: Any, more: Any) -> Any:
+        how: Any = {"time_major": True, "engine": engine, "precision": precision}
+        return unroll(cell, params, xs, initial, inputs=more, **how)
 
-    def gradients(params: Any, xs: Any, initial: Any, d_out: Any) -> Any:
-        d_params, d_xs, d_initial = jax.vjp(forward, params, xs, initial)[1](d_out)
-        return jax.lax.psum(d_params, BATCH), d_xs, d_initial
+    def gradients(params: Any, xs: Any, initial: Any, more: Any, d_out: Any) -> Any:
+        d_params, *d_others = jax.vjp(forward, params, xs, initial, more)[1](d_out)
+        return jax.lax.psum(d_params, BATCH), *d_others
 
     whole, rows, time_major = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(None, BATCH)
-    ins, outs = (whole, time_major, rows), (time_major, rows)
-    out = jax.eval_shape(forward, params, xs, initial)
+    ins, outs = (whole, time_major, rows, time_major), (time_major, rows)
+    out = jax.eval_shape(forward, params, xs, initial, more)
 
     def placed(specs: Any, values: Any) -> Any:
         return tuple(on_mesh(mesh, v, s) for v, s in zip(values, specs, strict=True))
@@ -140,7 +142,7 @@ def cell_programs(
     def spread(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    args = placed(ins, (params, xs, initial))
+    args = placed(ins, (params, xs, initial, more))
     return {
         "forward": (spread(forward, ins, outs), args),
         "forward+backward": (
@@ -217,7 +219,8 @@ def _kernel_bundles(
     """Bundles a time step of all kernels: of their passes over the grid, prologue left out."""
     with jax.set_mesh(mesh):
         batch = shape.batch // mesh.size
-        plan = PallasTPU().plan(cell, *shape._replace(batch=batch)[:3], precision=shape.precision)
+        work = Workload("tpu", "float32", shape.precision, shape.steps, batch, shape.features)
+        plan = PallasTPU().plan(cell, work)
         _, cores = tpu_device()
     blocks, chunks = -(-batch // plan.rows), -(-shape.steps // plan.chunk)
     kernels = [program for name, program in programs.items() if _is_kernel(name)]

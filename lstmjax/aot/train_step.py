@@ -33,6 +33,14 @@ def on_mesh(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
 
+def step_inputs(cell: Cell, steps: int, batch: int, features: int) -> dict[str, Any]:
+    """Shapes of what a cell declares as ``step_inputs``, time-major."""
+    return {
+        name: jax.ShapeDtypeStruct((steps, batch, cell.width(width, features)), jnp.float32)
+        for name, width in cell.step_inputs.items()
+    }
+
+
 def train_step_program(
     cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -12,21 +12,42 @@ Shapes: ``B`` rows, ``D`` input features, ``H`` units (``hidden_size``), ``G`` g
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+import inspect
+import keyword
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
-from lstmjax.precision import Dot
+from lstmjax.cells.noise import Noise
+from lstmjax.errors import ContractError
+from lstmjax.precision import Dot, Precision, make_dot
 
 Initializer = Callable[..., Array]
 """``(key, shape, dtype) -> Array``, as in `jax.nn.initializers`."""
 
 Params = dict[str, Any]
 """A cell's parameters: what `Cell.init` draws, a plain pytree of arrays."""
+
+State = Any
+"""A cell's own `Cell.State`, a `typing.NamedTuple` of arrays."""
+
+if TYPE_CHECKING:
+
+    class Named:
+        """Arrays by name: ``pre.f``, ``params.p_o``, ``noise.keep``, ``inputs.dt``."""
+
+        x: "Named"
+        h: "Named"
+
+        def __getattr__(self, name: str) -> Array: ...
+
+        def __iter__(self) -> Iterable[Array]: ...
+else:
+    Named = Any
 
 
 class Carry(NamedTuple):
@@ -38,7 +59,7 @@ class Carry(NamedTuple):
     """
 
     h: Array
-    state: Any
+    state: State
 
 
 class NoState(NamedTuple):
@@ -53,30 +74,48 @@ class Parts(NamedTuple):
 
 
 @functools.cache
-def _record(name: str, fields: tuple[str, ...]) -> Any:
-    return collections.namedtuple(name, fields)
+def _record(what: str, fields: tuple[str, ...]) -> Callable[..., Named]:
+    """A type of arrays by name, which names them all to whoever asks for another."""
+
+    def missing(self: object, name: str) -> Array:
+        have = ", ".join(fields) or "none"
+        raise AttributeError(f"no {what} {name!r}; there are: {have}")
+
+    base = collections.namedtuple(what.title().replace(" ", ""), fields)
+    return type(base.__name__, (base,), {"__slots__": (), "__getattr__": missing})
 
 
 @dataclass_transform(frozen_default=True)
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Cell:
     """Base class of all cells: a frozen, hashable value whose fields are hyper-parameters.
 
     A subclass states its ``gates``, its ``State`` and its ``step``. It becomes a frozen
     dataclass by itself: annotated attributes are hyper-parameters, plain ones declarations.
 
-    Declarations, each with a default:
+    Declarations, each with a default; any of them may be a property:
         gates: names of the blocks of the pre-activation, in the order they are stored.
         State: a `typing.NamedTuple` of the arrays carried beside the hidden state.
         bias_init: initial bias of a gate, a number or an initializer; 0 for gates not named.
         unit_params: per-unit parameters (peepholes, say), name -> number or initializer;
             ``step`` sees them as ``params.<name>``, shape ``(1, H)``.
+        step_params: parameters of any shape, name -> (shape, number or initializer), with ``"H"``
+            for the number of units in a shape; ``step`` sees them as ``params.<name>``.
+        step_inputs: arrays of each step that no product sees, name -> numbers a row, ``"H"`` for
+            one a unit, ``"D"`` for as many as features; ``step`` takes them as ``inputs.<name>``.
+            One named ``x`` is the input itself, unless it is given.
+        noise: random arrays, name -> `Noise`; ``step`` takes them as ``noise.<name>``, ``(B, H)``.
         uses_h: ``step`` takes h_{t-1} as a further argument, ``h (B, H)``.
         parts_apart: ``step`` gets ``pre.x.<gate>`` and ``pre.h.<gate>`` instead of their sum;
             the recurrent part then has a bias of its own, ``recurrent_bias``.
-        elementwise: unit k of ``step``'s results depends on unit k of its arguments only. A
-            step that mixes the units of a row (layer normalisation, say) says False.
+        recurrent_gates: the gates that h_{t-1} has a product for; None is all, () saves it.
+        bias_gates: the gates that have a bias; None is all.
         heads: blocks of a block-diagonal recurrent kernel; must divide ``hidden_size``.
+
+    Hyper-parameters of every cell, by keyword:
+        use_bias: False is ``bias_gates = ()``.
+        kernel_init, recurrent_init: initializers of the input kernel, and of the recurrent one,
+            for which it is called gate by gate and head by head.
 
     Example:
         >>> class Leaky(Cell):
@@ -90,41 +129,90 @@ class Cell:
     """
 
     hidden_size: int
+    use_bias: bool = dataclasses.field(default=True, kw_only=True)
+    kernel_init: Initializer | None = dataclasses.field(default=None, kw_only=True)
+    recurrent_init: Initializer | None = dataclasses.field(default=None, kw_only=True)
 
     gates: ClassVar[tuple[str, ...]] = ()
     State: ClassVar[Any] = NoState
     bias_init: ClassVar[Mapping[str, float | Initializer]] = {}
     unit_params: ClassVar[Mapping[str, float | Initializer]] = {}
+    step_params: ClassVar[Mapping[str, tuple[Sequence[int | str], float | Initializer]]] = {}
+    step_inputs: ClassVar[Mapping[str, int | str]] = {}
+    noise: ClassVar[Mapping[str, Noise]] = {}
     uses_h: ClassVar[bool] = False
     parts_apart: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
+    recurrent_gates: ClassVar[tuple[str, ...] | None] = None
+    bias_gates: ClassVar[tuple[str, ...] | None] = None
     heads = 1  # no ClassVar: a cell may make it a hyper-parameter, ``heads: int = 4``
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(frozen=True)(cls)
-        named = cls.bias_init if isinstance(cls.bias_init, Mapping) else ()  # may be a property
-        if unknown := set(named) - set(cls.gates):
-            raise TypeError(
-                f"{cls.__name__}.bias_init names {sorted(unknown)}, the gates are {cls.gates}"
-            )
+        try:
+            dataclasses.dataclass(frozen=True, repr=False)(cls)
+        except ValueError as error:
+            raise ContractError(
+                f"cell {cls.__name__}: {error}. A hyper-parameter must be hashable: make an array "
+                "a tuple, or a parameter in step_params"
+            ) from error
+        _check_names(cls, cls.gates)
 
     def __post_init__(self) -> None:
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1, got {self.hidden_size}")
         if self.heads < 1 or self.hidden_size % self.heads:
             raise ValueError(f"heads={self.heads} must divide hidden_size={self.hidden_size}")
+        for field in dataclasses.fields(self):
+            try:
+                hash(getattr(self, field.name))
+            except TypeError:
+                raise ContractError(
+                    f"cell {type(self).__name__}: hyper-parameter {field.name} is not hashable "
+                    f"({type(getattr(self, field.name)).__name__}); make it a tuple, or a parameter "
+                    "in step_params"
+                ) from None
 
-    def step(self, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
-        """One time step after the products: ``step(pre, state, params[, h]) -> (h, state)``.
+    def __repr__(self) -> str:
+        named = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
+        base = {f.name for f in dataclasses.fields(Cell)} - {"hidden_size"}
+        shown = [f"{f.name}={v!r}" for f, v in named if f.name not in base or v != f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    # What a researcher writes
+
+    def step(self, *args: Any, **kwargs: Any) -> tuple[Array, State]:
+        """One time step after the products: ``step(pre, state, params, ...) -> (h, state)``.
+
+        It is traced once, with the shapes below, and what was traced is what every engine runs.
+        Under `jax.vmap` and inside `jax.shard_map`, ``B`` is what a caller there sees.
 
         Args:
             pre: named blocks ``pre.<gate>``, each ``(B, H)``.
             state: the cell's ``State`` of the previous step, arrays ``(B, H)``.
-            params: per-unit parameters ``params.<name>``, each ``(1, H)``.
-            h: the previous hidden state, only where the cell declares ``uses_h``.
+            params: per-unit parameters ``params.<name>``, each ``(1, H)``, and ``step_params``.
+            h: the previous hidden state, where the cell declares ``uses_h``.
+            inputs: by keyword, where the cell declares ``step_inputs``, each ``(B, width)``.
+            noise: by keyword, where the cell declares ``noise``, each ``(B, H)``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no step(pre, state, params)")
+
+    def prepare(self, params: Params, key: PRNGKeyArray | None = None) -> Params:
+        """Parameters as the time loop sees them: run once a call, differentiated through.
+
+        Override for weight normalisation, weight drop, quantised or low-rank recurrent kernels.
+
+        Args:
+            params: what `init` drew, or what training made of it.
+            key: one for the whole batch while training; None in evaluation.
+        """
+        return params
+
+    def recur(self, h: Float[Array, "B H"], noise: Named) -> Float[Array, "B H"]:
+        """What the recurrent product sees of h_{t-1}; element-wise. Override for variational
+        dropout, say: ``return h * noise.h``."""
+        return h
+
+    # Parameters and start
 
     def init(
         self, key: PRNGKeyArray, input_size: int, dtype: jax.typing.DTypeLike = jnp.float32
@@ -133,8 +221,8 @@ class Cell:
 
         ``kernel (D, G*H)`` is Glorot-uniform over the whole matrix. ``recurrent_kernel (H, G*H)``
         (``(H/heads, G*H)`` with heads) is orthogonal gate by gate (and head by head): one
-        orthogonal draw of the fused matrix would leave single gates nearly singular.
-        ``bias (G*H,)`` follows ``bias_init``.
+        orthogonal draw of the fused matrix would leave single gates nearly singular. With a head
+        for each unit it is uniform in ±1. ``bias (G*H,)`` follows ``bias_init``.
 
         Example:
             >>> from lstmjax.cells import LSTM
@@ -142,57 +230,140 @@ class Cell:
             >>> {name: value.shape for name, value in params.items()}
             {'kernel': (3, 20), 'recurrent_kernel': (5, 20), 'bias': (20,)}
         """
+        dtype = jnp.dtype(dtype)
         keys = jax.random.split(key, 4)
-        gates, units, block = len(self.gates), self.hidden_size, self.hidden_size // self.heads
-        orthogonal = jax.vmap(lambda k: jax.nn.initializers.orthogonal()(k, (block, block), dtype))
-        blocks = orthogonal(jax.random.split(keys[1], gates * self.heads))
+        units = self.hidden_size
+        kernel_init = self.kernel_init or jax.nn.initializers.glorot_uniform()
         params: Params = {
-            "kernel": jax.nn.initializers.glorot_uniform()(
-                keys[0], (input_size, gates * units), dtype
-            ),
-            "recurrent_kernel": jnp.moveaxis(blocks, 0, 1).reshape(block, gates * units),
-            "bias": jnp.concatenate(
-                [
-                    _draw(self.bias_init.get(gate, 0.0), k, (units,), dtype)
-                    for gate, k in zip(self.gates, jax.random.split(keys[2], gates), strict=True)
-                ]
-            ),
+            "kernel": _draw(kernel_init, keys[0], (input_size, len(self.gates) * units), dtype)
         }
-        if self.parts_apart:
-            params["recurrent_bias"] = jnp.zeros((gates * units,), dtype)
+        if self.recurrent:
+            params["recurrent_kernel"] = self._draw_recurrent(keys[1], dtype)
+        if self.biased:
+            biases = [
+                _draw(self.bias_init.get(gate, 0.0), k, (units,), dtype)
+                for gate, k in zip(
+                    self.gates, jax.random.split(keys[2], len(self.gates)), strict=True
+                )
+                if gate in self.biased
+            ]
+            params["bias"] = jnp.concatenate(biases)
+        if self.recurrent_bias_gates:
+            params["recurrent_bias"] = jnp.zeros((len(self.recurrent_bias_gates) * units,), dtype)
         if self.unit_params:
             unit_keys = jax.random.split(keys[3], len(self.unit_params))
             params["units"] = {
                 name: _draw(init, k, (units,), dtype)
                 for (name, init), k in zip(self.unit_params.items(), unit_keys, strict=True)
             }
+        if self.step_params:
+            step_keys = jax.random.split(jax.random.fold_in(keys[3], 1), len(self.step_params))
+            params["step"] = {
+                name: _draw(init, k, tuple(units if n == "H" else n for n in shape), dtype)
+                for (name, (shape, init)), k in zip(
+                    self.step_params.items(), step_keys, strict=True
+                )
+            }
         return params
 
-    def initial_carry(self, batch_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Carry:
-        """The carry before the first step: zeros ``(B, H)``. Override for another start."""
+    def _draw_recurrent(self, key: PRNGKeyArray, dtype: Any) -> Array:
+        gates, block = len(self.recurrent), self.hidden_size // self.heads
+        orthogonal, uniform = jax.nn.initializers.orthogonal(), jax.nn.initializers.uniform(2.0)
+        init = self.recurrent_init or orthogonal
+        if self.recurrent_init is None and block == 1:  # orthogonal numbers are 1 and -1
+
+            def init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+                return uniform(key, shape, dtype) - 1
+
+        draw = jax.vmap(lambda k: _draw(init, k, (block, block), dtype))
+        blocks = draw(jax.random.split(key, gates * self.heads))
+        return jnp.moveaxis(blocks, 0, 1).reshape(block, gates * self.hidden_size)
+
+    def initial_carry(
+        self,
+        batch_size: int,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        *,
+        params: Params | None = None,
+        input_size: int | None = None,
+    ) -> Carry:
+        """The carry before the first step, and after a reset: zeros ``(B, H)``.
+
+        Override for another start. An override may leave out ``params`` and ``input_size``; one
+        that takes ``params`` makes the start a function of them (a learned one, say), and gets
+        None where there are none, as in `lstmjax.layers`' shapes.
+        """
         zeros = jnp.zeros((batch_size, self.hidden_size), dtype)
         return Carry(zeros, self.State(*(zeros for _ in self.State._fields)))
 
-    def transition(self, params: Params, x: Float[Array, "B D"], carry: Carry, dot: Dot) -> Carry:
+    # One step
+
+    def transition(
+        self, params: Params, x: Float[Array, "B D"], carry: Carry, dot: Dot, **more: Named
+    ) -> Carry:
         """One whole time step, products included.
 
         A cell with more than one product a step (a projection, say) overrides this and, where
-        its parameters differ, `init`. Such a cell runs on the plain scan only, since the other
-        engines are derived from ``step``.
+        its parameters differ, `init`. The fused kernels, which are derived from ``step``, refuse
+        such a cell.
 
         Args:
-            params: what `init` drew.
+            params: what `init` drew, after `prepare`.
             x: the input of this step.
             carry: what the step before left.
             dot: the matrix product ``(..., K) x (K, N)`` in the precision asked for.
+            more: ``inputs`` and ``noise``, where the cell declares them; pass them on.
         """
-        pre_x = dot(x, params["kernel"]) + params["bias"][None]
-        pre_h = self.recurrent_product(params["recurrent_kernel"], carry.h, dot)
+        return self.apply_step(self._pre(params, x, carry.h, dot, more), carry, params, **more)
+
+    def _pre(
+        self, params: Params, x: Array, h: Array, dot: Dot, more: Mapping[str, Named]
+    ) -> Named:
+        """The pre-activations by name, or both parts of them."""
+        from_x = dot(x, params["kernel"])
+        from_h = None
+        if self.recurrent:
+            seen = self.recur(h, more.get("noise")) if recurs(self) else h
+            from_h = self.recurrent_product(params["recurrent_kernel"], seen, dot)
+        bias = params.get("bias")
         if self.parts_apart:
-            pre = Parts(self._named(pre_x), self._named(pre_h + params["recurrent_bias"][None]))
-        else:
-            pre = self._named(pre_x + pre_h)
-        return self.apply_step(pre, carry, params)
+            recurrent = self._with_bias(
+                from_h, self.recurrent, params.get("recurrent_bias"), self.recurrent_bias_gates
+            )
+            return Parts(
+                self.named(self._with_bias(from_x, self.gates, bias, self.biased)),
+                _record("gate with recurrence", self.recurrent)(*recurrent),
+            )
+        if self.recurrent == self.gates:
+            from_x = from_x + from_h
+        elif from_h is not None:
+            blocks = dict(zip(self.gates, self._split(from_x, self.gates), strict=True))
+            for gate, block in zip(
+                self.recurrent, self._split(from_h, self.recurrent), strict=True
+            ):
+                blocks[gate] = blocks[gate] + block
+            from_x = jnp.concatenate(list(blocks.values()), axis=-1)
+        return self.named(self._with_bias(from_x, self.gates, bias, self.biased))
+
+    def _with_bias(
+        self,
+        pre: Array | None,
+        gates: tuple[str, ...],
+        bias: Array | None,
+        biased: tuple[str, ...],
+    ) -> Sequence[Array]:
+        """The blocks of the gates, with the biases that there are."""
+        if pre is None:
+            return ()
+        if bias is None:
+            return self._split(pre, gates)
+        if biased == gates:
+            return self._split(pre + bias[None], gates)
+        blocks = dict(zip(biased, jnp.split(bias[None], len(biased), axis=-1), strict=True))
+        return [
+            block + blocks[gate] if gate in blocks else block
+            for gate, block in zip(gates, self._split(pre, gates), strict=True)
+        ]
 
     def recurrent_product(
         self, recurrent_kernel: Float[Array, "K GH"], h: Float[Array, "B H"], dot: Dot
@@ -200,33 +371,203 @@ class Cell:
         """``h R``, block by block where the cell has heads: ``(B, G*H)``."""
         if self.heads == 1:
             return dot(h, recurrent_kernel)
-        gates, block = len(self.gates), recurrent_kernel.shape[0]
+        block = recurrent_kernel.shape[0]
+        gates = recurrent_kernel.shape[1] // (self.heads * block)
 
         def one_head(h: Array, kernel: Array) -> Array:
-            return dot(h, kernel.reshape(block, gates * block)).reshape(-1, gates, block)
+            return dot(h, kernel.reshape(block, gates * block))
 
-        out = jax.vmap(one_head, in_axes=(1, 2), out_axes=2)(
+        out = jax.vmap(one_head, in_axes=(1, 2), out_axes=1)(
             h.reshape(-1, self.heads, block),
             recurrent_kernel.reshape(block, gates, self.heads, block),
         )
+        out = out.reshape(-1, self.heads, gates, block).swapaxes(1, 2)
         return out.reshape(-1, gates * self.hidden_size)
 
-    def apply_step(self, pre: Any, carry: Carry, params: Params) -> Carry:
+    def apply_step(self, pre: Named, carry: Carry, params: Params, **more: Named) -> Carry:
         """Call ``step`` with the arguments that the cell declares."""
-        names = tuple(self.unit_params)
-        units = _record("Units", names)(*(params["units"][name][None] for name in names))
         h = (carry.h,) if self.uses_h else ()
-        return Carry(*self.step(pre, carry.state, units, *h))
+        return as_carry(self, self.step(pre, carry.state, self.seen(params), *h, **more))
 
-    def named(self, blocks: Sequence[Array]) -> Any:
+    def __call__(
+        self,
+        params: Params,
+        x: Float[Array, "B D"],
+        carry: Carry,
+        *,
+        inputs: Mapping[str, Array] | None = None,
+        precision: Precision = "float32",
+    ) -> Carry:
+        """One step outside of a loop: generation, reinforcement learning, streaming.
+
+        The same numbers as from `lstmjax.recurrence.unroll` with ``engine="scan"``.
+
+        Args:
+            params: what `init` drew.
+            x: one input a row, ``(B, D)``.
+            carry: from the step before, or from `initial_carry`.
+            inputs: by name, each ``(B, width)``, where the cell declares ``step_inputs``.
+            precision: of the products.
+
+        Example:
+            >>> from lstmjax.cells import LSTM
+            >>> cell = LSTM(5)
+            >>> params = cell.init(jax.random.key(0), input_size=3)
+            >>> cell(params, jnp.ones((2, 3)), cell.initial_carry(2)).h.shape
+            (2, 5)
+        """
+        given = dict(inputs or {})
+        return _one_step(self, make_dot(precision), self.prepare(params), x, carry, given)
+
+    # What the declarations come to
+
+    @property
+    def recurrent(self) -> tuple[str, ...]:
+        """The gates that have a product of h."""
+        return self.gates if self.recurrent_gates is None else tuple(self.recurrent_gates)
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The gates that have a bias."""
+        if not self.use_bias:
+            return ()
+        return self.gates if self.bias_gates is None else tuple(self.bias_gates)
+
+    @property
+    def recurrent_bias_gates(self) -> tuple[str, ...]:
+        """The gates whose recurrent part has a bias of its own."""
+        apart = self.recurrent if self.parts_apart else ()
+        return tuple(gate for gate in apart if gate in self.biased)
+
+    def named(self, blocks: Sequence[Array]) -> Named:
         """The blocks of a pre-activation under the names of the gates."""
-        return _record("Pre", self.gates)(*blocks)
+        return _record("gate", self.gates)(*blocks)
 
-    def _named(self, pre: Array) -> Any:
-        return self.named(jnp.split(pre, len(self.gates), axis=-1))
+    def seen(self, params: Params) -> Named:
+        """The parameters that ``step`` sees, by name."""
+        units = {name: params["units"][name][None] for name in self.unit_params}
+        others = {name: params["step"][name] for name in self.step_params}
+        return _record("parameter", (*units, *others))(*units.values(), *others.values())
+
+    def width(self, size: int | str | None, input_size: int) -> int:
+        """Numbers a row that a declaration means: ``"H"`` (or None) units, ``"D"`` features."""
+        return {"H": self.hidden_size, None: self.hidden_size, "D": input_size}.get(size, size)
+
+    def _split(self, pre: Array, gates: tuple[str, ...]) -> Sequence[Array]:
+        return jnp.split(pre, len(gates), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _one_step(
+    cell: Cell, dot: Dot, params: Params, x: Array, carry: Carry, given: dict[str, Array]
+) -> Carry:
+    inputs = {"x": x} | given
+    return cell.transition(params, x, carry, dot, **arguments(cell, *x.shape, x.dtype, inputs, {}))
+
+
+def arguments(
+    cell: Cell,
+    batch: int,
+    features: int,
+    dtype: Any,
+    inputs: Mapping[str, Array | None],
+    noise: Mapping[str, Array],
+) -> dict[str, Named]:
+    """The keyword arguments of a step: ``inputs`` and ``noise``, where the cell declares them.
+
+    In place of noise that is not given comes the number for evaluation.
+    """
+    more: dict[str, Named] = {}
+    if names := tuple(cell.step_inputs):
+        more["inputs"] = _record("step input", names)(*(inputs[name] for name in names))
+    if names := tuple(cell.noise):
+        known = {
+            name: jnp.full((batch, cell.width(n.width, features)), n.evaluation, dtype)
+            for name, n in cell.noise.items()
+        } | dict(noise)
+        more["noise"] = _record("noise", names)(*(known[name] for name in names))
+    return more
+
+
+def start(cell: Cell, params: Params | None, batch: int, features: int | None, dtype: Any) -> Carry:
+    """`Cell.initial_carry`, with the arguments that the cell's own takes."""
+    takes = inspect.signature(cell.initial_carry).parameters
+    known = {"params": params, "input_size": features}
+    every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return cell.initial_carry(
+        batch, dtype, **{name: a for name, a in known.items() if every or name in takes}
+    )
+
+
+def recurs(cell: Cell) -> bool:
+    """Whether the recurrent product sees something else than h."""
+    return type(cell).recur is not Cell.recur
+
+
+def as_carry(cell: Cell, result: object) -> Carry:
+    """What a step returned, if it is ``(h, state)``; `ContractError` says what it is instead."""
+    where = f"cell {type(cell).__name__} breaks the contract: its step must return (h, state)"
+    fields = cell.State._fields
+    wanted = f"self.State({', '.join(fields)})" if fields else "the state that it got"
+    if isinstance(result, Carry):
+        return result
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ContractError(
+            f"{where}, not {_told(result)}; return h, {wanted}{where_defined(cell)}"
+        )
+    h, state = result
+    if isinstance(h, tuple):
+        raise ContractError(f"{where}, in that order; return h, {wanted}{where_defined(cell)}")
+    if not isinstance(state, tuple) or getattr(state, "_fields", None) != fields:
+        raise ContractError(
+            f"{where}, its state structured as {cell.State.__name__}({', '.join(fields)}), not "
+            f"{_told(state)}; return h, {wanted}{where_defined(cell)}"
+        )
+    return Carry(h, state)
+
+
+def _told(value: object) -> str:
+    if isinstance(value, tuple):
+        name = type(value).__name__ if hasattr(value, "_fields") else "a tuple"
+        return f"{name} of {len(value)}"
+    if hasattr(value, "shape"):
+        return "one array"
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def where_defined(cell: Cell) -> str:
+    """File and line of a cell's own step, as `` (my_cell.py:12)``."""
+    method = cell.step if type(cell).transition is Cell.transition else cell.transition
+    code = inspect.unwrap(method).__code__
+    return f" ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})"
+
+
+def _check_names(cls: type[Cell], gates: Any) -> None:
+    """Raise `ContractError` where a class's declarations cannot be meant."""
+    if isinstance(gates, property):
+        return
+    fix = 'write e.g. gates = ("i", "f", "g", "o")'
+    if isinstance(gates, str) or not isinstance(gates, tuple):
+        raise ContractError(f"{cls.__name__}.gates must be a tuple of names, got {gates!r}; {fix}")
+    for gate in gates:
+        if not isinstance(gate, str) or not gate.isidentifier() or keyword.iskeyword(gate):
+            raise ContractError(f"{cls.__name__}.gates has {gate!r}, which is no name; {fix}")
+        if gate.startswith("_"):
+            raise ContractError(f"{cls.__name__}.gates has {gate!r}; a name cannot start with _")
+    if len(set(gates)) < len(gates):
+        raise ContractError(f"{cls.__name__}.gates names a gate twice: {gates}")
+    for what in ("bias_init", "recurrent_gates", "bias_gates"):
+        named = getattr(cls, what)
+        if isinstance(named, property) or named is None:
+            continue
+        if unknown := sorted(set(named) - set(gates)):
+            raise ContractError(f"{cls.__name__}.{what} names {unknown}, the gates are {gates}")
 
 
 def _draw(
     init: float | Initializer, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any
 ) -> Array:
-    return init(key, shape, dtype) if callable(init) else jnp.full(shape, init, dtype)
+    if not callable(init):
+        return jnp.full(shape, init, dtype)
+    narrow = jnp.finfo(dtype).bits < 32  # a decomposition, as orthogonal ones need, has no such
+    return init(key, shape, jnp.float32 if narrow else dtype).astype(dtype)

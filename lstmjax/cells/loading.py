@@ -8,12 +8,9 @@ import pathlib
 import sys
 from types import ModuleType
 
-import jax
-import jax.numpy as jnp
-
-from lstmjax.cells.base import Carry, Cell
-from lstmjax.errors import UserError
-from lstmjax.precision import make_dot
+from lstmjax.cells.base import Cell
+from lstmjax.cells.contract import check_contract
+from lstmjax.errors import UserError, user_line
 
 
 def load_cell(spec: str, hidden_size: int) -> Cell:
@@ -81,53 +78,6 @@ def source_digest(spec: str) -> str | None:
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else None
 
 
-def check_contract(cell: Cell) -> None:
-    """Raise `UserError` if one step of ``cell`` does not fit the contract.
-
-    Only shapes and dtypes are computed, so this costs milliseconds. The carry that a step
-    returns must have the structure, shapes and dtypes of `Cell.initial_carry`.
-    """
-    name = type(cell).__name__
-    if not cell.gates and type(cell).transition is Cell.transition:
-        raise UserError(f'cell {name} declares no gates; write e.g. gates = ("i", "f", "g", "o")')
-    rows, features = 2, 3
-
-    def one_step() -> tuple[Carry, Carry]:
-        params = cell.init(jax.random.key(0), features)
-        before = cell.initial_carry(rows)
-        x = jnp.zeros((rows, features))
-        return before, cell.transition(params, x, before, make_dot("float32"))
-
-    try:
-        before, after = jax.eval_shape(one_step)
-    except Exception as error:
-        raise UserError(f"cell {name} breaks the contract: {_line(error)}") from error
-    structures = [str(jax.tree.structure(carry)) for carry in (before, after)]
-    if structures[0] != structures[1]:
-        raise UserError(
-            f"cell {name} breaks the contract: its step must return (h, state) structured as "
-            f"{structures[0]}, not {structures[1]}"
-        )
-    want, got = _layout(before), _layout(after)
-    if want != got:
-        raise UserError(
-            f"cell {name} breaks the contract: its step must return (h, state) as {want}, not {got}"
-        )
-    if any(leaf.ndim < 1 or leaf.shape[0] != rows for leaf in jax.tree.leaves(before)):
-        raise UserError(
-            f"cell {name} breaks the contract: every array carried, {want}, needs "
-            f"the batch ({rows} here) as its first axis"
-        )
-
-
-def _layout(carry: Carry) -> str:
-    leaves = jax.tree_util.tree_leaves_with_path(carry)
-    return ", ".join(
-        f"{jax.tree_util.keystr(path).lstrip('.')} {leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    )
-
-
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text[:300]}{user_line(error)}"

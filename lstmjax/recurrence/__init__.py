@@ -2,7 +2,7 @@
 
 from lstmjax.recurrence.choice import ENGINES, choose_engine
 from lstmjax.recurrence.derived import Derived
-from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.engine import Engine, How, Inputs, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.scan import Scan
 from lstmjax.recurrence.tpu.engine import PallasTPU

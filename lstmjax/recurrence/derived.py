@@ -1,10 +1,10 @@
-"""The derived engine: a gradient made for recurrences, from nothing but the cell's step.
+"""The derived engine: a gradient made for recurrences, from nothing but the cell's transition.
 
 Time is cut into chunks. The forward pass keeps the carry after every step (or at the start of every
 chunk only) and nothing else. The backward pass goes through the chunks from the end: it walks back
-through the steps of a chunk, recomputing pre-activations, with only what is truly sequential (the
-vector-Jacobian product of ``step``, one product with the recurrent kernel), and adds up the weight
-gradient in one large product.
+through the steps of a chunk, recomputing what it needs, with only what is truly sequential (the
+vector-Jacobian product of the step, products with recurrent kernels), and adds up the gradient of
+each kernel in one large product.
 
 As nothing differentiates the loops, their bounds may depend on the data: chunks at either end in
 which every row is masked are not run, at no cost in compiled shapes.
@@ -15,29 +15,39 @@ every product has the rows of the batch along the vector registers.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, PyTree
 
-from lstmjax.cells.base import Carry, Cell, Params, Parts
-from lstmjax.precision import Precision, make_matmul
+from lstmjax.cells.base import Carry, Cell
+from lstmjax.cells.contract import Arguments, not_mapped, shapes_of, transition_program
+from lstmjax.precision import PRODUCT, make_dot, make_matmul
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
-from lstmjax.recurrence.engine import Engine, Inputs, Workload, overridden, platform, vary_alike
-from lstmjax.recurrence.gpu.cells import forward_program
-from lstmjax.recurrence.scan import Scan
+from lstmjax.recurrence.engine import (
+    Engine,
+    How,
+    Inputs,
+    Outputs,
+    Workload,
+    cleared,
+    platform,
+    step_arguments,
+)
+from lstmjax.recurrence.products import Body, Factor, Site, plain_product
+from lstmjax.recurrence.scan import scan_over_time
+from lstmjax.traced import AsTraced, Program, Runner, Value, vary_alike
 
 
 @dataclasses.dataclass(frozen=True)
 class Derived(Engine):
     """Exact first derivatives, faster and in less memory than differentiating a scan.
 
-    Second and higher reverse-mode derivatives come from the plain scan. Forward mode
-    (`jax.jvp`, `jax.hessian`) is refused by JAX, as for every `jax.custom_vjp`: ask for
-    ``engine="scan"`` there.
+    Forward mode and all higher derivatives are those of the plain scan.
 
     Attributes:
         chunk: steps a chunk; by default what keeps a chunk's pre-activations in the cache.
@@ -67,41 +77,38 @@ class Derived(Engine):
             raise ValueError(f'save must be "steps" or "chunks", got {self.save!r}')
 
     def refusal(self, cell: Cell, work: Workload) -> str | None:
-        """It needs the parts of a step apart: a cell with a transition of its own has none."""
-        return overridden(cell)
+        """It differentiates the carry by hand, and cuts time into chunks of a known size."""
+        carry = shapes_of(cell, 2, work.features).carry if work.args is None else work.args.carry
+        for path, a in jax.tree_util.tree_leaves_with_path(carry):
+            if not jnp.issubdtype(a.dtype, jnp.floating):
+                name = jax.tree_util.keystr(path).lstrip(".")
+                return f"{type(cell).__name__} carries {name}, which is {a.dtype}"
+        if not (isinstance(work.steps, int) and isinstance(work.batch, int)):
+            return "the length or the batch is not known when it is traced"
+        return None
 
-    def __call__(
-        self,
-        cell: Cell,
-        params: Params,
-        xs: Float[Array, "T B D"],
-        initial: Carry,
-        mask: Bool[Array, "T B"] | None,
-        resets: Bool[Array, "T B"] | None,
-        reverse: bool,
-        precision: Precision,
-    ) -> tuple[Float[Array, "T B H"], Carry]:
+    def __call__(self, cell: Cell, inputs: Inputs, how: How) -> tuple[Outputs, Carry]:
         """Run ``cell`` over time."""
-        steps, batch = xs.shape[:2]
-        size = self._chunk_size(steps, batch * len(cell.gates) * cell.hidden_size * xs.itemsize)
-        padding = -steps % size
-        if padding and mask is None:
-            mask = jnp.ones((steps, batch), bool)
-
-        def prepare(a: Array) -> Array:
-            a = a[::-1] if reverse else a
-            return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))) if padding else a
-
-        plan = _Plan(cell, size, self.save, precision)
+        args = step_arguments(cell, inputs)
+        program = transition_program(cell, args)
+        mapped = not_mapped(cell, args) is None
+        steps, batch = inputs.xs.shape[:2]
+        body = Body(program, args)
+        width = sum(site.out.aval.size for site in body.sites) or inputs.initial.h.size
+        size = self._chunk_size(steps, width * inputs.xs.itemsize)
+        plan = _Plan(cell, body, mapped, size, self.save, how)
+        prepared = _in_chunks(inputs, size, how.reverse)
+        # Values that the step closes over are inputs as well: they may have gradients.
+        closed = list(program.consts)
         run = with_derivative(
             functools.partial(_run_chunks, plan),
             functools.partial(_run_chunks_back, plan),
-            Scan().function(cell, False, precision),
+            functools.partial(_plain, cell, program, how._replace(reverse=False)),
+            lambda given: _run_chunks(plan, given, saving=False)[0],
         )
-        flags = (None if a is None else prepare(a) for a in (mask, resets))
-        hs, final = run((params, prepare(xs), initial, *flags))
-        hs = hs[:steps]
-        return hs[::-1] if reverse else hs, final
+        outs, final = run((prepared, closed))
+        outs = jax.tree.map(lambda a: a[:steps], outs)
+        return (jax.tree.map(lambda a: a[::-1], outs) if how.reverse else outs), final
 
     def _chunk_size(self, steps: int, bytes_a_step: int) -> int:
         """The chunk asked for; else a divisor of ``steps`` near the one wanted, if there is one."""
@@ -118,84 +125,128 @@ class Derived(Engine):
         return min(near, key=lambda k: abs(k - wanted), default=wanted)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
+def _in_chunks(inputs: Inputs, size: int, reverse: bool) -> Inputs:
+    """In the order of the run, and with masked steps behind, up to whole chunks."""
+    steps, batch = inputs.xs.shape[:2]
+    padding, mask = -steps % size, inputs.mask
+    if padding and mask is None:
+        mask = jnp.ones((steps, batch), bool)
+
+    def prepare(a: Array) -> Array:
+        a = a[::-1] if reverse else a
+        return jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1))) if padding else a
+
+    noises = inputs.noises
+    if noises is not None:
+        places = jax.tree.map(prepare, (noises.steps, noises.sequences))
+        noises = noises._replace(steps=places[0], sequences=places[1])
+    over_time = jax.tree.map(prepare, (inputs.xs, inputs.inputs, mask, inputs.resets))
+    xs, more, mask, resets = over_time
+    return inputs._replace(xs=xs, inputs=more, noises=noises, mask=mask, resets=resets)
+
+
+def _plain(
+    cell: Cell, program: Program, how: How, given: tuple[Inputs, list[Array]]
+) -> tuple[Outputs, Carry]:
+    """The plain scan over the traced step: what JAX differentiates in our place."""
+    inputs, closed = given
+    product = functools.partial(plain_product, make_dot(how.precision))
+
+    def transition(args: Arguments) -> Carry:
+        return program.evaluate(jax.tree.leaves(args), closed, product)
+
+    return scan_over_time(cell, transition, inputs, how)
+
+
+class _Plan(NamedTuple):
     """What is fixed when a recurrence is traced; T is a multiple of the chunk."""
 
     cell: Cell
+    body: Body
+    mapped: bool
     chunk: int
     save: Literal["steps", "chunks"]
-    precision: Precision
+    how: How
+
+
+_Given = tuple[Inputs, list[Array]]
+"""The inputs, and the values that the step closes over."""
 
 
 # --- The two passes ------------------------------------------------------------------------------
 
 
-def _run_chunks(plan: _Plan, inputs: Inputs) -> tuple[tuple[Array, Carry], Carry]:
-    """All steps forward: ``(hs (T, B, H), final)`` and what `_run_chunks_back` needs.
+def _run_chunks(
+    plan: _Plan, given: _Given, saving: bool = True
+) -> tuple[tuple[Outputs, Carry], Carry | None]:
+    """All steps forward: ``(outputs (T, B, ...), final)`` and what `_run_chunks_back` needs.
 
-    That is the carry before every step and after the last, ``(T + 1, H, B)``, or that before
-    every chunk and after the last, ``(T / chunk + 1, H, B)``.
+    That is the carry before every step and after the last, ``(T + 1, ..., B)``, or that before
+    every chunk and after the last, ``(T / chunk + 1, ..., B)``.
     """
-    _, xs, initial, mask, resets = inputs
-    steps, size, every_step = xs.shape[0], plan.chunk, plan.save == "steps"
-    first, last = _active_chunks(plan, steps, mask, resets)
+    inputs, _ = given
+    steps, size = inputs.xs.shape[0], plan.chunk
+    every_step = plan.save == "steps" and saving
+    first, last = _active_chunks(plan, inputs)
     scale = size if every_step else 1  # places in `saved` a chunk
-    rnn = _Recurrence(plan, inputs)
+    rnn = _Recurrence(plan, given)
+    carry = _rows_last(inputs.initial)
 
-    def run_chunk(k: Array, loop: tuple[Carry, tuple[Carry, Array]]) -> Any:
-        def keep(kept: tuple[Carry, Array], new: Carry, i: Array) -> tuple[Carry, Array]:
-            (saved, hs), t = kept, k * size + i
-            return (_write(saved, new, t + 1), hs) if every_step else (saved, _write(hs, new.h, t))
+    def shown(carry: Carry) -> Outputs:
+        return carry if plan.how.states else carry._replace(state=None)
 
-        carry, (saved, hs) = rnn.walk(k, size, *loop, keep)
-        return carry, (saved if every_step else _write(saved, carry, k + 1), hs)
+    def run_chunk(k: Array, loop: Any) -> Any:
+        def keep(kept: Any, new: Carry, i: Array) -> Any:
+            (saved, outs), t = kept, k * size + i
+            if every_step:
+                return _write(saved, new, t + 1), outs
+            return saved, _write(outs, shown(new), t)
 
-    carry = _transposed(initial)
-    saved = _write(_room(steps // size * scale + 1, carry), carry, first * scale)
-    start = (carry, (saved, _room(0 if every_step else steps, carry.h)))
-    carry, (saved, hs) = lax.fori_loop(first, last, run_chunk, start)
-    hs = (saved.h[1:] if every_step else hs).swapaxes(1, 2)
-    if mask is not None:
-        hs = jnp.where(mask[..., None], hs, 0)
-    return (hs, _transposed(carry)), saved
+        carry, (saved, outs) = rnn.walk(k, size, *loop, keep)
+        if saving and not every_step:
+            saved = _write(saved, carry, k + 1)
+        return carry, (saved, outs)
+
+    saved = _room(steps // size * scale + 1, carry) if saving else None
+    if saving:
+        saved = _write(saved, carry, first * scale)
+    outs = None if every_step else _room(steps, shown(carry))
+    carry, (saved, outs) = lax.fori_loop(first, last, run_chunk, (carry, (saved, outs)))
+    if every_step:
+        outs = jax.tree.map(lambda a: a[1:], shown(saved))
+    outs = jax.tree.map(lambda a: jnp.moveaxis(a, -1, 1), outs)
+    return (cleared(inputs.mask, outs), _rows_first(carry)), saved
 
 
 def _run_chunks_back(
-    plan: _Plan, inputs: Inputs, saved: Carry, d_outputs: tuple[Array | None, Carry], wanted: Any
-) -> tuple[Params, Array, Carry, None, None]:
-    """All steps backward: the gradients of parameters, ``xs`` and the initial carry."""
-    _, xs, initial, mask, resets = inputs
-    d_hs, d_final = d_outputs
-    size = plan.chunk
-    first, last = _active_chunks(plan, xs.shape[0], mask, resets)
-    rnn = _Recurrence(plan, inputs)
+    plan: _Plan, given: _Given, saved: Carry, d_results: tuple[Outputs, Carry], wanted: Any
+) -> tuple[Inputs, list[Array]]:
+    """All steps backward: the gradients of all inputs that are asked for."""
+    inputs, _ = given
+    d_outs, d_final = d_results
+    first, last = _active_chunks(plan, inputs)
+    rnn = _Recurrence(plan, given, wanted)
+    size, count = plan.chunk, inputs.xs.shape[0] // plan.chunk
 
-    def run_chunk(j: Array, loop: tuple[Carry, Params, Array, Any]) -> Any:
-        d_carry, d_params, d_xs, room = loop
+    def run_chunk(j: Array, loop: _Gradients) -> _Gradients:
         k = first + last - 1 - j
         before, at = saved, k * size
         if plan.save == "chunks":
             before, at = rnn.carries_before(k, _at(saved, k)), 0
-        d_carry, shares, d_x, room = rnn.walk_back(k, d_carry, before, at, d_hs, room)
-        d_params = jax.tree.map(jnp.add, d_params, shares)
-        return d_carry, d_params, _write(d_xs, d_x, k) if wanted[1] else d_xs, room
+        return rnn.walk_back(k, loop, before, at, d_leaves)
 
-    (_, batch, features), count = xs.shape, xs.shape[0] // size
-    # Feature-major to the end: turned in the loop, it would become a slower product.
-    d_xs = _zeros((count, features, size * batch), xs)
-    d_carry = _transposed(or_zeros(d_final, initial))
-    start = (d_carry, rnn.no_gradient(), d_xs, rnn.products.empty_pres(size, batch))
-    d_carry, d_params, d_xs, _ = lax.fori_loop(first, last, run_chunk, start)
-    d_xs = d_xs.reshape(count, features, size, batch).transpose(0, 2, 3, 1).reshape(xs.shape)
-    return rnn.turned(d_params), d_xs, _transposed(d_carry), None, None
+    carry = jax.tree.structure(inputs.initial)
+    others = [None] * (carry.num_leaves - 1)
+    d_leaves = carry.flatten_up_to(d_outs) if plan.how.states else [d_outs.h, *others]
+    d_carry = _rows_last(or_zeros(d_final, inputs.initial))
+    loop = lax.fori_loop(first, last, run_chunk, rnn.no_gradients(d_carry, count))
+    return rnn.gradients(loop)
 
 
-def _active_chunks(
-    plan: _Plan, steps: int, mask: Array | None, resets: Array | None
-) -> tuple[Any, Any]:
+def _active_chunks(plan: _Plan, inputs: Inputs) -> tuple[Any, Any]:
     """The first chunk with anything to do, and the one after the last."""
-    count = steps // plan.chunk
+    mask, resets = inputs.mask, inputs.resets
+    count = inputs.xs.shape[0] // plan.chunk
     if mask is None:
         return 0, count
     active = mask if resets is None else mask | resets
@@ -209,7 +260,7 @@ def _active_chunks(
 # it computes is thrown away): told so, JAX leaves out the arithmetic that would wrap them.
 
 
-def _at(tree: Any, place: Any) -> Any:
+def _at(tree: PyTree, place: Any) -> PyTree:
     def at(a: Array) -> Array:
         return lax.dynamic_index_in_dim(a, place, keepdims=False, allow_negative_indices=False)
 
@@ -220,7 +271,7 @@ def _chunk(a: Array, first: Any, size: int) -> Array:
     return lax.dynamic_slice_in_dim(a, first, size, allow_negative_indices=False)
 
 
-def _write(target: Any, part: Any, place: Any, axis: int = 0) -> Any:
+def _write(target: PyTree, part: PyTree, place: Any, axis: int = 0) -> PyTree:
     def write(a: Array, b: Array) -> Array:
         b = b.astype(a.dtype)
         return lax.dynamic_update_index_in_dim(a, b, place, axis, allow_negative_indices=False)
@@ -228,41 +279,118 @@ def _write(target: Any, part: Any, place: Any, axis: int = 0) -> Any:
     return jax.tree.map(write, target, part)
 
 
-def _zeros(shape: tuple[int, ...], like: Array) -> Array:
+def _zeros(shape: Sequence[int], like: Array) -> Array:
     """Zeros of the type of another array."""
     return vary_alike(jnp.zeros(shape, like.dtype), like)
 
 
-def _room(places: int, one: Any) -> Any:
+def _room(places: int, one: PyTree) -> PyTree:
     """Zeros for so many of what is in the tree."""
     return jax.tree.map(lambda a: _zeros((places, *a.shape), a), one)
 
 
-def _transposed(carry: Carry) -> Carry:
-    """``(B, H)`` to ``(H, B)`` and back."""
-    return jax.tree.map(jnp.transpose, carry)
+def _rows_last(tree: PyTree) -> PyTree:
+    """``(B, H)`` to ``(H, B)``."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), tree)
+
+
+def _rows_first(tree: PyTree) -> PyTree:
+    """And back."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, -1, 0), tree)
+
+
+def _where(rows: Bool[Array, " B"], yes: PyTree, no: PyTree) -> PyTree:
+    """`select_rows` for feature-major arrays."""
+    return jax.tree.map(lambda a, b: jnp.where(rows, a, b), yes, no)
+
+
+class _Gradients(NamedTuple):
+    """What the backward pass has so far.
+
+    Attributes:
+        carry: of the carry, rows last.
+        start: of what a reset puts in place of it; None where nobody asks.
+        constants: of what else the loop takes from the parameters.
+        sums: of the products' parameters, as `_Product` keeps them.
+        xs: of the input through products, ``(T / chunk, D, chunk B)``; None where nobody asks.
+        direct: of the input and of ``step_inputs``, without products, ``(T, n, B)``.
+        rooms: whose contents do not matter: of products' results for a chunk and for a step, of
+            left sides for a chunk.
+    """
+
+    carry: Carry
+    start: Carry | None
+    constants: list[Array]
+    sums: list[Any]
+    xs: Array | None
+    direct: list[Array | None]
+    rooms: Any
 
 
 class _Recurrence:
-    """A cell's recurrence, chunk by chunk, there and back; carries are ``(H, B)``."""
+    """A cell's recurrence, chunk by chunk, there and back; carries have their rows last."""
 
-    def __init__(self, plan: _Plan, inputs: Inputs) -> None:
-        params, self.xs, _, self.mask, self.resets = inputs
-        batch, dtype = self.xs.shape[1], self.xs.dtype
-        self.cell, self.size = plan.cell, plan.chunk
-        self.products = _Products(plan, params, dtype)
-        self.start = vary_alike(_transposed(plan.cell.initial_carry(batch, dtype)), params)
-        self.units = {name: value[:, None] for name, value in params.get("units", {}).items()}
-        self.step = _feature_major_step(plan.cell, batch, dtype)
+    def __init__(self, plan: _Plan, given: _Given, wanted: Any = None) -> None:
+        self.plan, self.body, self.size = plan, plan.body, plan.chunk
+        self.inputs, closed = given
+        self.xs, self.mask, self.resets = (self.inputs.xs, self.inputs.mask, self.inputs.resets)
+        self.start = _rows_last(self.inputs.start)
+        self.wanted = wanted
 
-    def pre(self, t: Array, h: Array) -> Any:
-        """Pre-activations of step ``t``: a list of G blocks ``(H, B)``, or two, in `Parts`."""
-        pre = self.products.pre(_at(self.xs, t).T, h)
-        return _map_pre(lambda a: jnp.split(a, len(self.cell.gates)), pre)
+        def before(params: PyTree, closed: list[Array]) -> Any:
+            return self.body.before(params, closed, whole=not plan.mapped)
+
+        given_before = self.inputs.params, list(closed)
+        if wanted is None:
+            (weights, biases, self.constants), self.pull_back = before(*given_before), None
+        else:
+            (weights, biases, self.constants), self.pull_back = jax.vjp(before, *given_before)
+        self.weights, self.biases = weights, biases
+        by_weight = dict(zip(map(id, self.body.weights), weights, strict=True))
+        by_bias = dict(zip(map(id, self.body.biases), biases, strict=True))
+        make = functools.partial(_Product, make_matmul(plan.how.precision, self.xs.dtype))
+        narrow = jnp.bfloat16 if plan.how.precision == "bfloat16" else self.xs.dtype
+        self.products = [
+            make(narrow, s, [by_weight[id(f.weight)] for f in s.factors], by_bias.get(id(s.bias)))
+            for s in self.body.sites
+        ]
+        self.structure = jax.tree.structure(self.inputs.initial)
+
+    # There
+
+    def runner(self, valid: Array | None = None, sums: bool = False) -> Runner:
+        """Runs a step."""
+        return Runner("last", sums, valid) if self.plan.mapped else AsTraced()
+
+    def drawn(self, k: Array) -> list[Array]:
+        """The noise of a chunk, ``(chunk, n, B)`` each."""
+        noises = self.inputs.noises
+        if noises is None:
+            return []
+        first = k * self.size
+        drawn = noises.draw(self.plan.cell, self.xs.dtype, first, self.size)
+        return [jnp.moveaxis(a, 1, -1) for a in jax.tree.leaves(drawn)]
+
+    def arguments(self, t: Array, carry: Carry, noise: list[Array]) -> list[Array]:
+        """Of step ``t``, rows last."""
+        x, more = _at((self.xs, self.inputs.inputs), t)
+        return [x.T, *jax.tree.leaves(carry), *(a.T for a in jax.tree.leaves(more)), *noise]
 
     def begun(self, t: Array, carry: Carry) -> Carry:
         """The carry that step ``t`` starts from, given that of the step before."""
         return carry if self.resets is None else _where(_at(self.resets, t), self.start, carry)
+
+    def step(self, t: Array, carry: Carry, noise: list[Array]) -> Carry:
+        """The carry after step ``t``."""
+        runner = self.runner()
+
+        def product(site: Site, left: list[Value]) -> Value:
+            found = self.products[self.body.sites.index(site)]
+            return runner.enter(found.forward(found.leave(runner, left)), site.row)
+
+        args = self.arguments(t, carry, noise)
+        outs = self.body.forward(runner, self.constants, args, product)
+        return jax.tree.unflatten(self.structure, outs)
 
     def walk(
         self,
@@ -273,11 +401,12 @@ class _Recurrence:
         keep: Callable[[Any, Carry, Array], Any],
     ) -> tuple[Carry, Any]:
         """Run so many steps of chunk ``k``, and ``keep(kept, new carry, i)`` after the i-th."""
+        noise = self.drawn(k)
 
         def step(i: Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
             t = k * self.size + i
             carry = self.begun(t, loop[0])
-            new = self.step(self.pre(t, carry.h), carry, self.units)
+            new = self.step(t, carry, _at(noise, i))
             if self.mask is not None:
                 new = _where(_at(self.mask, t), new, carry)
             return new, keep(loop[1], new, i)
@@ -290,221 +419,373 @@ class _Recurrence:
         steps = self.size - 1
         return self.walk(k, steps, carry, kept, lambda a, new, i: _write(a, new, i + 1))[1]
 
-    def no_gradient(self) -> Params:
-        """Zeros to add the gradients of `walk_back` to."""
-        return {**self.products.no_gradient(), "units": jax.tree.map(jnp.zeros_like, self.units)}
+    # And back
 
-    def turned(self, sums: Params) -> Params:
-        """Sums of those gradients, shaped like the parameters."""
-        units = {name: d[:, 0] for name, d in sums["units"].items()}
-        return {**self.products.turned(sums), **({"units": units} if units else {})}
+    def no_gradients(self, d_carry: Carry, count: int) -> _Gradients:
+        """Zeros to add the gradients of `walk_back` to."""
+        steps, batch, features = self.xs.shape
+        inputs = self.inputs
+        wanted_x = self.wanted[0].xs
+        through = any(f.kind == "x" for site in self.body.sites for f in site.factors)
+        xs = _zeros((count, features, self.size * batch), self.xs) if wanted_x and through else None
+        direct = [
+            _zeros((steps, a.shape[2], batch), a) if want and reads else None
+            for a, want, reads in zip(
+                (inputs.xs, *jax.tree.leaves(inputs.inputs)),
+                (wanted_x, *jax.tree.leaves(self.wanted[0].inputs)),
+                self.body.backward.moves_inputs(len(inputs.inputs)),
+                strict=True,
+            )
+        ]
+        start = None
+        if inputs.start is not None and any(jax.tree.leaves(self.wanted[0].start)):
+            start = jax.tree.map(jnp.zeros_like, self.start)
+        constants = [vary_alike(jnp.zeros_like(a), self.xs) for a in self.constants]
+        rooms = (
+            [p.room(self.size, batch, self.xs) for p in self.products],
+            [p.room(1, batch, self.xs)[:, 0] for p in self.products],
+            [
+                _zeros((self.products[n].lefts[j], self.size, batch), self.xs)
+                for n, j in self.body.backward.recorded
+            ],
+        )
+        sums = [p.no_gradient(self.xs) for p in self.products]
+        return _Gradients(d_carry, start, constants, sums, xs, direct, rooms)
 
     def walk_back(
-        self, k: Array, d_carry: Carry, before: Carry, at: Any, d_hs: Array | None, d_pres: Any
-    ) -> tuple[Carry, Params, Array, Any]:
-        """Run chunk ``k`` backward, the carries before its steps being those from ``at`` on.
+        self, k: Array, loop: _Gradients, before: Carry, at: Any, d_outs: list[Any]
+    ) -> _Gradients:
+        """Run chunk ``k`` backward, the carries before its steps being those from ``at`` on."""
+        noise = self.drawn(k)
 
-        Gives the gradients of the carry, of the parameters and of the input, and the room
-        ``d_pres``, whose contents do not matter.
-        """
-
-        def step(j: Array, loop: tuple[Carry, Any, Any, Params]) -> Any:
-            d_carry, d_pres, row, d_units = loop
+        def step(j: Array, loop: _Gradients) -> _Gradients:
             i = self.size - 1 - j
             t = k * self.size + i
-            carry = self.begun(t, _at(before, at + i))
-            d_new, d_past = d_carry, None
-            if d_hs is not None:
-                d_new = d_new._replace(h=d_new.h + _at(d_hs, t).T)
-            if self.mask is not None:
-                valid, zeros = _at(self.mask, t), jax.tree.map(jnp.zeros_like, d_carry)
-                d_new, d_past = _where(valid, d_new, zeros), _where(valid, zeros, d_carry)
-            _, pull_back = jax.vjp(self.step, self.pre(t, carry.h), carry, self.units)
-            d_pre, d_old, d_unit = pull_back(d_new)
-            row = self.products.in_one(row, d_pre)
-            d_pre = _map_pre(self.products._cast, row)
-            d_old = d_old._replace(h=d_old.h + self.products.recur_back(d_pre))
-            if d_past is not None:
-                d_old = jax.tree.map(jnp.add, d_old, d_past)
-            if self.resets is not None:
-                zeros = jax.tree.map(jnp.zeros_like, d_old)
-                d_old = _where(_at(self.resets, t), zeros, d_old)
-            d_pres = _write(d_pres, d_pre, i, axis=1)
-            return d_old, d_pres, row, jax.tree.map(jnp.add, d_units, d_unit)
+            return self.step_back(t, i, loop, _at(before, at + i), _at(noise, i), d_outs)
 
-        row = jax.tree.map(lambda a: a[:, 0], d_pres)
-        loop = (d_carry, d_pres, row, jax.tree.map(jnp.zeros_like, self.units))
-        d_carry, d_pres, _, d_units = lax.fori_loop(0, self.size, step, loop)
+        loop = lax.fori_loop(0, self.size, step, loop)
+        results, _, recorded = loop.rooms
         x, h = _chunk(self.xs, k * self.size, self.size), _chunk(before.h, at, self.size)
         if self.resets is not None:
             reset = _chunk(self.resets, k * self.size, self.size)
             h = jnp.where(reset[:, None], self.start.h, h)
-        shares, d_x = self.products.gradients(d_pres, x, h)
-        return d_carry, {**shares, "units": d_units}, d_x, d_pres
+        kept = dict(zip(self.body.backward.recorded, recorded, strict=True))
+        own = {"x": x, "h": h.swapaxes(1, 2)}  # each (chunk, B, n)
+        sums, d_x = [], None
+        for number, (product, d) in enumerate(zip(self.products, results, strict=True)):
+            lefts = [
+                jnp.moveaxis(kept[number, place], 0, -1) if f.kind == "other" else own[f.kind]
+                for place, f in enumerate(product.site.factors)
+            ]
+            sums.append(jax.tree.map(jnp.add, loop.sums[number], product.shares(d, lefts)))
+            if loop.xs is not None and (share := product.input_share(d)) is not None:
+                d_x = share if d_x is None else d_x + share
+        xs = loop.xs if d_x is None else _write(loop.xs, d_x, k)
+        return loop._replace(sums=sums, xs=xs)
 
-
-class _Products:
-    """The matrix products of a cell, feature-major: ``pre = Wᵀ x + Rᵀ h + b`` and its gradient.
-
-    A cell that adds the two parts of its pre-activations gets them from one product with the
-    kernels stacked.
-    """
-
-    def __init__(self, plan: _Plan, params: Params, dtype: Any) -> None:
-        self.cell, self.params = plan.cell, params
-        self.matmul = make_matmul(plan.precision, dtype)
-        self.operand_dtype = jnp.bfloat16 if plan.precision == "bfloat16" else dtype
-        self.dtype = dtype
-        kernel, recurrent = params["kernel"], params["recurrent_kernel"]
-        gates, heads, block = len(plan.cell.gates), plan.cell.heads, recurrent.shape[0]
-        self.shape = (gates, heads, block)
-        by_head = recurrent.reshape(block, gates, heads, block)
-        self.recurrent = self._cast(by_head.transpose(2, 1, 3, 0).reshape(heads, -1, block))
-        self.back = self._cast(by_head.transpose(2, 0, 1, 3).reshape(heads, block, -1))
-        self.kernel = self._cast(kernel.T)
-        self.stacked = heads == 1 and not plan.cell.parts_apart
-        if self.stacked:
-            self.both = self._cast(jnp.concatenate([kernel, recurrent]).T)
-
-    def _cast(self, a: Array) -> Array:
-        return a.astype(self.operand_dtype)
-
-    def in_one(self, room: Any, blocks: Any) -> Any:
-        """The blocks of the gates written one after the other into ``room``, ``(G H, B)``.
-
-        The same as their concatenation; but XLA:CPU fuses that with the arithmetic of all blocks
-        into one loop that it does not vectorise.
-        """
-        if isinstance(room, Parts):
-            return Parts(*map(self.in_one, room, blocks))
-        for number, block in enumerate(blocks):
-            start = number * block.shape[0]
-            room = lax.dynamic_update_slice_in_dim(room, block, start, 0)
-        return room
-
-    def pre(self, x: Float[Array, "D B"], h: Float[Array, "H B"]) -> Any:
-        """Pre-activations ``(G H, B)``, or their two parts."""
-        bias = self.params["bias"][:, None]
-        if self.stacked:
-            return self.matmul(self.both, jnp.concatenate([x, h])) + bias
-        from_x = self.matmul(self.kernel, x) + bias
-        gates, heads, block = self.shape
-        from_h = self.matmul(self.recurrent, h.reshape(heads, block, -1))
-        from_h = from_h.reshape(heads, gates, block, -1).swapaxes(0, 1).reshape(from_x.shape)
-        if self.cell.parts_apart:
-            return Parts(from_x, from_h + self.params["recurrent_bias"][:, None])
-        return from_x + from_h
-
-    def recur_back(self, d_pre: Any) -> Float[Array, "H B"]:
-        """The gradient of h from that of the pre-activations."""
-        d_pre = _parts(d_pre).h
-        gates, heads, block = self.shape
-        if heads == 1:
-            return self.matmul(self.back[0], d_pre)
-        d_pre = d_pre.reshape(gates, heads, block, -1).swapaxes(0, 1)
-        return self.matmul(self.back, d_pre.reshape(heads, gates * block, -1)).reshape(
-            heads * block, -1
+    def step_back(
+        self,
+        t: Array,
+        i: Array,
+        loop: _Gradients,
+        carry: Carry,
+        noise: list[Array],
+        d_outs: list[Any],
+    ) -> _Gradients:
+        """Take one step back."""
+        results, rows, recorded = loop.rooms
+        carry, d_new = self.begun(t, carry), loop.carry
+        outside = [None if d is None else jnp.moveaxis(_at(d, t), 0, -1) for d in d_outs]
+        leaves = zip(jax.tree.leaves(d_new), outside, strict=True)
+        d_leaves = [a if b is None else a + b for a, b in leaves]
+        valid = None if self.mask is None else _at(self.mask, t)
+        back = _StepBack(self, valid, rows)
+        d = back(self.arguments(t, carry, noise), d_leaves)
+        d_old = jax.tree.unflatten(self.structure, d.carry)
+        direct = [
+            None if room is None else _write(room, a, t)
+            for room, a in zip(loop.direct, (d.x, *d.inputs), strict=True)
+        ]
+        start = loop.start
+        if valid is not None:
+            d_old = _where(valid, d_old, loop.carry)
+        if self.resets is not None:
+            reset, zeros = _at(self.resets, t), jax.tree.map(jnp.zeros_like, d_old)
+            if start is not None:
+                start = jax.tree.map(jnp.add, start, _where(reset, d_old, zeros))
+            d_old = _where(reset, zeros, d_old)
+        results = [_write(room, a, i, axis=1) for room, a in zip(results, d.results, strict=True)]
+        recorded = [_write(room, a, i, axis=1) for room, a in zip(recorded, d.left, strict=True)]
+        constants = [a + b for a, b in zip(loop.constants, d.constants, strict=True)]
+        return _Gradients(
+            d_old, start, constants, loop.sums, loop.xs, direct, (results, back.rows, recorded)
         )
 
-    def empty_pres(self, size: int, batch: int) -> Any:
-        """Room for the gradients of a chunk's pre-activations.
+    def gradients(self, loop: _Gradients) -> tuple[Inputs, list[Array]]:
+        """Those of all inputs, from what the chunks gave."""
+        inputs = self.inputs
+        d_weights, d_biases = (
+            {id(var): jnp.zeros_like(a) for var, a in zip(variables, arrays, strict=True)}
+            for variables, arrays in (
+                (self.body.weights, self.weights),
+                (self.body.biases, self.biases),
+            )
+        )
+        for product, sums in zip(self.products, loop.sums, strict=True):
+            weights, bias = product.turned(sums)
+            for factor, d in zip(product.site.factors, weights, strict=True):
+                d_weights[id(factor.weight)] += d
+            if bias is not None:
+                d_biases[id(product.site.bias)] += bias
+        assert self.pull_back is not None
+        d_params, d_closed = self.pull_back(
+            (list(d_weights.values()), list(d_biases.values()), loop.constants)
+        )
+        d_xs = None
+        if loop.xs is not None:
+            count, features, _ = loop.xs.shape
+            d_xs = loop.xs.reshape(count, features, self.size, -1)
+            d_xs = d_xs.transpose(0, 2, 3, 1).reshape(self.xs.shape)
+        direct = [None if a is None else a.swapaxes(1, 2) for a in loop.direct]
+        if direct[0] is not None:
+            d_xs = direct[0] if d_xs is None else d_xs + direct[0]
+        d_inputs = jax.tree.unflatten(jax.tree.structure(inputs.inputs), direct[1:])
+        d = Inputs(
+            d_params,
+            jnp.zeros_like(self.xs) if d_xs is None else d_xs,
+            _rows_first(loop.carry),
+            None if inputs.start is None else _rows_first(loop.start or self.start),
+            or_zeros(d_inputs, inputs.inputs),
+            jax.tree.map(lambda a: None, inputs.noises),
+            None,
+            None,
+        )
+        return d, d_closed
+
+
+class _StepGradients(NamedTuple):
+    """What one step back gives, rows last.
+
+    Attributes:
+        constants: summed over the rows that count.
+        x, carry, inputs: of the arguments.
+        results: of the sites' results, ``(n, B)``, zero in rows that do not count.
+        left: left sides that are recorded, ``(n, B)``.
+    """
+
+    constants: list[Array]
+    x: Array
+    carry: list[Array]
+    inputs: list[Array]
+    results: list[Array]
+    left: list[Array]
+
+
+class _StepBack:
+    """The derivative of one step, its products being those of a recurrence."""
+
+    def __init__(self, rnn: _Recurrence, valid: Array | None, rows: list[Array]) -> None:
+        self.rnn, self.valid, self.rows = rnn, valid, list(rows)
+        self.runner = rnn.runner(valid, sums=True)
+        self.runner.hook = self.take
+
+    def __call__(self, arguments: list[Array], d_new: list[Array]) -> _StepGradients:
+        """Of the arguments and the gradient of the new carry."""
+        rnn, runner, program = self.rnn, self.runner, self.rnn.body.backward
+        values = [runner.enter(a, None) for a in rnn.constants]
+        places = zip(arguments, rnn.body.rows, strict=True)
+        values += [runner.enter(a, row) for a, row in places]
+        values += [runner.enter(a, 0) for a in d_new]
+        outs = runner.evaluate(program.closed.jaxpr, program.closed.consts, values)
+        pairs = [*zip(outs, program.closed.jaxpr.outvars, strict=True)]
+        sizes = len(rnn.constants), len(arguments), len(rnn.body.sites)
+        first, second, third = (sum(sizes[: k + 1]) for k in range(3))
+        constants = [
+            runner.sum_to(value, var.aval, a.shape)
+            for (value, var), a in zip(pairs[:first], rnn.constants, strict=True)
+        ]
+        d_arguments = [runner.leave(v, 0, var.aval) for v, var in pairs[first:second]]
+        results = [
+            self.result(number, value, var)
+            for number, (value, var) in enumerate(pairs[second:third])
+        ]
+        recorded = zip(program.recorded, pairs[third:], strict=True)
+        left = [rnn.products[n].leave(runner, [v], k)[0] for (n, k), (v, _) in recorded]
+        carries, inputs = len(d_new), len(rnn.inputs.inputs)
+        return _StepGradients(
+            constants,
+            d_arguments[0],
+            d_arguments[1 : 1 + carries],
+            d_arguments[1 + carries : 1 + carries + inputs],
+            results,
+            [a.reshape(-1, a.shape[-1]) for a in left],
+        )
+
+    def result(self, number: int, value: Value, var: Any) -> Array:
+        """The gradient of a site's result."""
+        if id(var) in self.rnn.body.backward.pieces and self.rnn.plan.mapped:
+            return self.rows[number]
+        d = self.runner.leave(value, self.rnn.body.sites[number].row, var.aval)
+        d = d.reshape(-1, d.shape[-1])
+        return d if self.valid is None else jnp.where(self.valid, d, 0)
+
+    def take(self, eqn: Any, ins: list[Value]) -> list[Value] | None:
+        """Products, and the gradients of their results that come in pieces."""
+        name = str(eqn.params.get("name", ""))
+        if name.startswith(f"{PRODUCT}:"):
+            _, number, which = name.split(":")
+            return self.product(self.rnn.products[int(number)], which, eqn, ins)
+        number = self.rnn.body.backward.pieces.get(id(eqn.outvars[0])) if eqn.outvars else None
+        if number is None or not self.rnn.plan.mapped:
+            return None
+        pieces = [self.runner.leave(v, 0, a.aval) for v, a in zip(ins, eqn.invars, strict=True)]
+        if self.valid is not None:
+            pieces = [jnp.where(self.valid, a, 0) for a in pieces]
+        self.rows[number] = _in_one(self.rows[number], pieces)
+        return [Value(self.rows[number], 0)]
+
+    def product(self, product: "_Product", which: str, eqn: Any, ins: list[Value]) -> list[Value]:
+        """A product, or the gradient of its left sides from that of its result."""
+        runner, row = self.runner, product.site.row
+        if which == "forward":
+            return [runner.enter(product.forward(product.leave(runner, ins)), row)]
+        d = runner.leave(ins[0], row, eqn.invars[0].aval)
+        found = product.back(d.reshape(-1, d.shape[-1]))
+        return [runner.enter(a, place) for a, place in found]
+
+
+def _in_one(room: Array, pieces: list[Array]) -> Array:
+    """Pieces written one after the other into ``room``.
+
+    The same as their concatenation; but XLA:CPU fuses that with the arithmetic of all pieces into
+    one loop that it does not vectorise.
+    """
+    start = 0
+    for piece in pieces:
+        room = lax.dynamic_update_slice_in_dim(room, piece.astype(room.dtype), start, 0)
+        start += piece.shape[0]
+    return room
+
+
+class _Product:
+    """The products of a site, feature-major: ``Wᵀ x + Rᵀ h + b``, and their gradients.
+
+    Those that are added up are one product, with the kernels stacked.
+    """
+
+    def __init__(
+        self,
+        matmul: Callable[[Array, Array], Array],
+        narrow: Any,
+        site: Site,
+        weights: list[Array],
+        bias: Array | None,
+    ) -> None:
+        self.matmul, self.narrow, self.site = matmul, narrow, site
+        self.like = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
+        self.bias = bias
+        self.shared = 1
+        blocks = []
+        for factor, weight in zip(site.factors, weights, strict=True):
+            axes = factor.weight_axes
+            shared, free, summed = (math.prod(weight.shape[a] for a in part) for part in axes)
+            self.shared = shared
+            blocks.append(weight.transpose(sum(axes, ())).reshape(shared, free, summed))
+        self.lefts = [shared * b.shape[2] for b in blocks]
+        self.widths = [b.shape[2] for b in blocks]
+        if self.shared == 1:
+            blocks = [b[0] for b in blocks]
+        self.there = self.cast(jnp.concatenate(blocks, -1))
+        self.backs = [self.cast(b.swapaxes(-1, -2)) for b in blocks]
+        self.dtype = weights[0].dtype
+
+    def cast(self, a: Array) -> Array:
+        """As an operand."""
+        return a.astype(self.narrow)
+
+    def leave(self, runner: Runner, left: list[Value], only: int | None = None) -> list[Array]:
+        """Left sides, rows last: of all factors, or of one."""
+        factors = self.site.factors if only is None else [self.site.factors[only]]
+        return [
+            runner.leave(value, f.row, f.left.aval) for value, f in zip(left, factors, strict=True)
+        ]
+
+    def forward(self, left: list[Array]) -> Array:
+        """The result, rows last, from the left sides."""
+        rows = left[0].shape[-1]
+        canonical = [self.turned_left(a, f) for a, f in zip(left, self.site.factors, strict=True)]
+        out = self.matmul(self.there, jnp.concatenate(canonical, -2))
+        if self.bias is not None:
+            out = out + self.bias.reshape(-1, 1)
+        return out.reshape(*self.site.shape, rows)
+
+    def turned_left(self, left: Array, factor: Factor) -> Array:
+        """``(K, B)``, or with shared axes ``(S, K, B)``."""
+        order = sorted((*factor.left_axes[0], *factor.left_axes[1]))
+        places = [order.index(a) for part in factor.left_axes for a in part]
+        left = left.transpose(*places, left.ndim - 1)
+        shape = (-1, left.shape[-1]) if self.shared == 1 else (self.shared, -1, left.shape[-1])
+        return left.reshape(shape)
+
+    def back(self, d: Array) -> list[tuple[Array, int]]:
+        """Gradients of the left sides but the input, rows last, and which axis the rows were."""
+        found = []
+        d = self.cast(d if self.shared == 1 else d.reshape(self.shared, -1, d.shape[-1]))
+        for factor, weight in zip(self.site.factors, self.backs, strict=True):
+            if factor.kind == "x":
+                continue
+            left = factor.left.aval.shape
+            axes = [a for part in factor.left_axes for a in part]
+            one = self.matmul(weight, d).reshape(*(left[a] for a in axes), d.shape[-1])
+            order = sorted(axes)
+            found.append((one.transpose(*(axes.index(a) for a in order), len(axes)), factor.row))
+        return found
+
+    def room(self, size: int, batch: int, like: Array) -> Array:
+        """For the gradients of a chunk's results.
 
         Never narrower than they are: XLA:CPU would copy all of it to write a part.
         """
-        room = _zeros((self.kernel.shape[0], size, batch), self.params["bias"])
-        return Parts(room, room) if self.cell.parts_apart else room
+        return _zeros((math.prod(self.site.shape), size, batch), like)
 
-    def no_gradient(self) -> Params:
-        """Zeros to add the shares of `gradients` to."""
-        names = ["both"] if self.stacked else ["kernel", "recurrent"]
-        bias = self.params["bias"]
-        sums = {name: _zeros(getattr(self, name).shape, bias) for name in names}
-        sums["bias"] = jnp.zeros_like(bias)
-        if self.cell.parts_apart:
-            sums["recurrent_bias"] = jnp.zeros_like(bias)
-        return sums
+    def no_gradient(self, like: Array) -> Any:
+        """Zeros to add `shares` to."""
+        bias = None if self.bias is None else _zeros((self.bias.size,), like)
+        return _zeros(self.there.shape, like), bias
 
-    def gradients(
-        self, d_pres: Any, x: Float[Array, "K B D"], h: Float[Array, "K H B"]
-    ) -> tuple[Params, Float[Array, "D KB"]]:
-        """The chunk's share of the parameters' gradients, turned as here, and that of its input."""
-        d_x, d_h = (a.reshape(a.shape[0], -1) for a in _parts(d_pres))
-        x_rows = x.reshape(-1, x.shape[-1])
-        h_rows = h.swapaxes(1, 2).reshape(-1, h.shape[1])
-        shares = {"bias": d_x.sum(1, dtype=self.dtype)}
-        if self.stacked:
-            shares["both"] = self.matmul(d_x, jnp.concatenate([x_rows, h_rows], 1))
-        else:
-            gates, heads, block = self.shape
-            d_heads = d_h.reshape(gates, heads, block, -1).swapaxes(0, 1)
-            d_heads = d_heads.reshape(heads, gates * block, -1)
-            h_heads = h_rows.reshape(-1, heads, block).swapaxes(0, 1)
-            shares["kernel"] = self.matmul(d_x, x_rows)
-            shares["recurrent"] = self.matmul(d_heads, h_heads)
-        if self.cell.parts_apart:
-            shares["recurrent_bias"] = d_h.sum(1, dtype=self.dtype)
-        return shares, self.matmul(self._cast(self.params["kernel"]), d_x)
+    def shares(self, d: Array, lefts: list[Array]) -> Any:
+        """A chunk's share of the gradients of weights and bias.
 
-    def turned(self, sums: Params) -> Params:
-        """Sums of `gradients`, shaped like the parameters."""
+        Args:
+            d: of the results, ``(N, chunk, B)``.
+            lefts: left sides, ``(chunk, B, n)``.
+        """
+        d = d.reshape(d.shape[0], -1)
+        bias = None if self.bias is None else d.sum(1, dtype=self.dtype)
+        rows = [a.reshape(-1, a.shape[-1]) for a in lefts]
+        if self.shared == 1:
+            return self.matmul(self.cast(d), jnp.concatenate(rows, 1)), bias
+        heads = rows[0].reshape(-1, self.shared, self.widths[0]).swapaxes(0, 1)
+        return self.matmul(self.cast(d.reshape(self.shared, -1, d.shape[-1])), heads), bias
+
+    def input_share(self, d: Array) -> Array | None:
+        """Of the input, ``(D, chunk B)``; None where no factor multiplies it."""
+        d, share = self.cast(d.reshape(d.shape[0], -1)), None
+        for factor, weight in zip(self.site.factors, self.backs, strict=True):
+            if factor.kind == "x":
+                one = self.matmul(weight, d)
+                share = one if share is None else share + one
+        return share
+
+    def turned(self, sums: Any) -> tuple[list[Array], Array | None]:
+        """Sums of `shares`, shaped like weights and bias."""
         # Else XLA would turn the operands instead, and XLA:CPU has no such product in bfloat16.
-        sums = lax.optimization_barrier(sums)
-        turned: Params = {name: a for name, a in sums.items() if name.endswith("bias")}
-        features = self.params["kernel"].shape[0]
-        if self.stacked:
-            both = sums["both"].T
-            return {"kernel": both[:features], "recurrent_kernel": both[features:], **turned}
-        gates, heads, block = self.shape
-        recurrent = sums["recurrent"].reshape(heads, gates, block, block).transpose(3, 1, 0, 2)
-        turned["kernel"] = sums["kernel"].T
-        turned["recurrent_kernel"] = recurrent.reshape(block, -1)
-        return turned
-
-
-def _parts(pre: Any) -> Parts:
-    return pre if isinstance(pre, Parts) else Parts(pre, pre)
-
-
-def _where(rows: Bool[Array, " B"], yes: Carry, no: Carry) -> Carry:
-    """`select_rows` for feature-major arrays."""
-    return jax.tree.map(lambda a, b: jnp.where(rows, a, b), yes, no)
-
-
-def _feature_major_step(
-    cell: Cell, batch: int, dtype: Any
-) -> Callable[[Any, Carry, Params], Carry]:
-    """``cell.step`` for lists of pre-activations, carries ``(H, B)`` and units ``(H, 1)``.
-
-    A step that is element-wise, operation by operation, runs as that of a cell of one unit, mapped
-    over the units. Any other one, whatever the cell declares, sees transposed arrays instead.
-    """
-
-    def by_unit(pre: Any, carry: Carry, units: Params) -> Carry:
-        def step(pre: Any, carry: Carry, units: Params) -> Carry:
-            return cell.apply_step(pre, carry, {"units": units})
-
-        pre = _map_pre(lambda a: cell.named([b[..., None] for b in a]), pre)
-        new = jax.vmap(step)(pre, jax.tree.map(lambda a: a[..., None], carry), units)
-        return jax.tree.map(lambda a: jnp.squeeze(a, -1), new)  # raises where it is wider than 1
-
-    def by_row(pre: Any, carry: Carry, units: Params) -> Carry:
-        pre = _map_pre(lambda a: cell.named([b.T for b in a]), pre)
-        params = {"units": {name: value[:, 0] for name, value in units.items()}}
-        return _transposed(cell.apply_step(pre, _transposed(carry), params))
-
-    if not cell.elementwise:
-        return by_row
-    block = [jax.ShapeDtypeStruct((cell.hidden_size, batch), dtype)] * len(cell.gates)
-    carry = jax.eval_shape(lambda: _transposed(cell.initial_carry(batch, dtype)))
-    unit = jax.ShapeDtypeStruct((cell.hidden_size, 1), dtype)
-    pre = Parts(block, block) if cell.parts_apart else block
-    try:
-        new = jax.eval_shape(by_unit, pre, carry, dict.fromkeys(cell.unit_params, unit))
-        mixing = forward_program(cell).refusal()  # a mean over one unit has the right shape, too
-    except (TypeError, ValueError):
-        return by_row
-    return by_unit if new == carry and mixing is None else by_row
-
-
-def _map_pre(function: Callable[[Any], Any], pre: Any) -> Any:
-    return Parts(*map(function, pre)) if isinstance(pre, Parts) else function(pre)
+        whole, bias = lax.optimization_barrier(sums)
+        found, start = [], 0
+        for factor, like, width in zip(self.site.factors, self.like, self.widths, strict=True):
+            one = lax.slice_in_dim(whole, start, start + width, axis=-1)
+            start += width
+            axes = sum(factor.weight_axes, ())
+            one = one.reshape([like.shape[a] for a in axes])
+            found.append(one.transpose([axes.index(a) for a in range(len(axes))]))
+        return found, None if bias is None else bias.reshape(self.bias.shape)

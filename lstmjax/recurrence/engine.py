@@ -5,14 +5,56 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
-from jax import Array, lax
-from jaxtyping import Bool, Float
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, PyTree
 
-from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.cells.base import Carry, Cell, Params, start
+from lstmjax.cells.contract import Arguments
 from lstmjax.precision import Precision
+from lstmjax.recurrence.noise import Noises
 
-Inputs = tuple[Params, Array, Carry, Array | None, Array | None]
-"""What depends on the data: params, xs (T, B, D), initial, mask (T, B), resets (T, B)."""
+Outputs = Carry
+"""h, and where they are asked for the states, of all steps: ``(T, B, ...)``; else state is None."""
+
+
+class Inputs(NamedTuple):
+    """What depends on the data. Masked inputs are zero already.
+
+    Attributes:
+        params: after `Cell.prepare`.
+        xs: ``(T, B, D)``.
+        initial: the carry before the first step, arrays ``(B, ...)``.
+        start: what a reset puts in place of a row's carry, likewise; None where there are none.
+        inputs: the cell's ``step_inputs`` by name, ``(T, B, width)``.
+        noises: where the cell's noise comes from; None in evaluation.
+        mask: ``(T, B)``, True where a step is valid; None where all are.
+        resets: ``(T, B)``, True where the carry is replaced on the way in, in the direction of
+            the run; None where there are none.
+    """
+
+    params: Params
+    xs: Float[Array, "T B D"]
+    initial: Carry
+    start: Carry | None
+    inputs: dict[str, Array]
+    noises: Noises | None
+    mask: Bool[Array, "T B"] | None
+    resets: Bool[Array, "T B"] | None
+
+
+class How(NamedTuple):
+    """What does not depend on the data.
+
+    Attributes:
+        reverse: from the last step to the first.
+        precision: of the products.
+        states: return the states of all steps, too.
+    """
+
+    reverse: bool = False
+    precision: Precision = "float32"
+    states: bool = False
 
 
 class Workload(NamedTuple):
@@ -25,6 +67,10 @@ class Workload(NamedTuple):
         steps: length in time, T.
         batch: rows, B.
         features: size of an input, D.
+        training: there are keys to draw the cell's noise from.
+        states: the states of all steps are asked for.
+        resets: there may be resets.
+        args: shapes of one step's arguments, where they are known; else those of `Cell.init`.
     """
 
     platform: str
@@ -33,6 +79,10 @@ class Workload(NamedTuple):
     steps: int
     batch: int
     features: int
+    training: bool = False
+    states: bool = False
+    resets: bool = False
+    args: Arguments | None = None
 
 
 def platform() -> str:
@@ -65,30 +115,15 @@ class Engine:
         """Why this engine cannot run ``cell`` on ``work``, in one clause; None where it can."""
         return None
 
-    def __call__(
-        self,
-        cell: Cell,
-        params: Params,
-        xs: Float[Array, "T B D"],
-        initial: Carry,
-        mask: Bool[Array, "T B"] | None,
-        resets: Bool[Array, "T B"] | None,
-        reverse: bool,
-        precision: Precision,
-    ) -> tuple[Float[Array, "T B H"], Carry]:
-        """Run ``cell`` over one step and one row at least.
-
-        Masked inputs are zero already, resets follow the direction.
-        """
+    def __call__(self, cell: Cell, inputs: Inputs, how: How) -> tuple[Outputs, Carry]:
+        """Run ``cell`` over one step and one row at least: the outputs and the final carry."""
         raise NotImplementedError
 
-    def function(
-        self, cell: Cell, reverse: bool, precision: Precision
-    ) -> Callable[[Inputs], tuple[Array, Carry]]:
+    def function(self, cell: Cell, how: How) -> Callable[[Inputs], tuple[Outputs, Carry]]:
         """A call of this engine as a function of nothing but what depends on the data."""
 
-        def run(inputs: Inputs) -> tuple[Array, Carry]:
-            return self(cell, *inputs, reverse, precision)
+        def run(inputs: Inputs) -> tuple[Outputs, Carry]:
+            return self(cell, inputs, how)
 
         return run
 
@@ -103,37 +138,44 @@ def overridden(cell: Cell) -> str | None:
 
 def odd_carry(cell: Cell) -> str | None:
     """Why a kernel cannot hold the cell's carry: it takes arrays ``(B, H)`` of float32."""
-    carry = jax.eval_shape(lambda: cell.initial_carry(2))
+    carry = jax.eval_shape(lambda: start(cell, None, 2, None, jnp.float32))
     for a in jax.tree.leaves(carry):
-        if (a.shape, a.dtype) != ((2, cell.hidden_size), jax.numpy.float32):
+        if (a.shape, a.dtype) != ((2, cell.hidden_size), jnp.float32):
             shape = ", ".join(["B", *map(str, a.shape[1:])])
             return f"{type(cell).__name__} carries a ({shape}) {a.dtype}, not (B, H) float32"
     return None
 
 
-def select_rows(rows: Bool[Array, "*T B"], yes: Carry, no: Carry) -> Carry:
-    """``yes`` for the rows marked, ``no`` for the others, in every array of a carry."""
+def select_rows(rows: Bool[Array, "*T B"], yes: PyTree, no: PyTree) -> PyTree:
+    """``yes`` for the rows marked, ``no`` for the others, in every array of a tree."""
 
     def select(a: Array, b: Array) -> Array:
-        return jax.numpy.where(rows.reshape(rows.shape + (1,) * (a.ndim - rows.ndim)), a, b)
+        return jnp.where(rows.reshape(rows.shape + (1,) * (a.ndim - rows.ndim)), a, b)
 
     return jax.tree.map(select, yes, no)
 
 
-def vary_alike(tree: Any, *references: Any) -> Any:
-    """``tree`` marked as varying over the mesh axes, inside `jax.shard_map`, of any reference.
+def cleared(valid: Bool[Array, "*T B"] | None, outs: PyTree) -> PyTree:
+    """Zeros where a step is masked, in all arrays of numbers."""
+    if valid is None:
+        return outs
 
-    Loops ask for carries of one type; and the gradient of what is the same on all devices is then
-    summed over them here, once, and not at every step.
-    """
+    def clear(a: Array) -> Array:
+        if not jnp.issubdtype(a.dtype, jnp.number):
+            return a
+        return jnp.where(valid.reshape(valid.shape + (1,) * (a.ndim - valid.ndim)), a, 0)
 
-    def varying(a: Array) -> frozenset[Any]:
-        return jax.typeof(a).manual_axis_type.varying
+    return jax.tree.map(clear, outs)
 
-    axes = frozenset().union(*map(varying, jax.tree.leaves(references)))
 
-    def vary(a: Array) -> Array:
-        missing = tuple(axes - varying(a))
-        return lax.pcast(a, missing, to="varying") if missing else a
+def step_arguments(cell: Cell, inputs: Inputs) -> Arguments:
+    """The shapes of one step's arguments."""
+    noises = inputs.noises
 
-    return jax.tree.map(vary, tree)
+    def first() -> Arguments:
+        noise = {} if noises is None else noises.draw(cell, inputs.xs.dtype, 0, 1)
+        one: Any = jax.tree.map(lambda a: a[0], (inputs.xs, inputs.inputs, noise))
+        x, more, drawn = one
+        return Arguments(inputs.params, x, inputs.initial, more, drawn)
+
+    return jax.eval_shape(first)

@@ -1,16 +1,17 @@
 """The plain engine: one `jax.lax.scan` over `Cell.transition`. The oracle for all others."""
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
 
-from lstmjax.cells.base import Carry, Cell, Params
-from lstmjax.precision import Precision, make_dot
-from lstmjax.recurrence.engine import Engine, select_rows
+from lstmjax.cells.base import Carry, Cell, arguments
+from lstmjax.cells.contract import Arguments
+from lstmjax.precision import make_dot
+from lstmjax.recurrence.engine import Engine, How, Inputs, Outputs, cleared, select_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,32 +27,64 @@ class Scan(Engine):
 
     name: ClassVar[str] = "scan"
 
-    def __call__(
-        self,
-        cell: Cell,
-        params: Params,
-        xs: Float[Array, "T B D"],
-        initial: Carry,
-        mask: Bool[Array, "T B"] | None,
-        resets: Bool[Array, "T B"] | None,
-        reverse: bool,
-        precision: Precision,
-    ) -> tuple[Float[Array, "T B H"], Carry]:
+    def __call__(self, cell: Cell, inputs: Inputs, how: How) -> tuple[Outputs, Carry]:
         """Run ``cell`` over time."""
-        dot = make_dot(precision)
-        start = cell.initial_carry(xs.shape[1], xs.dtype)
+        dot = make_dot(how.precision)
 
-        def body(
-            carry: Carry, inputs: tuple[Array, Array | None, Array | None]
-        ) -> tuple[Carry, Array]:
-            x, valid, reset = inputs
-            if reset is not None:
-                carry = select_rows(reset, start, carry)
-            new = cell.transition(params, x, carry, dot)
-            if valid is None:
-                return new, new.h
-            return select_rows(valid, new, carry), jnp.where(valid[:, None], new.h, 0)
+        def transition(given: Arguments) -> Carry:
+            x = given.x
+            more = arguments(cell, *x.shape, x.dtype, {"x": x} | given.inputs, given.noise)
+            return cell.transition(given.params, x, given.carry, dot, **more)
 
-        step = jax.checkpoint(body, prevent_cse=False) if self.recompute else body
-        final, hs = lax.scan(step, initial, (xs, mask, resets), reverse=reverse)
-        return hs, final
+        return scan_over_time(cell, transition, inputs, how, self.recompute)
+
+
+def scan_over_time(
+    cell: Cell,
+    transition: Callable[[Arguments], Carry],
+    inputs: Inputs,
+    how: How,
+    recompute: bool = True,
+) -> tuple[Outputs, Carry]:
+    """Any transition in place of the cell's own, one step after another."""
+    dtype, noises = inputs.xs.dtype, inputs.noises
+
+    def body(carry: Carry, now: Any) -> tuple[Carry, Outputs]:
+        t, x, more, valid, reset = now
+        if reset is not None:
+            carry = select_rows(reset, inputs.start, carry)
+        drawn = {} if noises is None else noises.draw(cell, dtype, t, 1)
+        noise = {name: a[0] for name, a in drawn.items()}
+        given = carry if valid is None else _harmless(valid, carry)
+        new = transition(Arguments(inputs.params, x, given, more, noise))
+        if valid is None:
+            return new, _outputs(new, how)
+        return select_rows(valid, new, carry), cleared(valid, _outputs(new, how))
+
+    step = jax.checkpoint(body, prevent_cse=False) if recompute else body
+    times = jnp.arange(inputs.xs.shape[0])
+    over = (times, inputs.xs, inputs.inputs, inputs.mask, inputs.resets)
+    final, outs = lax.scan(step, inputs.initial, over, reverse=how.reverse)
+    return outs, final
+
+
+def _outputs(carry: Carry, how: How) -> Outputs:
+    return carry if how.states else carry._replace(state=None)
+
+
+def _harmless(valid: Array, carry: Carry) -> Carry:
+    """Numbers like no cell's start in rows whose step does not count.
+
+    What a step does there is thrown away; but where its derivative is infinite, as that of sqrt at
+    a start of zeros, zero times it would be no zero.
+    """
+    ramp = 0.0
+    found = []
+    leaves, structure = jax.tree.flatten(carry)
+    for number, a in enumerate(leaves):
+        if not jnp.issubdtype(a.dtype, jnp.floating):
+            found.append(a)
+            continue
+        ramp = jnp.linspace(0.31, 0.47, a.shape[-1], dtype=a.dtype) if a.ndim > 1 else 0.4
+        found.append(select_rows(valid, a, jnp.broadcast_to(ramp + 0.05 * number, a.shape)))
+    return jax.tree.unflatten(structure, found)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lstmjax.cells.base import Cell, Parts, _record
-from lstmjax.recurrence.gpu.emit import Program, trace
+from lstmjax.cells.base import Cell
+from lstmjax.recurrence.gpu.emit import Emission
 from lstmjax.recurrence.gpu.plan import TILE, Recurrence, Tiles
 from lstmjax.recurrence.layout import up
+from lstmjax.recurrence.step import Step
 
 
 class Job(NamedTuple):
@@ -18,31 +19,39 @@ class Job(NamedTuple):
 
     Attributes:
         cell: the cell.
+        step: its step as programs.
         masked: steps may be masked.
         resets: there may be resets.
         reverse: from the last step to the first.
-        d_hs: backward, something depends on h of each step, not on the final carry alone.
+        d_outs: backward, for h and each array of the state: something depends on those of all
+            steps, not on the final carry alone.
     """
 
     cell: Cell
+    step: Step
     masked: bool
     resets: bool
     reverse: bool
-    d_hs: bool = True
+    d_outs: tuple[bool, ...] = (True,)
 
 
 class Sizes(NamedTuple):
-    """How many arrays a cell's step takes: pre-activations, carry, per-unit parameters."""
+    """How many arrays a cell's step takes, in the order of `StepArguments`.
+
+    Pre-activations, carry, parameters, ``step_inputs``, noise.
+    """
 
     pre: int
     carry: int
-    units: int
+    constants: int
+    inputs: int
+    noise: int
 
 
-def sizes_of(cell: Cell) -> Sizes:
-    """Counts the arrays of ``cell.step``, h being part of the carry."""
-    pre = len(cell.gates) * (2 if cell.parts_apart else 1)
-    return Sizes(pre, 1 + len(cell.State._fields), len(cell.unit_params))
+def sizes_of(step: Step) -> Sizes:
+    """Counts the arrays of a step, h being part of the carry."""
+    pre, carry, units, others, inputs, noise = (len(jax.tree.leaves(a)) for a in step.shapes)
+    return Sizes(pre, carry, units + others, inputs, noise)
 
 
 def cut(tiles: list[Array], *sizes: int) -> list[list[Array]]:
@@ -57,40 +66,17 @@ def cut(tiles: list[Array], *sizes: int) -> list[list[Array]]:
 # --- The step as a program -----------------------------------------------------------------------
 
 
-def _flat_step(cell: Cell, pre: Tiles, carry: Tiles, units: Tiles) -> Tiles:
-    """``cell.step`` on lists of arrays, per-unit parameters being as wide as the rest."""
-    gates = len(cell.gates)
-    named = [_record("Pre", cell.gates)(*pre[k : k + gates]) for k in range(0, len(pre), gates)]
-    parameters = _record("Units", tuple(cell.unit_params))(*units)
-    h, state = carry[0], cell.State(*carry[1:])
-    arguments = (Parts(*named) if cell.parts_apart else named[0], state, parameters)
-    new_h, new_state = cell.step(*arguments, *((h,) if cell.uses_h else ()))
-    return [new_h, *new_state]
-
-
-@functools.cache
-def forward_program(cell: Cell) -> Program:
-    """``pre, carry, units -> carry``."""
-    sizes = sizes_of(cell)
-
-    def f(*arrays: Array) -> list[Array]:
-        return _flat_step(cell, *cut(list(arrays), sizes.pre, sizes.carry))
-
-    return trace(f, (2, cell.hidden_size), sum(sizes))
-
-
-@functools.cache
-def backward_program(cell: Cell) -> Program:
-    """``pre, carry, units, d carry -> d pre, d carry, d units``."""
-    sizes = sizes_of(cell)
-
-    def f(*arrays: Array) -> list[Array]:
-        pre, carry, units, ct = cut(list(arrays), *sizes)
-        _, pull_back = jax.vjp(functools.partial(_flat_step, cell), pre, carry, units)
-        d_pre, d_carry, d_units = pull_back(ct)
-        return [*d_pre, *d_carry, *d_units]
-
-    return trace(f, (2, cell.hidden_size), sum(sizes) + sizes.carry)
+def refusal(step: Step) -> str | None:
+    """Why a step cannot be emitted."""
+    if step.recur is not None:
+        return "its recurrent product sees something else than h"
+    for name, a in step.shapes.others.items():
+        if len(a.shape) > 1 and a.shape[0] != 1:
+            return f"its parameter {name} has shape {a.shape}, not one number a unit"
+    for emission in (Emission(step.forward), Emission(step.backward)):
+        if reason := emission.refusal():
+            return f"its step {reason.removeprefix('it ')}"
+    return None
 
 
 # --- Forward -------------------------------------------------------------------------------------
@@ -98,7 +84,7 @@ def backward_program(cell: Cell) -> Program:
 
 def forward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
     """The cell over time: exchanges h, puts out the carry after each step."""
-    sizes, gates = sizes_of(job.cell), len(job.cell.gates)
+    sizes, gates = sizes_of(job.step), len(job.cell.gates)
     bias = gates if job.cell.parts_apart else 0
     return Recurrence(
         name=f"{type(job.cell).__name__}_forward",
@@ -106,9 +92,9 @@ def forward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
         steps=steps,
         batch=batch,
         units=up(job.cell.hidden_size, TILE),
-        inputs=(gates,),
+        inputs=(gates,) + (1,) * (sizes.inputs + sizes.noise),
         flags=job.masked + job.resets,
-        constants=sizes.units + bias + (sizes.carry if job.resets else 0),
+        constants=sizes.constants + bias + (sizes.carry if job.resets else 0),
         carry=sizes.carry,
         gates=gates,
         shared=True,
@@ -120,29 +106,37 @@ def forward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
 def _forward_cell(
     job: Job, products: Tiles, inputs: Tiles, flags: Tiles, constants: Tiles, carry: Tiles
 ) -> tuple[Tiles, Tiles, Tiles]:
-    """Inputs: ``x W + b``. Flags: valid, reset before the next step.
+    """Inputs: ``x W + b``, step inputs, noise. Flags: valid, reset before the next step.
 
-    Constants: per-unit parameters, recurrent bias, the carry after a reset.
+    Constants: the step's parameters, recurrent bias, the carry after a reset.
     """
-    cell, sizes = job.cell, sizes_of(job.cell)
-    units, bias, start = cut(constants, sizes.units, len(cell.gates) if cell.parts_apart else 0)
+    cell, sizes = job.cell, sizes_of(job.step)
+    gates = len(cell.gates)
+    units, bias, start = cut(constants, sizes.constants, gates if cell.parts_apart else 0)
+    from_x, extra = cut(inputs, gates)
     if cell.parts_apart:
-        pre = [*inputs, *_sums(products, bias)]
+        pre = [*from_x, *_recurrent(cell, _sums(products, bias))]
     else:
-        pre = _sums(products, inputs)
-    new = forward_program(cell)(*pre, *carry, *units)
+        pre = _sums(products, from_x)
+    new = Emission(job.step.forward)(*pre, *carry, *units, *extra)
     if job.masked:
         new = _choose(flags[0], new, carry)
     entering = _choose(flags[-1], start, new) if job.resets else new
     return entering, entering[:1], new
 
 
+def _recurrent(cell: Cell, tiles: Tiles) -> Tiles:
+    """Of tiles for all gates, those that the step sees."""
+    pairs = zip(cell.gates, tiles, strict=True)
+    return [tile for gate, tile in pairs if gate in cell.recurrent]
+
+
 # --- Backward ------------------------------------------------------------------------------------
 
 
 def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
-    """Its derivative: exchanges and puts out d pre, ends with d carry and d units."""
-    sizes, gates = sizes_of(job.cell), len(job.cell.gates)
+    """Its derivative: exchanges and puts out d pre, ends with d carry and d parameters."""
+    sizes, gates = sizes_of(job.step), len(job.cell.gates)
     parts = (gates, gates) if job.cell.parts_apart else (gates,)
     carry_seen = sizes.carry if job.cell.uses_h else sizes.carry - 1
     return Recurrence(
@@ -151,13 +145,13 @@ def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
         steps=steps,
         batch=batch,
         units=up(job.cell.hidden_size, TILE),
-        inputs=parts + (1,) * (carry_seen + job.d_hs),
+        inputs=parts + (1,) * (carry_seen + sizes.inputs + sizes.noise + sum(job.d_outs)),
         flags=job.masked + job.resets,
-        constants=sizes.units,
-        carry=sizes.carry + sizes.units,
+        constants=sizes.constants,
+        carry=sizes.carry + sizes.constants,
         gates=gates,
         shared=False,
-        outputs=parts,
+        outputs=parts + (1,) * sizes.inputs,
         downward=not job.reverse,
         finish=_with_products,
     )
@@ -166,28 +160,43 @@ def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
 def _backward_cell(
     job: Job, products: Tiles, inputs: Tiles, flags: Tiles, constants: Tiles, carry: Tiles
 ) -> tuple[Tiles, Tiles, Tiles]:
-    """Inputs: pre-activations, the carry that entered the step, d h from outside if there is one.
+    """Inputs: pre-activations, the carry that entered the step, step inputs, noise, and what d carry
+    there is from outside.
 
-    Flags as above. Constants: per-unit parameters. The carry is d carry, without what the product
-    adds to d h, and d units so far.
+    Flags as above. Constants: the step's parameters. The carry is d carry, without what the product
+    adds to d h, and d parameters so far.
     """
-    cell, sizes = job.cell, sizes_of(job.cell)
-    pre, old, d_h = cut(inputs, sizes.pre, sizes.carry - (not cell.uses_h))
+    cell, sizes = job.cell, sizes_of(job.step)
+    gates = len(cell.gates)
+    all_pre = gates * (2 if cell.parts_apart else 1)
+    pre, old, extra, outside = cut(
+        inputs, all_pre, sizes.carry - (not cell.uses_h), sizes.inputs + sizes.noise
+    )
     zero = jnp.zeros_like(pre[0])
     zeros = [zero] * sizes.carry
-    ct, d_units = cut(_with_products(products, carry), sizes.carry)
+    ct, d_constants = cut(_with_products(products, carry), sizes.carry)
     if job.resets:
         ct = _choose(flags[-1], zeros, ct)
-    ct = [sum(d_h, ct[0]), *ct[1:]]
-    passing = zeros
-    if job.masked:
-        ct, passing = _choose(flags[0], ct, zeros), _choose(flags[0], zeros, ct)
+    passing = ct
+    more = iter(outside)
+    flagged = (*job.d_outs, *[False] * (sizes.carry - len(job.d_outs)))
+    ct = [a + next(more) if there else a for a, there in zip(ct, flagged, strict=True)]
     if not cell.uses_h:
         old = [zero, *old]
-    d_all = backward_program(cell)(*pre, *old, *constants, *ct)
-    d_pre, d_old, more = cut(d_all, sizes.pre, sizes.carry)
-    carry = [*_sums(d_old, passing), *_sums(d_units, more)]
-    return carry, d_pre[-len(cell.gates) :], d_pre
+    if cell.parts_apart:
+        pre = [*pre[:gates], *_recurrent(cell, pre[gates:])]
+    d_all = Emission(job.step.backward)(*pre, *old, *constants, *extra, *ct)
+    d_pre, d_old, d_more, d_inputs = cut(d_all, sizes.pre, sizes.carry, sizes.constants)
+    if job.masked:  # what leaves a masked step is replaced: its derivative may be infinite
+        d_pre = _choose(flags[0], d_pre, [zero] * sizes.pre)
+        d_more = _choose(flags[0], d_more, [zero] * sizes.constants)
+        d_inputs = _choose(flags[0], d_inputs, [zero] * sizes.inputs)
+        d_old = _choose(flags[0], d_old, passing)
+    carry = [*d_old, *_sums(d_constants, d_more)]
+    if cell.parts_apart:
+        found = dict(zip(cell.recurrent, d_pre[gates:], strict=True))
+        d_pre = [*d_pre[:gates], *(found.get(gate, zero) for gate in cell.gates)]
+    return carry, d_pre[-gates:], [*d_pre, *d_inputs]
 
 
 def _with_products(products: Tiles, carry: Tiles) -> Tiles:

@@ -1,8 +1,8 @@
-"""An element-wise function, re-emitted operation by operation with what a kernel's backend has.
+"""An element-wise program, emitted operation by operation with what a kernel's backend has.
 
 Pallas Mosaic GPU lowers fewer operations than XLA: no ``custom_jvp`` (relu, softplus), no log1p,
-expm1, floor, and none of those that transposition brings in. `trace` turns a function of equally
-shaped arrays into a `Program` that says what stands in the way and runs on tiles of any shape.
+expm1, floor, and none of those that transposition brings in. An `Emission` says what stands in the
+way and runs a traced program on tiles of any shape, every argument being a whole tile.
 """
 
 import dataclasses
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-Value = Any
+from lstmjax.traced import INLINED, Program, callee, is_literal, needed
+
+Value = Array | np.ndarray
 """A tile, or the number that all elements of a tile would have."""
 
 _NATIVE = (
@@ -25,81 +27,53 @@ _NATIVE = (
 NATIVE = frozenset(_NATIVE.split())
 """Operations that are bound as they are."""
 
-INLINED = {
-    "jit": "jaxpr",
-    "closed_call": "call_jaxpr",  # JAX 0.10 has it
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-}
-"""Calls that are opened, with the parameter that holds what is called."""
-
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What `trace` returns: operations on tiles, from a list of tiles to a list of tiles."""
+class Emission:
+    """A program whose operations run on tiles, from a list of tiles to a list of tiles.
 
-    closed: Any  # a ClosedJaxpr
-    shape: tuple[int, ...]
+    Attributes:
+        program: element-wise, or the derivative of one that is: its sums over rows or units, the
+            gradients of what rows or units share, are left to whoever gets the tiles.
+    """
+
+    program: Program
 
     def refusal(self) -> str | None:
         """What keeps the program from being emitted, by the name of the operation; None if nothing.
 
         Example:
             >>> import jax.numpy as jnp
-            >>> trace(lambda x: [jnp.cumsum(x, axis=1)], (2, 3), 1).refusal()
-            'its step uses cumsum'
+            >>> from lstmjax.traced import trace
+            >>> Emission(trace(lambda x: jnp.cumsum(x, axis=1), jnp.ones((2, 3)))).refusal()
+            'it uses cumsum'
         """
-        return next(_refusals(self.closed.jaxpr, self.closed.consts, self.shape), None)
+        reason = None if self.program.sums else self.program.elementwise()
+        closed = self.program.closed
+        return reason or next(_refusals(closed.jaxpr, closed.consts, self.program.sums), None)
 
     def __call__(self, *tiles: Array) -> list[Array]:
-        """Run on tiles of one shape, whatever the shape that the program was traced with."""
-        shape = tiles[0].shape
-        outs = _evaluate(self.closed.jaxpr, self.closed.consts, list(tiles), shape)
+        """Run on tiles of one shape, whatever the shapes that the program was traced with."""
+        shape, closed = tiles[0].shape, self.program.closed
+        outs = _evaluate(closed.jaxpr, closed.consts, list(tiles), shape)
         return [_full(out, shape) for out in outs]
-
-
-def trace(f: Callable[..., list[Array]], shape: tuple[int, int], arguments: int) -> Program:
-    """Trace ``f`` on float32 arrays.
-
-    Args:
-        f: takes arrays of ``shape``, returns a list of such.
-        shape: of every argument; what is no number has to have it throughout.
-        arguments: how many.
-
-    Example:
-        >>> program = trace(lambda x, y: [jax.nn.softplus(x) * y], (2, 3), 2)
-        >>> program(jnp.zeros((5, 4)), jnp.ones((5, 4)))[0].shape
-        (5, 4)
-    """
-    array = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Program(jax.make_jaxpr(f)(*[array] * arguments), shape)
 
 
 # --- What cannot be emitted ----------------------------------------------------------------------
 
 
-def _refusals(jaxpr: Any, consts: Iterable[Any], shape: tuple[int, ...]) -> Iterator[str]:
+def _refusals(jaxpr: Any, consts: Iterable[Any], sums: bool) -> Iterator[str]:
     for const in consts:
         if np.size(const) != 1:
-            yield f"its step holds a constant of shape {np.shape(const)}"
-    for eqn in jaxpr.eqns:
+            yield f"it holds a constant of shape {np.shape(const)}"
+    for eqn in needed(jaxpr):
         name = eqn.primitive.name
         if name in INLINED:
-            yield from _refusals(*_callee(eqn), shape)
-        elif name not in NATIVE and name not in RULES:
-            yield f"its step uses {name}"
+            yield from _refusals(*callee(eqn), sums)
+        elif name not in NATIVE and name not in RULES and not (sums and name == "reduce_sum"):
+            yield f"it uses {name}"
         elif name == "select_n" and len(eqn.invars) != 3:
-            yield "its step uses select_n with more than two cases"
-        else:
-            for var in (*eqn.invars, *eqn.outvars):
-                if math.prod(var.aval.shape) != 1 and var.aval.shape != shape:
-                    yield f"its step makes an array of shape {var.aval.shape} ({name})"
-
-
-def _callee(eqn: Any) -> tuple[Any, Any]:
-    called = eqn.params[INLINED[eqn.primitive.name]]
-    return getattr(called, "jaxpr", called), getattr(called, "consts", ())
+            yield "it uses select_n with more than two cases"
 
 
 # --- Emission ------------------------------------------------------------------------------------
@@ -108,30 +82,28 @@ def _callee(eqn: Any) -> tuple[Any, Any]:
 def _evaluate(
     jaxpr: Any, consts: Iterable[Any], args: list[Value], shape: tuple[int, ...]
 ) -> list[Value]:
-    from jax.extend import core  # slow to import, and most never get here
-
-    known: dict[Any, Value] = {}
+    known: dict[int, Value] = {}
 
     def read(var: Any) -> Value:
-        return var.val if isinstance(var, core.Literal) else known[var]
+        return np.asarray(var.val, var.aval.dtype) if is_literal(var) else known[id(var)]
 
-    known.update(zip(jaxpr.constvars, map(_number, consts), strict=True))
-    known.update(zip(jaxpr.invars, args, strict=True))
-    for eqn in jaxpr.eqns:
+    known.update(zip(map(id, jaxpr.constvars), map(_number, consts), strict=True))
+    known.update(zip(map(id, jaxpr.invars), args, strict=True))
+    for eqn in needed(jaxpr):
         ins = [read(var) for var in eqn.invars]
         if eqn.primitive.name in INLINED:
-            outs = _evaluate(*_callee(eqn), ins, shape)
+            outs = _evaluate(*callee(eqn), ins, shape)
         elif all(np.shape(value) == () for value in ins):
             outs = [_fold(eqn, ins)]
         else:
             outs = [_emit(eqn, ins, shape)]
-        known.update(zip(eqn.outvars, outs, strict=True))
+        known.update(zip(map(id, eqn.outvars), outs, strict=True))
     return [read(var) for var in jaxpr.outvars]
 
 
 def _fold(eqn: Any, ins: list[Value]) -> Value:
     """An operation on numbers only, done now."""
-    if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze"):
+    if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze", "expand_dims"):
         return ins[0]
     with jax.ensure_compile_time_eval():
         arrays = [jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
@@ -273,6 +245,9 @@ RULES: Mapping[str, Callable[..., Array]] = {
     # A tile has the shape of whatever it stands for: what changes shapes changes nothing.
     "broadcast_in_dim": _same,
     "reshape": _same,
+    "squeeze": _same,
+    "expand_dims": _same,
+    "reduce_sum": _same,  # in derivatives only: what is shared gets a share a tile
     "copy": _same,
     "pvary": _same,
     "stop_gradient": _same,

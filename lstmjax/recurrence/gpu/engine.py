@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, make_dot
@@ -22,25 +21,27 @@ from lstmjax.recurrence.derivatives import or_zeros, with_derivative
 from lstmjax.recurrence.derived import Derived
 from lstmjax.recurrence.engine import (
     Engine,
+    How,
     Inputs,
+    Outputs,
     Workload,
+    cleared,
     odd_carry,
-    overridden,
     select_rows,
-    vary_alike,
 )
 from lstmjax.recurrence.gpu.cells import (
     Job,
-    backward_program,
     backward_recurrence,
     cut,
-    forward_program,
     forward_recurrence,
+    refusal,
     sizes_of,
 )
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, choose_plan
 from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
+from lstmjax.recurrence.step import no_kernel, standard, step_of
+from lstmjax.traced import vary_alike
 
 _MULTIPROCESSORS = 132
 
@@ -52,8 +53,7 @@ class PallasGPU(Engine):
     Up to 128 units, where it fits, a block of the GPU owns a few rows of the batch for all of time,
     so no block waits for another; else a cluster of blocks does. The gradient keeps the carry of
     each step.
-    Second and higher reverse-mode derivatives are those of the derived engine; forward mode is
-    refused by JAX.
+    All other derivatives are those of the derived engine.
 
     With ``precision="float32"`` each operand of a recurrent product is split into two bfloat16
     numbers, up to 64 units into three: exact to 2^-17 and 2^-24. The other products, those for the
@@ -103,24 +103,22 @@ class PallasGPU(Engine):
                 return f"it needs a Hopper GPU (compute capability 9.0), not {found}"
         if work.dtype != "float32":
             return f"it computes in float32, the inputs are {work.dtype}"
-        if refusal := overridden(cell) or odd_carry(cell):
-            return refusal
-        if not cell.elementwise:
-            return "its step mixes the units of a row (elementwise = False)"
-        refusal = forward_program(cell).refusal() or backward_program(cell).refusal()
-        if refusal is not None:
-            return refusal
-        if self.plans(cell, work.batch, work.precision) is None:
+        if reason := odd_carry(cell) or no_kernel(cell, work) or refusal(step_of(cell, work)):
+            return reason
+        if self.plans(cell, work) is None:
             gates = len(cell.gates)
             return f"{cell.hidden_size} units with {gates} gates do not fit into shared memory"
         return None
 
-    def plans(self, cell: Cell, batch: int, precision: Precision) -> tuple[GPUPlan, GPUPlan] | None:
+    def plans(self, cell: Cell, work: Workload) -> tuple[GPUPlan, GPUPlan] | None:
         """Layouts of the forward and the backward kernel, or None where they do not fit.
 
         The more rows a block has, the fewer blocks there are, and the slower is each.
         """
+        batch, precision = work.batch, work.precision
         tiles = up(cell.hidden_size, TILE) // TILE
+        step = step_of(cell, work)
+        every = (True,) * (sizes_of(step).carry if work.states else 1)
         parts = {"bfloat16": 1, "float32": 3 if tiles == 1 else 2}[precision]
         fast = precision == "bfloat16" if self.fast_math is None else self.fast_math
         depths = (3, 2) if self.depth is None else (self.depth,)
@@ -128,7 +126,7 @@ class PallasGPU(Engine):
         for rows in (8, 16) if self.rows is None else (self.rows,):
             wanted = GPUPlan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpret)
             # Masks and resets take some memory as well: one layout with them and without.
-            job = Job(cell, masked=True, resets=True, reverse=False)
+            job = Job(cell, step, masked=True, resets=True, reverse=False, d_outs=every)
             forward = choose_plan(forward_recurrence(job, 1, rows), wanted, depths)
             backward = choose_plan(backward_recurrence(job, 1, rows), wanted, depths)
             if forward is not None and backward is not None:
@@ -138,23 +136,26 @@ class PallasGPU(Engine):
                     break
         return found[-1] if found else None
 
-    def __call__(
-        self,
-        cell: Cell,
-        params: Params,
-        xs: Float[Array, "T B D"],
-        initial: Carry,
-        mask: Bool[Array, "T B"] | None,
-        resets: Bool[Array, "T B"] | None,
-        reverse: bool,
-        precision: Precision,
-    ) -> tuple[Float[Array, "T B H"], Carry]:
+    def __call__(self, cell: Cell, inputs: Inputs, how: How) -> tuple[Outputs, Carry]:
         """Run ``cell`` over time."""
-        plans = self.plans(cell, xs.shape[1], precision)
+        steps, batch, features = inputs.xs.shape
+        work = Workload(
+            "gpu",
+            "float32",
+            how.precision,
+            steps,
+            batch,
+            features,
+            inputs.noises is not None,
+            how.states,
+        )
+        plans = self.plans(cell, work)
         assert plans is not None, "refused"
-        how = _How(Job(cell, mask is not None, resets is not None, reverse), precision, *plans)
-        mask, resets = vary_alike((mask, resets), xs)
-        return _recurrence(how)((params, xs, initial, mask, resets))
+        masked, resets = inputs.mask is not None, inputs.resets is not None
+        job = Job(cell, step_of(cell, work), masked, resets, how.reverse)
+        flags = vary_alike((inputs.mask, inputs.resets), inputs.xs)
+        inputs = inputs._replace(mask=flags[0], resets=flags[1])
+        return _recurrence(_How(job, how, *plans))(inputs)
 
 
 def _compute_capability() -> str:
@@ -166,7 +167,7 @@ class _How(NamedTuple):
     """All that is static."""
 
     job: Job
-    precision: Precision
+    how: How
     forward: GPUPlan
     backward: GPUPlan
 
@@ -174,15 +175,19 @@ class _How(NamedTuple):
     def cell(self) -> Cell:
         return self.job.cell
 
+    @property
+    def precision(self) -> Precision:
+        return self.how.precision
 
-@functools.cache
-def _recurrence(how: _How) -> Callable[[Inputs], tuple[Array, Carry]]:
+
+@functools.lru_cache(maxsize=256)
+def _recurrence(how: _How) -> Callable[[Inputs], tuple[Outputs, Carry]]:
     """Compiled as a whole even where the caller is not: a kernel takes seconds."""
     return jax.jit(
         with_derivative(
             functools.partial(_forward, how),
             functools.partial(_backward, how),
-            Derived().function(how.cell, how.job.reverse, how.precision),
+            Derived().function(how.cell, how.how),
         )
     )
 
@@ -190,80 +195,107 @@ def _recurrence(how: _How) -> Callable[[Inputs], tuple[Array, Carry]]:
 # --- Forward and backward ------------------------------------------------------------------------
 
 
-def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Array, Carry], Any]:
+def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Outputs, Carry], Any]:
     """Saves the carry that entered the first step, and those that left each, padded."""
-    params, xs, initial, mask, resets = inputs
-    steps, batch, _ = xs.shape
+    params = standard(how.cell, inputs.params)
+    mask, resets, initial = inputs.mask, inputs.resets, inputs.initial
+    steps, batch, _ = inputs.xs.shape
     if resets is not None:
-        initial = select_rows(_first(how, resets), how.cell.initial_carry(batch, xs.dtype), initial)
+        initial = select_rows(_first(how, resets), inputs.start, initial)
     carry = [_pad(how, a) for a in (initial.h, *initial.state)]
-    rows, sizes = len(carry[0]), sizes_of(how.cell)
+    rows, sizes = len(carry[0]), sizes_of(how.job.step)
     outs = _run(
         forward_recurrence(how.job, steps, rows),
         how.forward,
         weights=_weights(how, params, backward=False),
-        inputs=[_input_part(how, params, xs)],
+        inputs=[_input_part(how, params, inputs.xs), *_extra(how, inputs)],
         flags=_flags(how, mask, resets),
-        constants=_units(how, params, rows)
+        constants=_constants(how, params, rows)
         + _recurrent_bias(how, params, rows)
-        + _start(how, rows),
+        + _start(how, inputs),
         carry=carry,
         exchanged=carry[:1],
     )
     after, final = cut(outs, sizes.carry)
-    hs, final = _unpad(how, after[0], batch), [_unpad(how, a, batch) for a in final]
-    if mask is not None:
-        hs = jnp.where(mask[..., None], hs, 0)
-    return (hs, _as_carry(how, final)), (carry, after)
+    unpadded = [_unpad(how, a, batch) for a in (after if how.how.states else after[:1])]
+    shown = Carry(unpadded[0], how.cell.State(*unpadded[1:]) if how.how.states else None)
+    final = [_unpad(how, a, batch) for a in final]
+    return (cleared(mask, shown), _as_carry(how, final)), (carry, after)
 
 
 def _backward(
-    how: _How, inputs: Inputs, saved: Any, d_outputs: tuple[Array | None, Carry], wanted: Any
-) -> tuple[Params, Array, Carry, None, None]:
-    """The gradients of parameters, ``xs`` and initial carry."""
-    params, xs, initial, mask, resets = inputs
-    (carry, after), (d_hs, d_final) = saved, d_outputs
-    if d_hs is not None and mask is not None:
-        d_hs = jnp.where(mask[..., None], d_hs, 0)
+    how: _How, inputs: Inputs, saved: Any, d_outputs: tuple[Outputs, Carry], wanted: Any
+) -> Inputs:
+    """The gradients of parameters, inputs and initial carry."""
+    mask, resets, initial = inputs.mask, inputs.resets, inputs.initial
+    (carry, after), (d_outs, d_final) = saved, d_outputs
+    params, pull_params = jax.vjp(functools.partial(standard, how.cell), inputs.params)
     # Often only the final carry is used: no array of zeros as large as hs is then made, or read.
-    from_outside = [] if d_hs is None else [_pad(how, d_hs, "constant")]
+    known = _known(how, d_outs)
+    outside = [_pad(how, cleared(mask, d), "constant") for d in known if d is not None]
     d_final = or_zeros(d_final, initial)
-    (steps, batch, _), sizes = xs.shape, sizes_of(how.cell)
+    (steps, batch, _), sizes = inputs.xs.shape, sizes_of(how.job.step)
     rows, units = carry[0].shape
     flags = _flags(how, mask, resets)
-    entering = _entering(how, carry, after, flags)
-    x_part, pull_x = jax.vjp(functools.partial(_input_part, how), params, xs)
+    entering = _entering(how, inputs, carry, after, flags)
+    x_part, pull_x = jax.vjp(functools.partial(_input_part, how), params, inputs.xs)
     h_part, pull_h = jax.vjp(lambda params: _recurrent_part(how, params, entering[0]), params)
     pre = [x_part, h_part] if how.cell.parts_apart else [x_part + h_part]
-    zero = jnp.zeros((rows, units), xs.dtype)
-    d_pre, finals = cut(
+    extra, pull_extra = jax.vjp(
+        lambda given: _extra(how, inputs._replace(inputs=given)), inputs.inputs
+    )
+    constants, pull_constants = jax.vjp(lambda params: _constants(how, params, rows), params)
+    zero = jnp.zeros((rows, units), inputs.xs.dtype)
+    job = how.job._replace(d_outs=tuple(d is not None for d in known))
+    outs, finals = cut(
         _run(
-            backward_recurrence(how.job._replace(d_hs=d_hs is not None), steps, rows),
+            backward_recurrence(job, steps, rows),
             how.backward,
             weights=_weights(how, params, backward=True),
-            inputs=[*pre, *entering[not how.cell.uses_h :], *from_outside],
+            inputs=[*pre, *entering[not how.cell.uses_h :], *extra, *outside],
             flags=flags,
-            constants=_units(how, params, rows),
+            constants=constants,
             carry=[_pad(how, a, "constant") for a in (d_final.h, *d_final.state)]
-            + [zero] * sizes.units,
+            + [zero] * sizes.constants,
             exchanged=[zero] * len(how.cell.gates),
         ),
-        len(pre),
+        len(pre) + sizes.inputs,
     )
-    # Rows of padding have no gradient, but their derivatives may be infinite: 0 x inf is no zero.
-    real = (jnp.arange(rows) < batch)[None, :, None]
-    d_pre = [jnp.where(real, a, 0) for a in d_pre]
+    d_pre, d_extra = _real(how, outs[: len(pre)], batch), outs[len(pre) :]
     (d_params, d_xs), (d_more,) = pull_x(d_pre[0]), pull_h(d_pre[-1])
-    d_params = jax.tree.map(jnp.add, d_params, d_more)
-    arrays, d_units = cut([_unpad(how, a, batch) for a in finals], sizes.carry)
-    if d_units:
-        d_sums = (jnp.sum(a, axis=0) for a in d_units)
-        d_params["units"] = dict(zip(how.cell.unit_params, d_sums, strict=True))
-    d_initial = _as_carry(how, arrays)
+    d_constants = _real(how, finals[sizes.carry :], batch)
+    d_params = jax.tree.map(
+        lambda *a: functools.reduce(jnp.add, a), d_params, d_more, pull_constants(d_constants)[0]
+    )
+    d_noise = [jnp.zeros_like(a) for a in extra[sizes.inputs :]]
+    d_inputs = pull_extra([*_real(how, d_extra, batch), *d_noise])[0]
+    d_initial = _as_carry(how, [_unpad(how, a, batch) for a in finals[: sizes.carry]])
     if resets is not None:
         zeros = jax.tree.map(jnp.zeros_like, d_initial)
         d_initial = select_rows(_first(how, resets), zeros, d_initial)
-    return d_params, d_xs, d_initial, None, None
+    nothing = jax.tree.map(lambda a: None, inputs)
+    return nothing._replace(
+        params=pull_params(d_params)[0], xs=d_xs, initial=d_initial, inputs=d_inputs
+    )
+
+
+def _known(how: _How, d_outs: Outputs | None) -> list[Array | None]:
+    """The gradients of the outputs, h first; None for what is known to be zero."""
+    if d_outs is None:
+        return [None]
+    return [d_outs.h, *(d_outs.state or [None] * 0)] if how.how.states else [d_outs.h]
+
+
+def _real(how: _How, arrays: list[Array], batch: int) -> list[Array]:
+    """Zeros in rows and units of padding, whose derivatives may be infinite: 0 x inf is no zero."""
+    units = up(how.cell.hidden_size, TILE)
+    found = []
+    for a in arrays:
+        row = jnp.arange(a.shape[-2])[:, None] < batch
+        unit = jnp.arange(a.shape[-1])[None] % units < how.cell.hidden_size
+        keep = jnp.broadcast_to(row & unit, a.shape[-2:])
+        found.append(jnp.where(keep.reshape((1,) * (a.ndim - 2) + keep.shape), a, 0))
+    return found
 
 
 def _run(what: Recurrence, plan: GPUPlan, **operands: Any) -> list[Array]:
@@ -297,7 +329,9 @@ def _as_carry(how: _How, arrays: list[Array]) -> Carry:
     return Carry(arrays[0], how.cell.State(*arrays[1:]))
 
 
-def _entering(how: _How, carry: list[Array], after: list[Array], flags: list[Array]) -> list[Array]:
+def _entering(
+    how: _How, inputs: Inputs, carry: list[Array], after: list[Array], flags: list[Array]
+) -> list[Array]:
     """The carry that each step saw, from the carry that each left."""
 
     def shift(first: Array, later: Array) -> Array:
@@ -309,7 +343,7 @@ def _entering(how: _How, carry: list[Array], after: list[Array], flags: list[Arr
     if not how.job.resets:
         return entering
     reset = shift(jnp.zeros_like(flags[-1][0]), flags[-1])[..., None] != 0
-    start = _start(how, len(carry[0]))
+    start = _start(how, inputs)
     return [jnp.where(reset, s[None], a) for s, a in zip(start, entering, strict=True)]
 
 
@@ -346,9 +380,21 @@ def _weights(how: _How, params: Params, *, backward: bool) -> Array:
     return jnp.stack(split_outside(kernel, plan.parts))
 
 
-def _units(how: _How, params: Params, rows: int) -> list[Array]:
-    """Per-unit parameters, each ``(rows, H)``."""
-    return [_wide(how, params["units"][name], rows) for name in how.cell.unit_params]
+def _constants(how: _How, params: Params, rows: int) -> list[Array]:
+    """The step's parameters, each ``(rows, H)``."""
+    arrays = jax.tree.leaves((params.get("units", {}), params.get("step", {})))
+    size = how.cell.hidden_size
+    return [_wide(how, jnp.broadcast_to(a.reshape(-1), (size,)), rows) for a in arrays]
+
+
+def _extra(how: _How, inputs: Inputs) -> list[Array]:
+    """The step's inputs and noise, each ``(T, B, H)``, padded."""
+    steps, batch, _ = inputs.xs.shape
+    noises = inputs.noises
+    drawn = {} if noises is None else noises.draw(how.cell, inputs.xs.dtype, 0, steps)
+    shape = steps, batch, how.cell.hidden_size
+    arrays = [*jax.tree.leaves(inputs.inputs), *jax.tree.leaves(drawn)]
+    return [_pad(how, jnp.broadcast_to(a, shape)) for a in arrays]
 
 
 def _recurrent_bias(how: _How, params: Params, rows: int) -> list[Array]:
@@ -359,12 +405,12 @@ def _recurrent_bias(how: _How, params: Params, rows: int) -> list[Array]:
     return [_wide(how, gate, rows) for gate in gates]
 
 
-def _start(how: _How, rows: int) -> list[Array]:
+def _start(how: _How, inputs: Inputs) -> list[Array]:
     """The carry after a reset, each array ``(rows, H)``, where there are resets."""
     if not how.job.resets:
         return []
-    h, state = how.cell.initial_carry(rows, jnp.float32)
-    return [_pad_units(how, a) for a in (h, *state)]
+    h, state = inputs.start
+    return [_pad(how, a) for a in (h, *state)]
 
 
 def _wide(how: _How, unit: Array, rows: int) -> Array:

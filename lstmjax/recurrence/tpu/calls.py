@@ -13,11 +13,12 @@ from jax import Array, ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lstmjax.cells.base import Carry, Params
+from lstmjax.cells.base import Carry
 from lstmjax.recurrence.derivatives import or_zeros
-from lstmjax.recurrence.engine import Inputs, vary_alike
+from lstmjax.recurrence.engine import Inputs, Outputs, cleared
 from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
+from lstmjax.recurrence.step import standard
 from lstmjax.recurrence.tpu.kernel import (
     Kept,
     Operands,
@@ -30,24 +31,20 @@ from lstmjax.recurrence.tpu.plan import DEFAULT_VMEM, TPUPlan
 # --- Layout --------------------------------------------------------------------------------------
 
 
-def laid_out(
-    plan: TPUPlan,
-    params: Params,
-    xs: Array,
-    initial: Carry,
-    mask: Array | None,
-    resets: Array | None,
-) -> Operands:
+def laid_out(plan: TPUPlan, inputs: Inputs) -> Operands:
     """Arrays as the kernels take them: whole chunks, whole blocks of rows, gates at lane groups."""
-    cell = plan.cell
+    cell, params, xs = plan.cell, standard(plan.cell, inputs.params), inputs.xs
+    mask, resets, noises = inputs.mask, inputs.resets, inputs.noises
     steps, batch, _ = xs.shape
+    drawn = {} if noises is None else noises.draw(cell, xs.dtype, 0, steps)
+    extra = inputs.inputs, drawn
     missing = up(steps, plan.chunk) - steps
     if missing:  # steps that are masked: they pass the carry by
         mask = jnp.ones((steps, batch), bool) if mask is None else mask
         xs, mask = _longer(xs, missing), _longer(mask, missing)
+        extra = jax.tree.map(lambda a: _longer(a, missing), extra)
         resets = None if resets is None else _longer(resets, missing)
     more_rows = functools.partial(_more_rows, plan)
-    start = None if resets is None else vary_alike(cell.initial_carry(batch, xs.dtype), xs)
     return Operands(
         xs=more_rows(xs, axis=1),
         kernel=_spread(plan, params["kernel"]),
@@ -55,8 +52,10 @@ def laid_out(
         bias=_spread(plan, params["bias"][None]),
         recurrent_bias=_spread(plan, params["recurrent_bias"][None]) if cell.parts_apart else None,
         units={name: params["units"][name][None] for name in cell.unit_params},
-        initial=jax.tree.map(more_rows, initial),
-        start=jax.tree.map(more_rows, start),
+        others={name: params["step"][name] for name in cell.step_params},
+        steps=jax.tree.map(functools.partial(more_rows, axis=1), extra),
+        initial=jax.tree.map(more_rows, inputs.initial),
+        start=jax.tree.map(more_rows, inputs.start),
         valid=_flags(plan, mask, xs.dtype),
         reset=_flags(plan, resets, xs.dtype),
     )
@@ -130,7 +129,7 @@ class Blocks(NamedTuple):
     def operands(self, operands: Operands) -> Operands:
         """Those of all operands."""
         whole, rows, flags = self.whole, self.rows, self.flags
-        kinds = (self.steps, whole, whole, whole, whole, whole, rows, rows, flags, flags)
+        kinds = (self.steps, *(whole,) * 6, self.steps, rows, rows, flags, flags)
         return Operands(*map(jax.tree.map, kinds, operands))
 
 
@@ -218,9 +217,12 @@ def _backward(
 
     xs = operands.xs if differentiate_xs else None
     d = map_parameters(summed, operands)._replace(xs=xs, start=None, valid=None, reset=None)
+    d = d._replace(steps=operands.steps[0] or None)
     d = jax.tree.map(lambda a: _shape(operands, *a.shape), d)
     d_specs = map_parameters(blocks.sums, d)._replace(
-        xs=jax.tree.map(blocks.steps, d.xs), initial=jax.tree.map(blocks.rows, d.initial)
+        xs=jax.tree.map(blocks.steps, d.xs),
+        steps=jax.tree.map(blocks.steps, d.steps),
+        initial=jax.tree.map(blocks.rows, d.initial),
     )
     scratch = _scratch(plan, operands)
     # The gradient of xs takes their place: a chunk is read before it is written.
@@ -258,7 +260,7 @@ def _scratch(plan: TPUPlan, operands: Operands) -> Kept:
         return pltpu.VMEM((plan.parts, plan.chunk, plan.rows, n), jnp.bfloat16)
 
     pres = 2 if cell.parts_apart else 1
-    carry = operands.initial if cell.uses_h else operands.initial._replace(h=None)
+    carry = operands.initial if plan.keeps_h else operands.initial._replace(h=None)
     return Kept(
         x=in_parts(features),
         h=in_parts(size),
@@ -284,16 +286,15 @@ def _split(plan: TPUPlan, operands: Operands) -> Operands:
 
 def forward(
     plan: TPUPlan, inputs: Inputs, saving: bool = True
-) -> tuple[tuple[Array, Carry], tuple[Array, Carry | None]]:
-    """``(hs (T, B, H), final)``, and h of every step and the carry into each chunk as laid out."""
-    steps, batch, _ = inputs[1].shape
-    all_hs, final, entering = _forward(plan, laid_out(plan, *inputs), saving=saving)
+) -> tuple[tuple[Outputs, Carry], tuple[Array, Carry | None]]:
+    """``(h (T, B, H), final)``, and h of every step and the carry into each chunk as laid out."""
+    steps, batch, _ = inputs.xs.shape
+    all_hs, final, entering = _forward(plan, laid_out(plan, inputs), saving=saving)
     hs, final = all_hs[:steps, :batch], jax.tree.map(lambda a: a[:batch], final)
-    mask = inputs[3]
-    return (hs if mask is None else jnp.where(mask[..., None], hs, 0), final), (all_hs, entering)
+    return (cleared(inputs.mask, Carry(hs, None)), final), (all_hs, entering)
 
 
-def values(plan: TPUPlan, inputs: Inputs) -> tuple[Array, Carry]:
+def values(plan: TPUPlan, inputs: Inputs) -> tuple[Outputs, Carry]:
     """What `forward` returns first, without writing what it saves."""
     return forward(plan, inputs, saving=False)[0]
 
@@ -302,24 +303,27 @@ def backward(
     plan: TPUPlan,
     inputs: Inputs,
     saved: tuple[Array, Carry],
-    d_outputs: tuple[Array | None, Carry],
+    d_outputs: tuple[Outputs, Carry],
     wanted: Any,
-) -> tuple[Params, Array, Carry, None, None]:
-    """The gradients of parameters, ``xs`` and the initial carry."""
-    params, xs, initial, mask, resets = inputs
+) -> Inputs:
+    """The gradients of all inputs but flags, keys and what resets put in place."""
     hs, entering = saved
-    d_hs, d_final = d_outputs
-    operands, pull_back = jax.vjp(
-        lambda params, xs, initial: laid_out(plan, params, xs, initial, mask, resets),
-        *(params, xs, initial),
-    )
+    d_outs, d_final = d_outputs
+    d_hs = None if d_outs is None else d_outs.h
+    names = ("params", "xs", "initial", "inputs")
+
+    def lay_out(*moving: Any) -> Operands:
+        return laid_out(plan, inputs._replace(**dict(zip(names, moving, strict=True))))
+
+    operands, pull_back = jax.vjp(lay_out, *(getattr(inputs, name) for name in names))
     if d_hs is not None:
-        d_hs = d_hs if mask is None else jnp.where(mask[..., None], d_hs, 0)
-        d_hs = _filled(d_hs, hs.shape)
-    d_final = or_zeros(d_final, initial)
+        d_hs = _filled(cleared(inputs.mask, d_hs), hs.shape)
+    d_final = or_zeros(d_final, inputs.initial)
     d_final = jax.tree.map(lambda a, b: _filled(a, b.shape), d_final, operands.initial)
-    d = _backward(plan, operands, hs, entering, d_hs, d_final, wanted[1])
-    return *pull_back(or_zeros(d, operands)), None, None
+    d = _backward(plan, operands, hs, entering, d_hs, d_final, wanted.xs)
+    d = d._replace(steps=(d.steps or {}, jax.tree.map(lambda a: None, operands.steps[1])))
+    nothing = jax.tree.map(lambda a: None, inputs)
+    return nothing._replace(**dict(zip(names, pull_back(or_zeros(d, operands)), strict=True)))
 
 
 def _filled(a: Array, shape: tuple[int, ...]) -> Array:

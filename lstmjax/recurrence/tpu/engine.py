@@ -10,16 +10,13 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-from jax import Array, ShapeDtypeStruct
-from jaxtyping import Bool, Float
 
-from lstmjax.cells.base import Carry, Cell, Params, Parts
-from lstmjax.precision import Precision
+from lstmjax.cells.base import Carry, Cell
 from lstmjax.recurrence.derivatives import with_derivative
 from lstmjax.recurrence.derived import Derived
-from lstmjax.recurrence.engine import Engine, Workload, odd_carry, overridden
+from lstmjax.recurrence.engine import Engine, How, Inputs, Outputs, Workload, odd_carry
 from lstmjax.recurrence.layout import MIB, up
+from lstmjax.recurrence.step import Step, no_kernel, step_of
 from lstmjax.recurrence.tpu.plan import (
     FITTING,
     LANES,
@@ -32,6 +29,7 @@ from lstmjax.recurrence.tpu.plan import (
     tpu_device,
     vmem_bytes,
 )
+from lstmjax.traced import MixedRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +37,8 @@ class PallasTPU(Engine):
     """One fused kernel forward and one backward, derived from the cell's ``step``.
 
     Runs every cell that has a ``step``, mixed rows and heads included, in float32 or with bfloat16
-    products. Kept for the gradient are h of each step and one carry a chunk. Second and higher
-    reverse-mode derivatives are those of the derived engine; forward mode is refused by JAX.
+    products. Kept for the gradient are h of each step and one carry a chunk. All other derivatives
+    are those of the derived engine.
 
     Attributes:
         chunk: steps of a chunk; None chooses what the TPU's VMEM holds.
@@ -53,7 +51,7 @@ class PallasTPU(Engine):
         >>> from lstmjax.recurrence import unroll
         >>> cell = LSTM(5)
         >>> params = cell.init(jax.random.key(0), input_size=3)
-        >>> x = jnp.ones((2, 4, 3))
+        >>> x = jax.numpy.ones((2, 4, 3))
         >>> hs, final = unroll(cell, params, x, engine=PallasTPU(chunk=2, interpret=True))
         >>> hs.shape
         (2, 4, 5)
@@ -81,10 +79,15 @@ class PallasTPU(Engine):
             return f"it needs a TPU, this is a {work.platform}"
         if work.dtype != "float32":
             return f"a TPU computes in float32, the inputs are {work.dtype}"
-        if refusal := overridden(cell) or odd_carry(cell):
+        if refusal := odd_carry(cell) or no_kernel(cell, work):
             return refusal
-        if not self.interpret and (operation := _inexpressible(cell)):
+        step = step_of(cell, work)
+        if refusal := _no_blocks(step):
+            return refusal
+        if not self.interpret and (operation := _inexpressible(step)):
             return f"its step uses {operation}, which a TPU kernel does not have"
+        if work.states:
+            return "its kernel gives no states of all steps"
         capacity, _ = tpu_device()
         need = vmem_bytes(
             cell, self._rows(work.batch), self.chunk or 1, work.features, work.precision
@@ -93,42 +96,28 @@ class PallasTPU(Engine):
             return f"it needs {need / MIB:.0f} MiB of VMEM, this TPU has {capacity / MIB:.0f}"
         return None
 
-    def __call__(
-        self,
-        cell: Cell,
-        params: Params,
-        xs: Float[Array, "T B D"],
-        initial: Carry,
-        mask: Bool[Array, "T B"] | None,
-        resets: Bool[Array, "T B"] | None,
-        reverse: bool,
-        precision: Precision,
-    ) -> tuple[Float[Array, "T B H"], Carry]:
+    def __call__(self, cell: Cell, inputs: Inputs, how: How) -> tuple[Outputs, Carry]:
         """Run ``cell`` over time."""
-        steps, batch, features = xs.shape
         from lstmjax.recurrence.tpu.calls import backward, forward, values
 
-        plan = self.plan(cell, steps, batch, features, reverse, precision)
+        steps, batch, features = inputs.xs.shape
+        training = inputs.noises is not None
+        work = Workload("tpu", "float32", how.precision, steps, batch, features, training=training)
+        plan = self.plan(cell, work, how.reverse)
         run = with_derivative(
             functools.partial(forward, plan),
             functools.partial(backward, plan),
-            Derived().function(cell, reverse, precision),
+            Derived().function(cell, how),
             functools.partial(values, plan),
         )
-        return run((params, xs, initial, mask, resets))
+        return run(inputs)
 
-    def plan(
-        self,
-        cell: Cell,
-        steps: int,
-        batch: int,
-        features: int,
-        reverse: bool = False,
-        precision: Precision = "float32",
-    ) -> TPUPlan:
+    def plan(self, cell: Cell, work: Workload, reverse: bool = False) -> TPUPlan:
         """The sizes that the kernels get for a batch."""
-        rows = self._rows(batch)
-        vmem = functools.partial(vmem_bytes, cell, rows, features=features, precision=precision)
+        steps, rows, precision = work.steps, self._rows(work.batch), work.precision
+        vmem = functools.partial(
+            vmem_bytes, cell, rows, features=work.features, precision=precision
+        )
         capacity, _ = tpu_device()
         chunk = self.chunk
         if chunk is None:
@@ -136,14 +125,15 @@ class PallasTPU(Engine):
             while most > 1 and vmem(most) > capacity:
                 most -= 1
             chunk = chunk_near(steps, most)
-        work = rows * len(cell.gates) * up(cell.hidden_size, LANES)
+        size = rows * len(cell.gates) * up(cell.hidden_size, LANES)
         return TPUPlan(
             cell=cell,
+            step=step_of(cell, work),
             reverse=reverse,
             parts=parts_of(precision),
             rows=rows,
             chunk=chunk,
-            unroll=divisor(chunk, self.unroll or max(1, min(UNROLL, 2**17 // work))),
+            unroll=divisor(chunk, self.unroll or max(1, min(UNROLL, 2**17 // size))),
             group=divisor(chunk, max(1, 256 // rows)),
             vmem=vmem(chunk),
             vmem_forward=vmem(chunk, forward=True),
@@ -158,28 +148,32 @@ class PallasTPU(Engine):
         return up(-(-batch // max(blocks, 1)), ROWS)
 
 
-@functools.lru_cache
-def _inexpressible(cell: Cell) -> str | None:
+def _no_blocks(step: Step) -> str | None:
+    """Why a step cannot run on blocks of rows that are kept in VMEM."""
+    for program in (step.forward, step.backward):
+        try:
+            if reason := program.mapped("first"):
+                return (
+                    f"its step {reason.removeprefix('it ')}, which has no rule for blocks of rows"
+                )
+        except MixedRows as error:
+            return f"its step mixes rows: {error}"
+    for name, a in step.shapes.others.items():
+        if len(a.shape) != 2:
+            return f"its parameter {name} has shape {a.shape}; a kernel keeps tables of two axes"
+    return None
+
+
+def _inexpressible(step: Step) -> str | None:
     """The name of an operation of the step, or of its gradient, that Mosaic has no rule for."""
     try:
         from jax._src.pallas.mosaic.lowering import lowering_rules
     except ImportError:  # no public way to ask; the compiler will say it
         return None
     known = {primitive.name for rules in lowering_rules.values() for primitive in rules}
-    rows = (ROWS, cell.hidden_size)
-    pre = jax.eval_shape(lambda: cell.named([jnp.zeros(rows) for _ in cell.gates]))
-    carry = jax.eval_shape(lambda: cell.initial_carry(ROWS))
-    units = {name: ShapeDtypeStruct((cell.hidden_size,), jnp.float32) for name in cell.unit_params}
-
-    def step_and_gradient(pre: Any, carry: Carry, units: Any, d_new: Carry) -> Any:
-        def step(pre: Any, carry: Carry, units: Any) -> Carry:
-            return cell.apply_step(pre, carry, {"units": units})
-
-        return jax.vjp(step, pre, carry, units)[1](d_new)
-
-    both = Parts(pre, pre) if cell.parts_apart else pre
-    jaxpr = jax.make_jaxpr(step_and_gradient)(both, carry, units, carry)
-    return next((name for name in _operations(jaxpr.jaxpr) if name not in known), None)
+    programs = (step.forward, step.backward)
+    names = (name for program in programs for name in _operations(program.closed.jaxpr))
+    return next((name for name in names if name not in known), None)
 
 
 def _operations(jaxpr: Any) -> Iterator[str]:

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from lstmjax.cells.base import Carry, Parts
+from lstmjax.cells.base import Carry
 from lstmjax.recurrence.split import split
+from lstmjax.recurrence.step import StepArguments
 from lstmjax.recurrence.tpu.plan import LANES, TPUPlan
 
 
@@ -35,6 +36,8 @@ class Operands(NamedTuple):
         bias: ``(1, G*L)``.
         recurrent_bias: ``(1, G*L)`` where the cell has its parts apart.
         units: per-unit parameters by name, ``(1, H)``.
+        others: the cell's ``step_params`` by name.
+        steps: its ``step_inputs`` and noise of each step, ``(T, B, n)``, in two dicts.
         initial: `Carry` of ``(B, H)``.
         start: what a reset puts in place of the carry, like ``initial``.
         valid: 1 on valid steps, ``(B/R, T/C, R, C)``.
@@ -47,6 +50,8 @@ class Operands(NamedTuple):
     bias: Any
     recurrent_bias: Any
     units: Any
+    others: Any
+    steps: Any
     initial: Any
     start: Any
     valid: Any
@@ -55,7 +60,7 @@ class Operands(NamedTuple):
 
 def map_parameters(f: Callable[[Any], Any], operands: Operands) -> Operands:
     """With ``f`` of each parameter in its place."""
-    names = ("kernel", "recurrent_kernel", "bias", "recurrent_bias", "units")
+    names = ("kernel", "recurrent_kernel", "bias", "recurrent_bias", "units", "others")
     return operands._replace(**{n: jax.tree.map(f, getattr(operands, n)) for n in names})
 
 
@@ -155,20 +160,35 @@ def _pre_activations(plan: TPUPlan, ins: Operands, x: Any, h: Any) -> tuple[Arra
     return (pre_x + pre_h,)
 
 
-def _named(plan: TPUPlan, pre: tuple[Array, ...]) -> Any:
-    """The gates by name, ``(R, H)`` each, as ``step`` takes them."""
-    cell = plan.cell
-    whole = [cell._named(a) for a in pre]
-    gates = jax.tree.map(lambda a: a[:, : cell.hidden_size], whole)
-    return Parts(*gates) if cell.parts_apart else gates[0]
+def _blocks(plan: TPUPlan, pre: tuple[Array, ...]) -> list[Array]:
+    """The gates' blocks, ``(R, H)`` each, as ``step`` takes them."""
+    cell, size = plan.cell, plan.cell.hidden_size
+    gates = cell.gates, cell.recurrent
+    return [
+        a[:, g * plan.lanes : g * plan.lanes + size]
+        for a, names in zip(pre, gates, strict=False)
+        for g, gate in enumerate(cell.gates)
+        if gate in names
+    ]
 
 
-def _step(plan: TPUPlan, pre: Any, carry: Carry, units: dict[str, Array]) -> Carry:
-    return plan.cell.apply_step(pre, carry, {"units": units})
+def _at(refs: Any, t: Any) -> Any:
+    """What references hold of step ``t``."""
+    return jax.tree.map(lambda ref: ref[t], refs)
 
 
-def _units(ins: Operands) -> dict[str, Array]:
-    return {name: ref[0] for name, ref in ins.units.items()}
+def _seen(plan: TPUPlan, ins: Operands, t: Any, h: Array) -> Array:
+    """What the recurrent product sees of h."""
+    recur = plan.step.recur
+    return h if recur is None else recur.run("first", h, _at(ins.steps, t)[1])
+
+
+def _arguments(
+    plan: TPUPlan, ins: Operands, t: Any, pre: tuple[Array, ...], carry: Carry
+) -> StepArguments:
+    """Of the programs of a step."""
+    units, others = read((ins.units, ins.others))
+    return StepArguments(_blocks(plan, pre), carry, units, others, *_at(ins.steps, t))
 
 
 # --- Forward -------------------------------------------------------------------------------------
@@ -194,14 +214,14 @@ def forward_kernel(
 
     if entering is not None:
         write(entering, read(carried), 0)
-    units = _units(ins)
 
     def body(k: Any, carry: Carry) -> Carry:
         t = plan.place(k)
         carry = _entered(ins, t, carry)
-        x, h = split(ins.xs[t], plan.parts), split(carry.h, plan.parts)
-        pre = _named(plan, _pre_activations(plan, ins, x, h))
-        carry = _left(ins, t, _step(plan, pre, carry, units), carry)
+        seen = _seen(plan, ins, t, carry.h)
+        x, h = split(ins.xs[t], plan.parts), split(seen, plan.parts)
+        args = _arguments(plan, ins, t, _pre_activations(plan, ins, x, h), carry)
+        carry = _left(ins, t, plan.step.forward.run("first", *args), carry)
         hs[t] = carry.h
         return carry
 
@@ -259,24 +279,25 @@ def _clear_lanes(plan: TPUPlan, kept: Kept) -> None:
             for p in range(plan.parts):
                 ref[p, t] = jnp.zeros_like(ref[p, t])
 
-    if plan.lanes > plan.cell.hidden_size:
+    gaps = plan.lanes > plan.cell.hidden_size or plan.cell.recurrent != plan.cell.gates
+    if gaps:
         lax.fori_loop(0, plan.chunk, body, None)
 
 
 def _sweep(plan: TPUPlan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> None:
     """Forward over the chunk, h being known: state and pre-activations of every step."""
-    units = _units(ins)
 
     def body(k: Any, carry: Any) -> Carry:
         t = plan.place(k)
         carry = _entered(ins, t, carry)
-        x, h = split(ins.xs[t], plan.parts), split(carry.h, plan.parts)
+        seen = _seen(plan, ins, t, carry.h)
+        x, h = split(ins.xs[t], plan.parts), split(seen, plan.parts)
         pre = _pre_activations(plan, ins, x, h)
         for p in range(plan.parts):
             kept.x[p, t], kept.h[p, t] = x[p], h[p]
         write(kept.pre, pre, t)
-        write(kept.carry, carry if plan.cell.uses_h else carry._replace(h=None), t)
-        new = _step(plan, _named(plan, pre), carry, units)
+        write(kept.carry, carry if plan.keeps_h else carry._replace(h=None), t)
+        new = plan.step.forward.run("first", *_arguments(plan, ins, t, pre, carry))
         return _left(ins, t, new, carry)._replace(h=hs[t])
 
     first = jax.tree.map(lambda ref: ref[0], entering)
@@ -285,26 +306,32 @@ def _sweep(plan: TPUPlan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> 
 
 def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Any, d: Operands, kept: Kept) -> None:
     """Backward over the chunk: only what has to be done step by step."""
-    units, parts = _units(ins), range(plan.parts)
+    parts = range(plan.parts)
 
     def body(k: Any, d_carry: Carry) -> Carry:
         t = plan.place(plan.chunk - 1 - k)
+        d_new = d_carry
         if d_hs is not None:
-            d_carry = d_carry._replace(h=d_carry.h + d_hs[t])
-        d_new = _left(ins, t, d_carry, _zeros(d_carry))
+            d_new = d_new._replace(h=d_new.h + d_hs[t])
         carry = jax.tree.map(lambda ref: ref[t], kept.carry)
         if carry.h is None:
             carry = carry._replace(h=jnp.zeros_like(d_new.h))
-        pre = _named(plan, tuple(ref[t] for ref in kept.pre))
-        _, pull_back = jax.vjp(functools.partial(_step, plan), pre, carry, units)
-        d_pre, d_old, d_units = pull_back(d_new)
-        for name, value in d_units.items():
-            d.units[name][0] += value[None]
-        _store_gates(plan, d_pre, t, d, kept)
+        valid = None if ins.valid is None else _flag(ins.valid, t) > 0
+        args = _arguments(plan, ins, t, tuple(ref[t] for ref in kept.pre), carry)
+        d_args = plan.step.backward.run("first", *args, d_new, valid=valid)
+        for refs, values in ((d.units, d_args.units), (d.others, d_args.others)):
+            for name, value in values.items():
+                refs[name][0] += value
+        if d.steps is not None:
+            write(d.steps, _kept_rows(ins, t, d_args.inputs), t)
+        _store_gates(plan, _kept_rows(ins, t, d_args.pre), t, d, kept)
         through_pre = product(
             [kept.d_pre[-1][p, t] for p in parts], [ins.recurrent_kernel[p] for p in parts], (1, 1)
         )
-        d_old = d_old._replace(h=d_old.h + through_pre)
+        if plan.step.recur_back is not None:
+            noise = _at(ins.steps, t)[1]
+            through_pre = plan.step.recur_back.run("first", carry.h, noise, through_pre)
+        d_old = d_args.carry._replace(h=d_args.carry.h + through_pre)
         if ins.valid is not None:
             d_old = _choose(_flag(ins.valid, t), d_old, d_carry)
         return d_old if ins.reset is None else _choose(_flag(ins.reset, t), _zeros(d_old), d_old)
@@ -314,12 +341,22 @@ def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Any, d: Operands, kept: Kept)
     write(d.initial, first)
 
 
-def _store_gates(plan: TPUPlan, d_pre: Any, t: Any, d: Operands, kept: Kept) -> None:
+def _kept_rows(ins: Operands, t: Any, tree: Any) -> Any:
+    """Zeros in the rows whose step does not count, whatever stands there."""
+    return tree if ins.valid is None else _choose(_flag(ins.valid, t), tree, _zeros(tree))
+
+
+def _store_gates(plan: TPUPlan, d_pre: list[Array], t: Any, d: Operands, kept: Kept) -> None:
     """Lay the gradients of a step's gates side by side, and add them to those of the bias."""
-    blocks = d_pre if plan.cell.parts_apart else (d_pre,)
-    for ref, bias, gates in zip(kept.d_pre, (d.bias, d.recurrent_bias), blocks, strict=False):
-        for g, value in enumerate(gates):
-            lanes = slice(g * plan.lanes, g * plan.lanes + plan.cell.hidden_size)
+    cell, rest = plan.cell, iter(d_pre)
+    for ref, bias, names in zip(
+        kept.d_pre, (d.bias, d.recurrent_bias), (cell.gates, cell.recurrent), strict=False
+    ):
+        for g, gate in enumerate(cell.gates):
+            if gate not in names:
+                continue
+            value = next(rest)
+            lanes = slice(g * plan.lanes, g * plan.lanes + cell.hidden_size)
             bias[0, :, lanes] += jnp.sum(value, axis=0, keepdims=True)
             for p, part in enumerate(split(value, plan.parts)):
                 ref[p, t, :, lanes] = part

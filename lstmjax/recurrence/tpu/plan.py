@@ -10,6 +10,7 @@ from typing import Any
 from lstmjax.cells.base import Cell
 from lstmjax.precision import Precision
 from lstmjax.recurrence.layout import MIB, up
+from lstmjax.recurrence.step import Step
 
 LANES = 128
 """Columns of a tile."""
@@ -33,6 +34,7 @@ class TPUPlan:
 
     Attributes:
         cell: whose step it runs.
+        step: the programs of that step.
         reverse: from the last step to the first.
         parts: P, 3 for float32 products, 1 for bfloat16.
         rows: R.
@@ -45,6 +47,7 @@ class TPUPlan:
     """
 
     cell: Cell
+    step: Step
     reverse: bool
     parts: int
     rows: int
@@ -59,6 +62,11 @@ class TPUPlan:
     def lanes(self) -> int:
         """L."""
         return up(self.cell.hidden_size, LANES)
+
+    @property
+    def keeps_h(self) -> bool:
+        """Whether the backward pass needs h_{t-1} beside the products'."""
+        return self.cell.uses_h or self.step.recur is not None
 
     def place(self, k: Any) -> Any:
         """Where in its chunk the step lies that is processed k-th."""
@@ -113,6 +121,8 @@ def vmem_bytes(
     flags = 2 * 2 * 4 * up(chunk, LANES) * rows
     carries = 9 * 4 * rows * size * (1 + states)
     moving = 2 * 4 * (wide + size)  # xs and hs
+    moving += 2 * 4 * sum(up(cell.width(n, features), LANES) for n in cell.step_inputs.values())
+    moving += 2 * 4 * size * len(cell.noise)
     if forward:
         total = weights + flags + carries + chunk * rows * moving
     else:  # sums of the weights' gradients; gradients of xs and hs; scratch

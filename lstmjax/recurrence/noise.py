@@ -1,0 +1,91 @@
+"""Where a cell's random numbers come from: row keys and places in time, never a device."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int, Key, PRNGKeyArray
+
+from lstmjax.cells.base import Cell
+
+RowKeys = Key[Array, " B"]
+"""One key a row, ``(B,)``; None in its place means evaluation: nothing is drawn."""
+
+
+class Keys(NamedTuple):
+    """Randomness of a batch.
+
+    Attributes:
+        rows: one key a row of the global batch, ``(B,)``: noise and dropout.
+        shared: one for the whole batch: what `Cell.prepare` draws, the same on every device.
+    """
+
+    rows: RowKeys
+    shared: PRNGKeyArray | None = None
+
+
+def row_keys(key: PRNGKeyArray, batch_size: int) -> RowKeys:
+    """One key for each row of the global batch, ``(batch_size,)``."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size))
+
+
+def as_keys(keys: Keys | Array | None, batch_size: int) -> Keys | None:
+    """Row keys as they are; one key as that of a whole batch; None stays None."""
+    if keys is None or isinstance(keys, Keys):
+        return keys
+    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        keys = jax.random.wrap_key_data(keys)
+    if keys.ndim == 0:
+        return Keys(row_keys(keys, batch_size), jax.random.fold_in(keys, 2**31))
+    if keys.shape != (batch_size,):
+        raise ValueError(
+            f"keys must be one key, or one a row, ({batch_size},); got shape {keys.shape}"
+        )
+    return Keys(keys)
+
+
+class Noises(NamedTuple):
+    """The noise of a recurrence, drawn when and where it is needed.
+
+    Attributes:
+        keys: one a row, ``(B,)``.
+        steps: the place in time of each step, ``(T,)``.
+        sequences: how many sequences began before each step, ``(T, B)``; None where nothing resets.
+    """
+
+    keys: RowKeys
+    steps: Int[Array, " T"]
+    sequences: Int[Array, "T B"] | None
+
+    def draw(self, cell: Cell, dtype: Any, first: Any, count: int) -> dict[str, Array]:
+        """The numbers of ``count`` steps from ``first`` on, by name: ``(count, B, width)``."""
+        drawn = {}
+        steps = jax.lax.dynamic_slice_in_dim(self.steps, first, count)
+        steps = jnp.broadcast_to(steps[:, None], (count, *self.keys.shape))
+        for number, (name, noise) in enumerate(cell.noise.items()):
+            keys = jax.vmap(lambda key, n=number: jax.random.fold_in(key, n))(self.keys)
+            shape = (cell.width(noise.width, 0),)
+            draw = functools.partial(noise.draw, shape=shape, dtype=dtype)
+            if noise.every == "sequence" and self.sequences is None:
+                once = jax.vmap(lambda key, draw=draw: draw(jax.random.fold_in(key, 0)))(keys)
+                drawn[name] = jnp.broadcast_to(once[None], (count, *once.shape))
+                continue
+            places = steps
+            if noise.every == "sequence":
+                places = jax.lax.dynamic_slice_in_dim(self.sequences, first, count)
+
+            def one(key: Array, place: Array, draw: Any = draw) -> Array:
+                return draw(jax.random.fold_in(key, place))
+
+            drawn[name] = jax.vmap(jax.vmap(one), (None, 0))(keys, places)
+        return drawn
+
+
+def noises(keys: RowKeys | None, steps: int, resets: Bool[Array, "T B"] | None) -> Noises | None:
+    """Of a recurrence over so many steps, ``resets`` in the order of time."""
+    if keys is None:
+        return None
+    sequences = None if resets is None else jnp.cumsum(resets, axis=0, dtype=jnp.int32)
+    return Noises(keys, jnp.arange(steps, dtype=jnp.int32), sequences)
