@@ -28,6 +28,9 @@ from lstmjax.precision import PRODUCT
 Layout = Literal["first", "last"]
 """Where the rows are in every array that has them."""
 
+Size = Any
+"""Of an axis: an int, or a symbol of `jax.export`."""
+
 AnyArray = Array | np.ndarray | np.generic
 """A traced array, or one whose numbers are known."""
 
@@ -304,6 +307,20 @@ def vary_alike(tree: PyTree, *references: PyTree) -> PyTree:
     return jax.tree.map(vary, tree)
 
 
+def unknown(jaxpr: Any) -> str | None:
+    """The name of an operation without a rule for other layouts, calls opened; None if all have."""
+    for eqn in needed(jaxpr):
+        name = _name(eqn)
+        if str(eqn.params.get("name", "")).startswith(PRODUCT):
+            continue
+        if name in INLINED:
+            if (found := unknown(callee(eqn)[0])) is not None:
+                return found
+        elif eqn.outvars and name not in ELEMENTWISE and name not in _RULES:
+            return name
+    return None
+
+
 # --- Running in another layout -------------------------------------------------------------------
 
 
@@ -313,6 +330,7 @@ class Runner:
     def __init__(self, layout: Layout, sums: bool = False, valid: Array | None = None) -> None:
         self.first, self.sums, self.valid = layout == "first", sums, valid
         self.hook: Hook | None = None
+        self.outer: Any = None
         self.batch = 1
 
     def evaluate(
@@ -333,9 +351,16 @@ class Runner:
     def execute(self, eqns: Sequence[Any], known: dict[int, Value]) -> None:
         """Run operations on the variables known, by their identity, which become more."""
         for eqn in eqns:
-            with user_context(eqn.source_info.traceback):
+            outermost = self.outer is None  # inside a call lines may be those of an earlier caller
+            self.outer = eqn if outermost else self.outer
+            with user_context(self.outer.source_info.traceback):
                 outs = self.equation(eqn, [self.read(atom, known) for atom in eqn.invars])
             known.update((id(var), out) for var, out in zip(eqn.outvars, outs, strict=True))
+            self.outer = None if outermost else self.outer
+
+    def line(self, eqn: Any) -> str:
+        """Where in a user's program an operation came from."""
+        return user_line(eqn if self.outer is None else self.outer)
 
     def read(self, atom: Any, known: dict[int, Value]) -> Value:
         """The value of a variable, or of a number in the program."""
@@ -363,7 +388,7 @@ class Runner:
             return outs if isinstance(outs, list) else [outs]
         if not eqn.outvars:
             return self.as_traced(eqn, ins)
-        raise NoRule(f"it uses {name}{user_line(eqn)}")
+        raise NoRule(f"it uses {name}{self.line(eqn)}")
 
     # In and out
 
@@ -390,7 +415,7 @@ class Runner:
         shape = [self.batch if k == place else n for k, n in enumerate(kept.shape)]
         return _broadcast(kept, shape)
 
-    def sum_to(self, value: Value, aval: Any, shape: Sequence[int]) -> AnyArray:
+    def sum_to(self, value: Value, aval: Any, shape: Sequence[Size]) -> AnyArray:
         """The gradient of an array of ``shape`` that is kept in place of a traced one: summed
         over rows and over every axis along which it is kept once."""
         value, row = self.whole(value, aval), value.row
@@ -450,7 +475,7 @@ class Runner:
         """Arrays whose axes match, but for scalars, and which of those axes the rows are."""
         rows = {value.row for value in ins if value.row is not None}
         if len(rows) > 1:
-            raise MixedRows(f"{_name(eqn)} takes the rows along two axes at once{user_line(eqn)}")
+            raise MixedRows(f"{_name(eqn)} takes the rows along two axes at once{self.line(eqn)}")
         row = rows.pop() if rows else None
         arrays = []
         for value in ins:
@@ -459,7 +484,7 @@ class Runner:
                 if array.shape[row] != 1:
                     raise MixedRows(
                         f"{_name(eqn)} takes an array that differs from row to row by their place "
-                        f"in the batch{user_line(eqn)}"
+                        f"in the batch{self.line(eqn)}"
                     )
                 array = self.kept(array, row).array
             arrays.append(array)
@@ -469,7 +494,7 @@ class Runner:
         """An operation on each element by itself."""
         arrays, row = self.aligned(ins, eqn)
         rank = len(eqn.outvars[0].aval.shape)
-        shape = np.broadcast_shapes((1,) * rank, *(np.shape(a) for a in arrays))
+        shape = jnp.broadcast_shapes((1,) * rank, *(np.shape(a) for a in arrays))
         arrays = [_broadcast(a, shape) for a in arrays]
         return Value(_bind(eqn, arrays), row)
 
@@ -509,7 +534,7 @@ class AsTraced(Runner):
         """Rows last."""
         return value.array if row is None else jnp.moveaxis(value.array, row, -1)
 
-    def sum_to(self, value: Value, aval: Any, shape: Sequence[int]) -> AnyArray:
+    def sum_to(self, value: Value, aval: Any, shape: Sequence[Size]) -> AnyArray:
         """As it is: nothing is kept smaller than it was traced."""
         return value.array
 
@@ -552,7 +577,7 @@ def _shrunk(const: Any) -> Any:
     return const
 
 
-def _broadcast(array: Any, shape: Sequence[int]) -> Any:
+def _broadcast(array: Any, shape: Sequence[Size]) -> Any:
     if np.shape(array) == tuple(shape):
         return array
     axes = range(len(shape)) if np.ndim(array) else ()
@@ -633,7 +658,7 @@ def _reshape(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     value, new = ins[0], eqn.params["new_sizes"]
     old = eqn.invars[0].aval.shape
     if eqn.params.get("dimensions") is not None:
-        raise NoRule(f"it uses reshape with dimensions{user_line(eqn)}")
+        raise NoRule(f"it uses reshape with dimensions{runner.line(eqn)}")
     if value.row is None:
         return _reshape_rowless(value, old, new)
     before = math.prod(old[: value.row])
@@ -643,7 +668,7 @@ def _reshape(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
         if n == old[value.row] and math.prod(new[:axis]) == before
     ]
     if not places:
-        raise MixedRows(f"reshape merges the rows with another axis{user_line(eqn)}")
+        raise MixedRows(f"reshape merges the rows with another axis{runner.line(eqn)}")
     row = places[0]
     array = runner.whole(value, eqn.invars[0].aval).array
     rows = array.shape[0 if runner.first else -1]
@@ -651,7 +676,7 @@ def _reshape(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     return Value(array.reshape([rows, *others] if runner.first else [*others, rows]), row)
 
 
-def _reshape_rowless(value: Value, old: Sequence[int], new: Sequence[int]) -> Value:
+def _reshape_rowless(value: Value, old: Sequence[Size], new: Sequence[Size]) -> Value:
     """Without making what is constant along an axis larger, where axes of size 1 come or go."""
     array = value.array
     if np.ndim(array) == 0:
@@ -666,7 +691,7 @@ def _reshape_rowless(value: Value, old: Sequence[int], new: Sequence[int]) -> Va
 def _squeeze(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     value, gone = ins[0], set(eqn.params["dimensions"])
     if value.row in gone:
-        raise NoRule(f"it takes the only row out of its batch{user_line(eqn)}")
+        raise NoRule(f"it takes the only row out of its batch{runner.line(eqn)}")
     row = None if value.row is None else value.row - sum(axis < value.row for axis in gone)
     axes = tuple(runner.axis(value, axis) for axis in gone)
     return Value(jnp.squeeze(value.array, axes), row)
@@ -700,7 +725,7 @@ def _reduce(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
         params["out_sharding"] = None
     if value.row in axes:
         if not (runner.sums and _name(eqn) == "reduce_sum"):
-            raise MixedRows(f"{_name(eqn)} over the rows{user_line(eqn)}")
+            raise MixedRows(f"{_name(eqn)} over the rows{runner.line(eqn)}")
         value = Value(runner.counted(value), value.row)
         row = None
     else:
@@ -744,12 +769,12 @@ def _along(runner: Runner, eqn: Any, ins: list[Value], name: str) -> list[Value]
     """An operation along one axis that is not the rows'."""
     rows = {value.row for value in ins if value.row is not None}
     if len(rows) > 1:
-        raise MixedRows(f"{_name(eqn)} takes the rows along two axes at once{user_line(eqn)}")
+        raise MixedRows(f"{_name(eqn)} takes the rows along two axes at once{runner.line(eqn)}")
     row = rows.pop() if rows else None
     rank = len(eqn.invars[0].aval.shape)
     axis = eqn.params.get(name, rank - 1) % rank
     if axis == row:
-        raise MixedRows(f"{_name(eqn)} along the rows{user_line(eqn)}")
+        raise MixedRows(f"{_name(eqn)} along the rows{runner.line(eqn)}")
     arrays = []
     for value, atom in zip(ins, eqn.invars, strict=True):
         array = runner.whole(value, atom.aval).array
@@ -761,7 +786,7 @@ def _along(runner: Runner, eqn: Any, ins: list[Value], name: str) -> list[Value]
         count = max(array.shape[place] for array in arrays)
         if any(array.shape[place] not in (1, count) for array in arrays):
             raise MixedRows(
-                f"{_name(eqn)} takes an array that differs from row to row{user_line(eqn)}"
+                f"{_name(eqn)} takes an array that differs from row to row{runner.line(eqn)}"
             )
         arrays = [
             _broadcast(a, [count if k == place else n for k, n in enumerate(a.shape)])
@@ -779,7 +804,7 @@ def _along(runner: Runner, eqn: Any, ins: list[Value], name: str) -> list[Value]
 def _rev(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     value = runner.whole(ins[0], eqn.invars[0].aval)
     if value.row in eqn.params["dimensions"]:
-        raise MixedRows(f"rev turns the rows round{user_line(eqn)}")
+        raise MixedRows(f"rev turns the rows round{runner.line(eqn)}")
     return Value(
         lax.rev(value.array, [runner.axis(value, a) for a in eqn.params["dimensions"]]), value.row
     )
@@ -792,7 +817,7 @@ def _slice(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     strides = eqn.params["strides"] or (1,) * len(shape)
     row = value.row
     if row is not None and (start[row], limit[row], strides[row]) != (0, shape[row], 1):
-        raise MixedRows(f"slice takes some of the rows{user_line(eqn)}")
+        raise MixedRows(f"slice takes some of the rows{runner.line(eqn)}")
     array = value.array
     for axis in range(len(shape)):
         if axis != row:
@@ -807,9 +832,9 @@ def _pad(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     value = runner.whole(ins[0], eqn.invars[0].aval)
     config = eqn.params["padding_config"]
     if value.row is not None and tuple(config[value.row]) != (0, 0, 0):
-        raise MixedRows(f"pad adds rows{user_line(eqn)}")
+        raise MixedRows(f"pad adds rows{runner.line(eqn)}")
     if ins[1].row is not None:
-        raise NoRule(f"it pads with a number that differs from row to row{user_line(eqn)}")
+        raise NoRule(f"it pads with a number that differs from row to row{runner.line(eqn)}")
     order = runner.order(value.row, len(config))
     return Value(lax.pad(value.array, ins[1].array, [config[axis] for axis in order]), value.row)
 
@@ -876,7 +901,7 @@ def _product_row(
             return list(batch[0]).index(left), False
         if runner.sums and (left, right) in zip(*contract, strict=True):
             return None, True
-        raise MixedRows(f"dot_general multiplies rows with rows{user_line(eqn)}")
+        raise MixedRows(f"dot_general multiplies rows with rows{runner.line(eqn)}")
     side = 0 if right is None else 1
     row = left if right is None else right
     if row in free[side]:
@@ -884,8 +909,8 @@ def _product_row(
     if runner.sums and row in contract[side]:
         other = contract[1 - side][list(contract[side]).index(row)]
         if ins[1 - side].array.shape[other] != 1:
-            raise NoRule(f"it multiplies rows with a constant a row{user_line(eqn)}")
-    raise MixedRows(f"dot_general adds up the rows{user_line(eqn)}")
+            raise NoRule(f"it multiplies rows with a constant a row{runner.line(eqn)}")
+    raise MixedRows(f"dot_general adds up the rows{runner.line(eqn)}")
 
 
 # --- Element-wise or not -------------------------------------------------------------------------

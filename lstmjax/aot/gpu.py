@@ -235,9 +235,7 @@ def recurrence_program(
     shape = jax.ShapeDtypeStruct
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), work.features))
     xs = shape((work.steps, work.batch, work.features), jnp.float32)
-    initial = jax.eval_shape(
-        lambda: start(cell, None, work.batch, work.features, jnp.float32)
-    )
+    initial = jax.eval_shape(lambda: start(cell, None, work.batch, work.features, jnp.float32))
     more = step_inputs(cell, work.steps, work.batch, work.features)
     flag = shape((work.steps, work.batch), jnp.bool_) if flags else None
 

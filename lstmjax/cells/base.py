@@ -25,6 +25,7 @@ from jaxtyping import Float, PRNGKeyArray
 from lstmjax.cells.noise import Noise
 from lstmjax.errors import ContractError
 from lstmjax.precision import Dot, Precision, make_dot
+from lstmjax.traced import Size
 
 Initializer = Callable[..., Array]
 """``(key, shape, dtype) -> Array``, as in `jax.nn.initializers`."""
@@ -234,6 +235,8 @@ class Cell:
         keys = jax.random.split(key, 4)
         units = self.hidden_size
         kernel_init = self.kernel_init or jax.nn.initializers.glorot_uniform()
+        if not input_size:  # which has no such bounds
+            kernel_init = jax.nn.initializers.zeros
         params: Params = {
             "kernel": _draw(kernel_init, keys[0], (input_size, len(self.gates) * units), dtype)
         }
@@ -281,7 +284,7 @@ class Cell:
 
     def initial_carry(
         self,
-        batch_size: int,
+        batch_size: Size,
         dtype: jax.typing.DTypeLike = jnp.float32,
         *,
         params: Params | None = None,
@@ -467,7 +470,7 @@ def _one_step(
 
 def arguments(
     cell: Cell,
-    batch: int,
+    batch: Size,
     features: int,
     dtype: Any,
     inputs: Mapping[str, Array | None],
@@ -489,7 +492,9 @@ def arguments(
     return more
 
 
-def start(cell: Cell, params: Params | None, batch: int, features: int | None, dtype: Any) -> Carry:
+def start(
+    cell: Cell, params: Params | None, batch: Size, features: int | None, dtype: Any
+) -> Carry:
     """`Cell.initial_carry`, with the arguments that the cell's own takes."""
     takes = inspect.signature(cell.initial_carry).parameters
     known = {"params": params, "input_size": features}

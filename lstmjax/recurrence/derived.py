@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, PyTree
 
@@ -39,8 +40,17 @@ from lstmjax.recurrence.engine import (
     step_arguments,
 )
 from lstmjax.recurrence.products import Body, Factor, Site, plain_product
-from lstmjax.recurrence.scan import scan_over_time
-from lstmjax.traced import AsTraced, Program, Runner, Value, vary_alike
+from lstmjax.recurrence.scan import harmless, scan_over_time
+from lstmjax.traced import (
+    INLINED,
+    AsTraced,
+    Program,
+    Runner,
+    Value,
+    callee,
+    unknown,
+    vary_alike,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +101,9 @@ class Derived(Engine):
         """Run ``cell`` over time."""
         args = step_arguments(cell, inputs)
         program = transition_program(cell, args)
-        mapped = not_mapped(cell, args) is None
         steps, batch = inputs.xs.shape[:2]
         body = Body(program, args)
+        mapped = not_mapped(cell, args) is None and unknown(body.backward.closed.jaxpr) is None
         width = sum(site.out.aval.size for site in body.sites) or inputs.initial.h.size
         size = self._chunk_size(steps, width * inputs.xs.itemsize)
         plan = _Plan(cell, body, mapped, size, self.save, how)
@@ -304,6 +314,15 @@ def _where(rows: Bool[Array, " B"], yes: PyTree, no: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(rows, a, b), yes, no)
 
 
+def _floating(a: Array) -> bool:
+    return bool(jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def _like(a: Array) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of the gradient of an array; of whole numbers it is a zero."""
+    return (a.shape, a.dtype) if _floating(a) else ((), jnp.float32)
+
+
 class _Gradients(NamedTuple):
     """What the backward pass has so far.
 
@@ -440,7 +459,7 @@ class _Recurrence:
         start = None
         if inputs.start is not None and any(jax.tree.leaves(self.wanted[0].start)):
             start = jax.tree.map(jnp.zeros_like, self.start)
-        constants = [vary_alike(jnp.zeros_like(a), self.xs) for a in self.constants]
+        constants = [vary_alike(jnp.zeros(*_like(a)), self.xs) for a in self.constants]
         rooms = (
             [p.room(self.size, batch, self.xs) for p in self.products],
             [p.room(1, batch, self.xs)[:, 0] for p in self.products],
@@ -499,8 +518,12 @@ class _Recurrence:
         leaves = zip(jax.tree.leaves(d_new), outside, strict=True)
         d_leaves = [a if b is None else a + b for a, b in leaves]
         valid = None if self.mask is None else _at(self.mask, t)
+        given = carry
+        if valid is not None and not self.plan.mapped:  # where sums over rows cannot leave any out
+            d_leaves = [jnp.where(valid, d, 0) for d in d_leaves]
+            given = _rows_last(harmless(valid, _rows_first(carry)))
         back = _StepBack(self, valid, rows)
-        d = back(self.arguments(t, carry, noise), d_leaves)
+        d = back(self.arguments(t, given, noise), d_leaves)
         d_old = jax.tree.unflatten(self.structure, d.carry)
         direct = [
             None if room is None else _write(room, a, t)
@@ -538,8 +561,12 @@ class _Recurrence:
             if bias is not None:
                 d_biases[id(product.site.bias)] += bias
         assert self.pull_back is not None
+        d_constants = [
+            d if _floating(a) else np.zeros(a.shape, jax.dtypes.float0)
+            for a, d in zip(self.constants, loop.constants, strict=True)
+        ]
         d_params, d_closed = self.pull_back(
-            (list(d_weights.values()), list(d_biases.values()), loop.constants)
+            (list(d_weights.values()), list(d_biases.values()), d_constants)
         )
         d_xs = None
         if loop.xs is not None:
@@ -601,7 +628,7 @@ class _StepBack:
         sizes = len(rnn.constants), len(arguments), len(rnn.body.sites)
         first, second, third = (sum(sizes[: k + 1]) for k in range(3))
         constants = [
-            runner.sum_to(value, var.aval, a.shape)
+            runner.sum_to(value, var.aval, _like(a)[0])
             for (value, var), a in zip(pairs[:first], rnn.constants, strict=True)
         ]
         d_arguments = [runner.leave(v, 0, var.aval) for v, var in pairs[first:second]]
@@ -635,6 +662,8 @@ class _StepBack:
         if name.startswith(f"{PRODUCT}:"):
             _, number, which = name.split(":")
             return self.product(self.rnn.products[int(number)], which, eqn, ins)
+        if eqn.primitive.name in INLINED:  # nothing is differentiated any more
+            return self.runner.evaluate(*callee(eqn), ins)
         number = self.rnn.body.backward.pieces.get(id(eqn.outvars[0])) if eqn.outvars else None
         if number is None or not self.rnn.plan.mapped:
             return None
@@ -760,9 +789,9 @@ class _Product:
             d: of the results, ``(N, chunk, B)``.
             lefts: left sides, ``(chunk, B, n)``.
         """
-        d = d.reshape(d.shape[0], -1)
+        d = d.reshape(d.shape[0], math.prod(d.shape[1:]))
         bias = None if self.bias is None else d.sum(1, dtype=self.dtype)
-        rows = [a.reshape(-1, a.shape[-1]) for a in lefts]
+        rows = [a.reshape(d.shape[1], a.shape[-1]) for a in lefts]
         if self.shared == 1:
             return self.matmul(self.cast(d), jnp.concatenate(rows, 1)), bias
         heads = rows[0].reshape(-1, self.shared, self.widths[0]).swapaxes(0, 1)

@@ -13,6 +13,7 @@ from lstmjax.cells.base import Carry, Cell, Params, start
 from lstmjax.cells.contract import Arguments
 from lstmjax.precision import Precision
 from lstmjax.recurrence.noise import Noises
+from lstmjax.traced import Size
 
 Outputs = Carry
 """h, and where they are asked for the states, of all steps: ``(T, B, ...)``; else state is None."""
@@ -76,8 +77,8 @@ class Workload(NamedTuple):
     platform: str
     dtype: str
     precision: Precision
-    steps: int
-    batch: int
+    steps: Size
+    batch: Size
     features: int
     training: bool = False
     states: bool = False

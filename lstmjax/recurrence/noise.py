@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Int, Key, PRNGKeyArray
 
 from lstmjax.cells.base import Cell
+from lstmjax.traced import Size
 
 RowKeys = Key[Array, " B"]
 """One key a row, ``(B,)``; None in its place means evaluation: nothing is drawn."""
@@ -31,7 +32,7 @@ def row_keys(key: PRNGKeyArray, batch_size: int) -> RowKeys:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size))
 
 
-def as_keys(keys: Keys | Array | None, batch_size: int) -> Keys | None:
+def as_keys(keys: Keys | Array | None, batch_size: Size) -> Keys | None:
     """Row keys as they are; one key as that of a whole batch; None stays None."""
     if keys is None or isinstance(keys, Keys):
         return keys
@@ -83,7 +84,7 @@ class Noises(NamedTuple):
         return drawn
 
 
-def noises(keys: RowKeys | None, steps: int, resets: Bool[Array, "T B"] | None) -> Noises | None:
+def noises(keys: RowKeys | None, steps: Size, resets: Bool[Array, "T B"] | None) -> Noises | None:
     """Of a recurrence over so many steps, ``resets`` in the order of time."""
     if keys is None:
         return None

@@ -55,7 +55,7 @@ def scan_over_time(
             carry = select_rows(reset, inputs.start, carry)
         drawn = {} if noises is None else noises.draw(cell, dtype, t, 1)
         noise = {name: a[0] for name, a in drawn.items()}
-        given = carry if valid is None else _harmless(valid, carry)
+        given = carry if valid is None else harmless(valid, carry)
         new = transition(Arguments(inputs.params, x, given, more, noise))
         if valid is None:
             return new, _outputs(new, how)
@@ -72,7 +72,7 @@ def _outputs(carry: Carry, how: How) -> Outputs:
     return carry if how.states else carry._replace(state=None)
 
 
-def _harmless(valid: Array, carry: Carry) -> Carry:
+def harmless(valid: Array, carry: Carry) -> Carry:
     """Numbers like no cell's start in rows whose step does not count.
 
     What a step does there is thrown away; but where its derivative is infinite, as that of sqrt at

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry, Cell, Params, Parts, _record, arguments, recurs, start
 from lstmjax.recurrence.engine import Workload, overridden
-from lstmjax.traced import NoRule, Program, trace
+from lstmjax.traced import NoRule, Program, needed, trace
 
 
 class StepArguments(NamedTuple):
@@ -27,7 +27,7 @@ class StepArguments(NamedTuple):
             part, then those of the recurrent part.
         carry: h and the state before the step.
         units: per-unit parameters by name, ``(1, H)``.
-        others: ``step_params`` by name.
+        others: those of ``step_params`` that the step reads, by name, with two axes at least.
         inputs: ``step_inputs`` by name, ``(B, width)``.
         noise: by name, ``(B, width)``.
     """
@@ -71,7 +71,7 @@ def step_of(cell: Cell, work: Workload) -> Step:
 
 @functools.lru_cache(maxsize=256)
 def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
-    shapes = _shapes(cell, batch, features, training)
+    shapes, own = _shapes(cell, batch, features, training)
     count = len(cell.gates)
 
     def one_step(*given: Any) -> Carry:
@@ -80,15 +80,19 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
         if cell.parts_apart:
             apart = _record("gate with recurrence", cell.recurrent)(*args.pre[count:])
             pre = Parts(pre, apart)
-        params = {
-            "units": {name: a[0] for name, a in args.units.items()},
-            "step": args.others,
+        others = {
+            name: args.others[name].reshape(shape) if name in args.others else jnp.zeros(shape)
+            for name, shape in own.items()
         }
+        params = {"units": {name: a[0] for name, a in args.units.items()}, "step": others}
         more = arguments(cell, batch, features, jnp.float32, args.inputs, args.noise)
         return cell.apply_step(pre, args.carry, params, **more)
 
     with jax.default_matmul_precision("highest"):
         forward = trace(one_step, *shapes, rows=tuple(ROWS))
+        if (read := _read(forward, shapes)) != shapes.others:  # the rest is for `Cell.prepare`
+            shapes = shapes._replace(others=read)
+            forward = trace(one_step, *shapes, rows=tuple(ROWS))
     backward = _derivative(forward, shapes)
     if any(isinstance(const, jax.core.Tracer) for const in forward.consts):
         raise NoRule("it closes over a value that is being traced")
@@ -105,7 +109,21 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
     return Step(forward, backward, recur, back, shapes)
 
 
-def _shapes(cell: Cell, batch: int, features: int, training: bool) -> StepArguments:
+def _read(forward: Program, shapes: StepArguments) -> dict[str, Any]:
+    """Those of ``step_params`` that a step reads."""
+    jaxpr = forward.closed.jaxpr
+    read = {id(a) for eqn in needed(jaxpr) for a in eqn.invars} | set(map(id, jaxpr.outvars))
+    before = len(jax.tree.leaves(shapes[:3]))
+    names = sorted(shapes.others)
+    variables = dict(zip(names, jaxpr.invars[before : before + len(names)], strict=True))
+    return {name: shapes.others[name] for name in names if id(variables[name]) in read}
+
+
+def _shapes(
+    cell: Cell, batch: int, features: int, training: bool
+) -> tuple[StepArguments, dict[str, tuple[int, ...]]]:
+    """Of a step's arguments, and of its ``step_params`` as the cell declares them."""
+
     def rows(n: int) -> Any:
         return ShapeDtypeStruct((batch, n), jnp.float32)
 
@@ -117,12 +135,17 @@ def _shapes(cell: Cell, batch: int, features: int, training: bool) -> StepArgume
     units = {
         name: ShapeDtypeStruct((1, cell.hidden_size), jnp.float32) for name in cell.unit_params
     }
-    others = {name: params["step"][name] for name in cell.step_params}
+    own = {name: params["step"][name].shape for name in cell.step_params}
+    others = {
+        name: ShapeDtypeStruct((1,) * (2 - len(shape)) + shape, jnp.float32)
+        for name, shape in own.items()
+    }
     blocks = len(cell.gates) + (len(cell.recurrent) if cell.parts_apart else 0)
     inputs = {n: rows(cell.width(width, features)) for n, width in cell.step_inputs.items()}
     drawn = cell.noise.items() if training else ()
     noise = {n: rows(cell.width(a.width, features)) for n, a in drawn}
-    return StepArguments([rows(cell.hidden_size)] * blocks, carry, units, others, inputs, noise)
+    pre = [rows(cell.hidden_size)] * blocks
+    return StepArguments(pre, carry, units, others, inputs, noise), own
 
 
 def _derivative(forward: Program, shapes: StepArguments) -> Program:

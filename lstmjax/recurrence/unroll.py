@@ -1,6 +1,7 @@
 """The one entry to the recurrence: layouts, lengths, masks, resets, direction, engine."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Bool, Float, Int, PyTree
 
 from lstmjax.cells.base import Carry, Cell, Params, start
@@ -25,7 +27,7 @@ from lstmjax.recurrence.engine import (
     step_arguments,
 )
 from lstmjax.recurrence.noise import Keys, as_keys, noises
-from lstmjax.traced import vary_alike
+from lstmjax.traced import Size, vary_alike
 
 Padding = Literal["left", "right"]
 
@@ -95,21 +97,20 @@ def unroll(
     """
     if isinstance(cell, type):
         raise ContractError(f"{cell.__name__} is the class; pass an instance, {cell.__name__}(100)")
-    x = x if hasattr(x, "ndim") else jnp.asarray(x)
-    if x.ndim < 2:
-        raise ValueError(f"x must have shape (B, T, D), or (T, B, D) if time_major; got {x.shape}")
-    given = _Given(x, initial, lengths, mask, resets, dict(inputs or {}), keys)
-    given, batch = _one_batch_axis(given, time_major)
-    _check(cell, params, given)
+    given = _Given(
+        *map(_as_array, (x, initial, lengths, mask, resets)),
+        {name: _as_array(a) for name, a in (inputs or {}).items()},
+        keys,
+    )
     how = How(reverse, as_precision(precision), return_states)
-    settings = _Settings(cell, how, padding, engine, platform())
-    outs, final = _run(settings, params, given)
-    outs, final = _as_given(outs, final, batch, time_major)
+    settings = _Settings(cell, how, padding, time_major, engine, platform())
+    _check(settings, params, given)
+    outs, final = _on_mesh(settings, params, given)
     return (outs.h, final, outs.state) if return_states else (outs.h, final)
 
 
 class _Given(NamedTuple):
-    """What `unroll` was called with, time-major and with one axis of rows."""
+    """What `unroll` was called with; inside, time-major and with one axis of rows."""
 
     xs: Any
     initial: Carry | None
@@ -126,20 +127,68 @@ class _Settings(NamedTuple):
     cell: Cell
     how: How
     padding: Padding
+    time_major: bool
     engine: str | Engine | None
     platform: str
+
+    def batch(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+        """The axes of the batch in the shape of an input."""
+        return tuple(shape[1:-1] if self.time_major else shape[:-2])
+
+
+def _as_array(a: Any) -> Any:
+    """Lists become arrays."""
+    return np.asarray(a) if isinstance(a, list) else a
+
+
+def _on_mesh(settings: _Settings, params: Params, given: _Given) -> tuple[Outputs, Carry]:
+    """`_run`, and where types of arrays say how they are spread, results spread like the input."""
+    spread = getattr(jax.typeof(given.xs), "sharding", None)
+    types = () if spread is None else spread.mesh.axis_types
+    if AxisType.Explicit not in types:
+        return _run(settings, params, given)
+    rows = settings.batch((*spread.spec, *[None] * (given.xs.ndim - len(spread.spec))))
+    outs = PartitionSpec(None, *rows) if settings.time_major else PartitionSpec(*rows)
+    run = functools.partial(_run, settings)
+    return jax.sharding.auto_axes(run, out_sharding=(outs, PartitionSpec(*rows)))(params, given)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(settings: _Settings, params: Params, given: _Given) -> tuple[Outputs, Carry]:
     """Choose the engine and let it run, unless there is nothing to run."""
-    cell, how, (xs, initial) = settings.cell, settings.how, given[:2]
+    cell, how = settings.cell, settings.how
+    batch = settings.batch(given.xs.shape)
+    given = _one_batch_axis(settings, given, batch)
+    inputs = _inputs(settings, params, given)
+    steps, rows, features = inputs.xs.shape
+    if 0 in (steps, rows):
+        return _as_given(settings, _nothing(inputs, how), inputs.initial, batch)
+    args = step_arguments(cell, inputs)
+    transition_program(cell, args)
+    work = Workload(
+        settings.platform,
+        str(inputs.xs.dtype),
+        how.precision,
+        steps,
+        rows,
+        features,
+        training=inputs.noises is not None,
+        states=how.states,
+        resets=inputs.resets is not None,
+        args=args,
+    )
+    chosen, _ = choose_engine(cell, work, settings.engine)
+    return _as_given(settings, *chosen(cell, inputs, how), batch)
+
+
+def _inputs(settings: _Settings, params: Params, given: _Given) -> Inputs:
+    """What the engines take."""
+    cell, reverse, xs = settings.cell, settings.how.reverse, given.xs
     steps, batch, features = xs.shape
-    mask, resets = given.mask, given.resets
+    mask, resets, more = given.mask, given.resets, given.inputs
     if given.lengths is not None:
         valid = length_mask(given.lengths, steps, settings.padding).T
         mask = valid if mask is None else mask & valid
-    more = given.inputs
     if mask is not None:
         xs, more = jax.tree.map(lambda a: jnp.where(mask[..., None], a, 0), (xs, more))
     if "x" in cell.step_inputs:
@@ -147,36 +196,15 @@ def _run(settings: _Settings, params: Params, given: _Given) -> tuple[Outputs, C
     keys = as_keys(given.keys, batch)
     params = _prepared(cell, params, keys)
     begun = start(cell, params, batch, features, xs.dtype)
-    if initial is None:
-        initial = begun
+    initial = begun if given.initial is None else given.initial
+    _check_carry(cell, initial, begun)
     drawn = noises(keys.rows if keys and cell.noise else None, steps, resets)
-    if resets is not None and how.reverse:
+    if resets is not None and reverse:
         resets = _reversed(resets)
     params, xs, initial, begun = vary_alike(
         (params, xs, initial, begun), params, xs, initial, more, keys
     )
-    inputs = Inputs(
-        params, xs, initial, None if resets is None else begun, more, drawn, mask, resets
-    )
-    _check_carry(cell, initial, begun)
-    if 0 in (steps, batch):
-        return _nothing(cell, inputs, how), initial
-    args = step_arguments(cell, inputs)
-    transition_program(cell, args)
-    work = Workload(
-        settings.platform,
-        str(xs.dtype),
-        how.precision,
-        steps,
-        batch,
-        features,
-        drawn is not None,
-        how.states,
-        resets is not None,
-        args,
-    )
-    chosen, _ = choose_engine(cell, work, settings.engine)
-    return chosen(cell, inputs, how)
+    return Inputs(params, xs, initial, None if resets is None else begun, more, drawn, mask, resets)
 
 
 def _prepared(cell: Cell, params: Params, keys: Keys | None) -> Params:
@@ -185,7 +213,7 @@ def _prepared(cell: Cell, params: Params, keys: Keys | None) -> Params:
     return cell.prepare(params, None if keys is None else keys.shared)
 
 
-def _nothing(cell: Cell, inputs: Inputs, how: How) -> Outputs:
+def _nothing(inputs: Inputs, how: How) -> Outputs:
     """The outputs of no steps, or of no rows."""
     steps, batch = inputs.xs.shape[:2]
 
@@ -199,85 +227,87 @@ def _nothing(cell: Cell, inputs: Inputs, how: How) -> Outputs:
 # --- What was given ------------------------------------------------------------------------------
 
 
-def _one_batch_axis(given: _Given, time_major: bool) -> tuple[_Given, tuple[int, ...]]:
-    """Time-major, with one axis of rows in place of none or several, and the axes there were."""
-    axes = given.xs.shape
-    batch = axes[1:-1] if time_major else axes[:-2]
+def _one_batch_axis(settings: _Settings, given: _Given, batch: tuple[Any, ...]) -> _Given:
+    """Time-major, with one axis of rows in place of none or several."""
 
-    def over_time(a: Any) -> Any:
-        if time_major or len(batch) == 0:
-            a = a if time_major else a[None].swapaxes(0, 1)
-            return a.reshape(a.shape[0], -1, *a.shape[1 + len(batch) :]) if len(batch) != 1 else a
-        if len(batch) == 1:
-            return a.swapaxes(0, 1)
-        return a.reshape(-1, *a.shape[len(batch) :]).swapaxes(0, 1)
+    def rows(a: Array) -> Array:
+        return a if len(batch) == 1 else a.reshape(math.prod(batch), *a.shape[len(batch) :])
 
-    def rows(a: Any) -> Any:
-        return a if len(batch) == 1 else a.reshape(-1, *a.shape[len(batch) :])
+    def over_time(a: Array) -> Array:
+        if not settings.time_major:
+            return rows(a).swapaxes(0, 1)
+        return (
+            a
+            if len(batch) == 1
+            else a.reshape(a.shape[0], math.prod(batch), *a.shape[1 + len(batch) :])
+        )
 
-    steps = axes[0] if time_major else axes[-2]
-    whole = (steps, *batch) if time_major else (*batch, steps)
-    mask = _flags("mask", given.mask, whole)
-    resets = _flags("resets", given.resets, whole)
-    lengths = given.lengths
-    if lengths is not None:
-        lengths = jnp.asarray(lengths)
-        if lengths.shape != batch:
-            raise ValueError(f"lengths must have shape {batch}, got {lengths.shape}")
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-        lengths = rows(lengths)
     keys = given.keys
-    if isinstance(keys, Array) and keys.ndim == len(batch) and keys.ndim > 1:
+    if isinstance(keys, Array) and keys.ndim == len(batch) > 1:
         keys = rows(keys)
-    initial = given.initial
-    if isinstance(initial, Carry) and len(batch) != 1:
-        initial = jax.tree.map(rows, initial)
-    inputs = {}
-    for name, a in given.inputs.items():
-        a = a if hasattr(a, "ndim") else jnp.asarray(a)
-        a = a[..., None] if a.shape == whole else a
-        if a.shape[:-1] != whole:
-            raise ValueError(f"inputs[{name!r}] must have shape (*{whole}, width), got {a.shape}")
-        inputs[name] = over_time(a)
-    mask, resets = (None if a is None else over_time(a) for a in (mask, resets))
-    return _Given(over_time(given.xs), initial, lengths, mask, resets, inputs, keys), batch
-
-
-def _flags(name: str, flags: Any, shape: tuple[int, ...]) -> Array | None:
-    """A mask as booleans, or `ValueError`."""
-    if flags is None:
-        return None
-    flags = jnp.asarray(flags)
-    if flags.shape != shape:
-        raise ValueError(f"{name} must cover rows x steps, {shape} here; got {flags.shape}")
-    if flags.dtype != jnp.bool_:
-        raise ValueError(f"{name} must be boolean, got {flags.dtype}; pass {name} != 0")
-    return flags
+    inputs = {
+        name: over_time(a if a.ndim == given.xs.ndim else a[..., None])
+        for name, a in given.inputs.items()
+    }
+    return _Given(
+        over_time(given.xs),
+        jax.tree.map(rows, given.initial) if isinstance(given.initial, Carry) else given.initial,
+        None if given.lengths is None else rows(jnp.asarray(given.lengths)),
+        None if given.mask is None else over_time(given.mask),
+        None if given.resets is None else over_time(given.resets),
+        inputs,
+        keys,
+    )
 
 
 def _as_given(
-    outs: Outputs, final: Carry, batch: tuple[int, ...], time_major: bool
+    settings: _Settings, outs: Outputs, final: Carry, batch: tuple[Any, ...]
 ) -> tuple[Outputs, Carry]:
     """Outputs and carry with the axes that the inputs had."""
 
+    def rows(a: Array) -> Array:
+        return a if len(batch) == 1 else a.reshape(*batch, *a.shape[1:])
+
     def over_time(a: Array) -> Array:
-        if len(batch) == 1:
-            return a if time_major else a.swapaxes(0, 1)
-        rest = a.shape[2:]
-        if time_major:
-            return a.reshape(a.shape[0], *batch, *rest)
-        return a.swapaxes(0, 1).reshape(*batch, a.shape[0], *rest)
+        if not settings.time_major:
+            return rows(a.swapaxes(0, 1))
+        return a if len(batch) == 1 else a.reshape(a.shape[0], *batch, *a.shape[2:])
 
-    outs = jax.tree.map(over_time, outs)
-    if len(batch) != 1:
-        final = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), final)
-    return outs, final
+    return jax.tree.map(over_time, outs), jax.tree.map(rows, final)
 
 
-def _check(cell: Cell, params: Params, given: _Given) -> None:
+def _check(settings: _Settings, params: Params, given: _Given) -> None:
+    """Raise `ValueError` where shapes and types do not fit; nothing is computed."""
+    x, cell = given.xs, settings.cell
+    shape = np.shape(x)
+    if len(shape) < 2:
+        raise ValueError(f"x must have shape (B, T, D), or (T, B, D) if time_major; got {shape}")
+    batch = settings.batch(shape)
+    over_time = shape[:-1]
+    for name, flags in (("mask", given.mask), ("resets", given.resets)):
+        if flags is not None and np.shape(flags) != over_time:
+            raise ValueError(
+                f"{name} must cover rows x steps, {over_time} here; got {np.shape(flags)}"
+            )
+        if flags is not None and flags.dtype != jnp.bool_:
+            raise ValueError(f"{name} must be boolean, got {flags.dtype}; pass {name} != 0")
+    if given.lengths is not None and np.shape(given.lengths) != batch:
+        raise ValueError(f"lengths must have shape {batch}, got {np.shape(given.lengths)}")
+    if given.lengths is not None and not jnp.issubdtype(given.lengths.dtype, jnp.integer):
+        raise ValueError(f"lengths must be integers, got {given.lengths.dtype}")
+    for name, a in given.inputs.items():
+        if over_time not in (np.shape(a), np.shape(a)[:-1]):
+            raise ValueError(
+                f"inputs[{name!r}] must have shape (*{over_time}, width), got {np.shape(a)}"
+            )
+    if settings.padding not in ("left", "right"):
+        raise ValueError(f'padding must be "left" or "right", got {settings.padding!r}')
+    _check_parameters(cell, params, shape[-1], x.dtype)
+    _check_inputs(cell, given.inputs, over_time, shape[-1])
+
+
+def _check_parameters(cell: Cell, params: Params, features: int, dtype: Any) -> None:
     """Raise `ValueError` where parameters and inputs do not fit the cell."""
-    features, dtype = given.xs.shape[-1], given.xs.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"x must be floating point, got {dtype}")
     kernel = params.get("kernel") if isinstance(params, Mapping) else None
@@ -300,10 +330,11 @@ def _check(cell: Cell, params: Params, given: _Given) -> None:
             raise ContractError(
                 f"these are no parameters of {cell}: {name} has shape {found[name]}, not {shape}"
             )
-    _check_inputs(cell, given.inputs, features)
 
 
-def _check_inputs(cell: Cell, inputs: Mapping[str, Array], features: int) -> None:
+def _check_inputs(
+    cell: Cell, inputs: Mapping[str, Array], over_time: tuple[Any, ...], features: int
+) -> None:
     declared = cell.step_inputs
     missing = sorted(set(declared) - set(inputs) - {"x"})
     surplus = sorted(set(inputs) - set(declared))
@@ -315,9 +346,9 @@ def _check_inputs(cell: Cell, inputs: Mapping[str, Array], features: int) -> Non
             f"{name} has no step input {surplus[0]!r}; declared are: {', '.join(declared) or 'none'}"
         )
     for key, a in inputs.items():
-        width = cell.width(declared[key], features)
-        if a.shape[-1] != width:
-            raise ContractError(f"inputs[{key!r}] has {a.shape[-1]} numbers a row, not {width}")
+        width, given = cell.width(declared[key], features), (*np.shape(a), 1)[len(over_time)]
+        if given != width:
+            raise ContractError(f"inputs[{key!r}] has {given} numbers a row, not {width}")
 
 
 def _check_carry(cell: Cell, initial: Any, begun: Carry) -> None:
@@ -361,7 +392,7 @@ def _reversed(resets: Array) -> Array:
 
 
 def length_mask(
-    lengths: Int[Array, " B"], steps: int, padding: Padding = "right"
+    lengths: Int[Array | np.ndarray, " B"], steps: Size, padding: Padding = "right"
 ) -> Bool[Array, "B T"]:
     """True on each row's valid steps.
 

@@ -382,7 +382,8 @@ def _weights(how: _How, params: Params, *, backward: bool) -> Array:
 
 def _constants(how: _How, params: Params, rows: int) -> list[Array]:
     """The step's parameters, each ``(rows, H)``."""
-    arrays = jax.tree.leaves((params.get("units", {}), params.get("step", {})))
+    others = {name: params["step"][name] for name in how.job.step.shapes.others}
+    arrays = jax.tree.leaves((params.get("units", {}), others))
     size = how.cell.hidden_size
     return [_wide(how, jnp.broadcast_to(a.reshape(-1), (size,)), rows) for a in arrays]
 

@@ -52,7 +52,10 @@ def laid_out(plan: TPUPlan, inputs: Inputs) -> Operands:
         bias=_spread(plan, params["bias"][None]),
         recurrent_bias=_spread(plan, params["recurrent_bias"][None]) if cell.parts_apart else None,
         units={name: params["units"][name][None] for name in cell.unit_params},
-        others={name: params["step"][name] for name in cell.step_params},
+        others={
+            name: params["step"][name].reshape(a.shape)
+            for name, a in plan.step.shapes.others.items()
+        },
         steps=jax.tree.map(functools.partial(more_rows, axis=1), extra),
         initial=jax.tree.map(more_rows, inputs.initial),
         start=jax.tree.map(more_rows, inputs.start),

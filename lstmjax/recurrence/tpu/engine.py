@@ -160,7 +160,7 @@ def _no_blocks(step: Step) -> str | None:
             return f"its step mixes rows: {error}"
     for name, a in step.shapes.others.items():
         if len(a.shape) != 2:
-            return f"its parameter {name} has shape {a.shape}; a kernel keeps tables of two axes"
+            return f"its parameter {name} has shape {a.shape}; a kernel keeps two axes at most"
     return None
 
 
