@@ -1,4 +1,4 @@
-"""A function of rows as a program: what a user wrote is traced once, and every engine runs the trace.
+"""A function of rows as a program: what a user wrote is traced once, and all engines run that.
 
 `trace` calls a function with the shapes that it was promised, ``(B, ...)``, and keeps its
 operations. `Program` runs them again with the rows as the last axis of every array, or as the
@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,11 @@ Layout = Literal["first", "last"]
 Size = Any
 """Of an axis: an int, or a symbol of `jax.export`."""
 
-AnyArray = Array | np.ndarray | np.generic
-"""A traced array, or one whose numbers are known."""
+if TYPE_CHECKING:
+    AnyArray = Array
+else:
+    AnyArray = Array | np.ndarray | np.generic
+    """A traced array, or one whose numbers are known."""
 
 INLINED = {
     "jit": "jaxpr",
@@ -51,7 +54,7 @@ try:  # JAX' own way to say which line an operation was written on; not for the 
     from jax._src.source_info_util import user_context
 except ImportError:
 
-    def user_context(*_: Any, **__: Any) -> Any:
+    def user_context(*_: Any, **__: Any) -> Any:  # type: ignore[no-redef]
         """Without it, JAX' messages name a line of this package."""
         return contextlib.nullcontext()
 

@@ -1,4 +1,4 @@
-"""What the contract promises beyond one cell's numbers: shapes, rows, parameters, noise, messages."""
+"""What the contract promises beyond numbers: shapes, rows, parameters, noise, messages."""
 
 import functools
 from typing import NamedTuple
@@ -521,7 +521,7 @@ def test_the_states_of_all_steps(engine, reverse):
 def test_states_are_those_that_the_carry_had():
     cell = LSTM(H)
     params, x = draw(cell)
-    hs, final, states = unroll(cell, params, x, return_states=True)
+    _, final, states = unroll(cell, params, x, return_states=True)
     assert states.c.shape == (B, T, H)
     np.testing.assert_array_equal(states.c[:, -1], final.state.c)
     masked = unroll(cell, params, x, return_states=True, lengths=jnp.asarray(LENGTHS))[2]
@@ -632,7 +632,7 @@ def test_full_products_by_any_name(asked):
 
 @pytest.mark.parametrize("asked", ["high", "default", "fp32", 3, jax.lax.Precision.DEFAULT])
 def test_a_precision_that_is_none_is_refused(asked):
-    with pytest.raises(ValueError, match='must be "float32".*or "bfloat16"'):
+    with pytest.raises(ValueError, match=r'must be "float32".*or "bfloat16"'):
         as_precision(asked)
     assert as_precision(jnp.bfloat16) == "bfloat16"
 

@@ -82,7 +82,7 @@ def _record(what: str, fields: tuple[str, ...]) -> Callable[..., Named]:
         have = ", ".join(fields) or "none"
         raise AttributeError(f"no {what} {name!r}; there are: {have}")
 
-    base = collections.namedtuple(what.title().replace(" ", ""), fields)
+    base: Any = collections.namedtuple(what.title().replace(" ", ""), fields)  # type: ignore[misc]
     return type(base.__name__, (base,), {"__slots__": (), "__getattr__": missing})
 
 
@@ -169,8 +169,8 @@ class Cell:
             except TypeError:
                 raise ContractError(
                     f"cell {type(self).__name__}: hyper-parameter {field.name} is not hashable "
-                    f"({type(getattr(self, field.name)).__name__}); make it a tuple, or a parameter "
-                    "in step_params"
+                    f"({type(getattr(self, field.name)).__name__}); make it a tuple, or a "
+                    "parameter in step_params"
                 ) from None
 
     def __repr__(self) -> str:
@@ -262,12 +262,15 @@ class Cell:
         if self.step_params:
             step_keys = jax.random.split(jax.random.fold_in(keys[3], 1), len(self.step_params))
             params["step"] = {
-                name: _draw(init, k, tuple(units if n == "H" else n for n in shape), dtype)
+                name: _draw(init, k, self._sizes(shape), dtype)
                 for (name, (shape, init)), k in zip(
                     self.step_params.items(), step_keys, strict=True
                 )
             }
         return params
+
+    def _sizes(self, shape: Sequence[int | str]) -> tuple[int, ...]:
+        return tuple(n if isinstance(n, int) else self.hidden_size for n in shape)
 
     def _draw_recurrent(self, key: PRNGKeyArray, dtype: Any) -> Array:
         gates, block = len(self.recurrent), self.hidden_size // self.heads
@@ -319,14 +322,12 @@ class Cell:
         """
         return self.apply_step(self._pre(params, x, carry.h, dot, more), carry, params, **more)
 
-    def _pre(
-        self, params: Params, x: Array, h: Array, dot: Dot, more: Mapping[str, Named]
-    ) -> Named:
+    def _pre(self, params: Params, x: Array, h: Array, dot: Dot, more: Mapping[str, Named]) -> Any:
         """The pre-activations by name, or both parts of them."""
         from_x = dot(x, params["kernel"])
         from_h = None
         if self.recurrent:
-            seen = self.recur(h, more.get("noise")) if recurs(self) else h
+            seen = self.recur(h, more["noise"]) if recurs(self) else h
             from_h = self.recurrent_product(params["recurrent_kernel"], seen, dot)
         bias = params.get("bias")
         if self.parts_apart:
@@ -337,7 +338,7 @@ class Cell:
                 self.named(self._with_bias(from_x, self.gates, bias, self.biased)),
                 _record("gate with recurrence", self.recurrent)(*recurrent),
             )
-        if self.recurrent == self.gates:
+        if from_h is not None and self.recurrent == self.gates:
             from_x = from_x + from_h
         elif from_h is not None:
             blocks = dict(zip(self.gates, self._split(from_x, self.gates), strict=True))
@@ -454,7 +455,9 @@ class Cell:
 
     def width(self, size: int | str | None, input_size: int) -> int:
         """Numbers a row that a declaration means: ``"H"`` (or None) units, ``"D"`` features."""
-        return {"H": self.hidden_size, None: self.hidden_size, "D": input_size}.get(size, size)
+        if isinstance(size, int):
+            return size
+        return input_size if size == "D" else self.hidden_size
 
     def _split(self, pre: Array, gates: tuple[str, ...]) -> Sequence[Array]:
         return jnp.split(pre, len(gates), axis=-1)
@@ -465,21 +468,21 @@ def _one_step(
     cell: Cell, dot: Dot, params: Params, x: Array, carry: Carry, given: dict[str, Array]
 ) -> Carry:
     inputs = {"x": x} | given
-    return cell.transition(params, x, carry, dot, **arguments(cell, *x.shape, x.dtype, inputs, {}))
+    return cell.transition(params, x, carry, dot, **arguments(cell, x, inputs, {}))
 
 
 def arguments(
     cell: Cell,
-    batch: Size,
-    features: int,
-    dtype: Any,
+    x: Array | jax.ShapeDtypeStruct,
     inputs: Mapping[str, Array | None],
     noise: Mapping[str, Array],
 ) -> dict[str, Named]:
     """The keyword arguments of a step: ``inputs`` and ``noise``, where the cell declares them.
 
-    In place of noise that is not given comes the number for evaluation.
+    In place of noise that is not given comes the number for evaluation. Of the input, ``(B, D)``,
+    only shape and type count.
     """
+    (batch, features), dtype = x.shape, x.dtype
     more: dict[str, Named] = {}
     if names := tuple(cell.step_inputs):
         more["inputs"] = _record("step input", names)(*(inputs[name] for name in names))
@@ -497,7 +500,7 @@ def start(
 ) -> Carry:
     """`Cell.initial_carry`, with the arguments that the cell's own takes."""
     takes = inspect.signature(cell.initial_carry).parameters
-    known = {"params": params, "input_size": features}
+    known: dict[str, Any] = {"params": params, "input_size": features}
     every = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     return cell.initial_carry(
         batch, dtype, **{name: a for name, a in known.items() if every or name in takes}

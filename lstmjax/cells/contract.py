@@ -75,7 +75,7 @@ def _traced(cell: Cell, args: Arguments) -> tuple[Program, str | None]:
 def _trace(cell: Cell, args: Arguments) -> Program:
     def one_step(*given: Any) -> Carry:
         params, x, carry, inputs, noise = given
-        more = arguments(cell, *x.shape, x.dtype, {"x": x} | inputs, noise)
+        more = arguments(cell, x, {"x": x} | inputs, noise)
         return cell.transition(params, x, carry, marked_dot, **more)
 
     name = type(cell).__name__
@@ -107,7 +107,8 @@ def _checked(cell: Cell, program: Program, args: Arguments) -> str | None:
     """Raise `ContractError` if a step is not one; else why it runs as traced only, if so."""
     broken = f"cell {type(cell).__name__} breaks the contract: "
     at, after, before = where_defined(cell), program.shapes(), args.carry
-    if jax.tree.structure(before) != jax.tree.structure(after):
+    structure: Any = jax.tree.structure(before)
+    if structure != jax.tree.structure(after):
         raise ContractError(
             f"{broken}its step must return (h, state) as {layout(before)}, not {layout(after)}{at}"
         )

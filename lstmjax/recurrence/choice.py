@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lstmjax.cells.base import Cell
-from lstmjax.recurrence.derived import Derived
+from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.scan import Scan

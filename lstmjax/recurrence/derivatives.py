@@ -60,7 +60,7 @@ def with_derivative(
     def push_forward(primals: tuple[PyTree], tangents: tuple[PyTree]) -> tuple[PyTree, PyTree]:
         (inputs,), (d_inputs,) = primals, tangents
         outputs, saved = there(inputs)
-        leaves, structure = jax.tree.flatten(inputs)
+        leaves, structure = _flatten(inputs)
         d_leaves = structure.flatten_up_to(d_inputs)
         wanted = tuple(not isinstance(d, SymbolicZero) for d in d_leaves)
         saved_leaves, saved_structure = jax.tree.flatten(saved)
@@ -73,6 +73,10 @@ def with_derivative(
 
     function.defjvp(push_forward, symbolic_zeros=True)
     return function
+
+
+def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree)
 
 
 def _differentiated_as(
@@ -197,7 +201,7 @@ def _push_forward(
     primals: Sequence[Any], tangents: Sequence[Any], *, map_: _Linear
 ) -> tuple[list[Array], list[Array]]:
     outs = _linear.bind(*primals, map_=map_)
-    leaves, saved, d_chosen = map_.cut(primals)
+    leaves, _, d_chosen = map_.cut(primals)
     d_leaves, _, dd_chosen = map_.cut(tangents)
     moving = [not isinstance(d, ad.Zero) for d in (*d_leaves, *dd_chosen)]
     args = [*leaves, *d_chosen]

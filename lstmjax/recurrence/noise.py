@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Bool, Int, Key, PRNGKeyArray
 
 from lstmjax.cells.base import Cell
+from lstmjax.cells.noise import Noise
 from lstmjax.traced import Size
 
 RowKeys = Key[Array, " B"]
@@ -36,15 +37,15 @@ def as_keys(keys: Keys | Array | None, batch_size: Size) -> Keys | None:
     """Row keys as they are; one key as that of a whole batch; None stays None."""
     if keys is None or isinstance(keys, Keys):
         return keys
-    if not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
-        keys = jax.random.wrap_key_data(keys)
-    if keys.ndim == 0:
-        return Keys(row_keys(keys, batch_size), jax.random.fold_in(keys, 2**31))
-    if keys.shape != (batch_size,):
+    typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    given: Any = keys if typed else jax.random.wrap_key_data(keys)
+    if given.ndim == 0:
+        return Keys(row_keys(given, batch_size), jax.random.fold_in(given, 2**31))
+    if given.shape != (batch_size,):
         raise ValueError(
-            f"keys must be one key, or one a row, ({batch_size},); got shape {keys.shape}"
+            f"keys must be one key, or one a row, ({batch_size},); got shape {given.shape}"
         )
-    return Keys(keys)
+    return Keys(given)
 
 
 class Noises(NamedTuple):
@@ -68,19 +69,18 @@ class Noises(NamedTuple):
         for number, (name, noise) in enumerate(cell.noise.items()):
             keys = jax.vmap(lambda key, n=number: jax.random.fold_in(key, n))(self.keys)
             shape = (cell.width(noise.width, 0),)
-            draw = functools.partial(noise.draw, shape=shape, dtype=dtype)
-            if noise.every == "sequence" and self.sequences is None:
-                once = jax.vmap(lambda key, draw=draw: draw(jax.random.fold_in(key, 0)))(keys)
+
+            def one(key: Array, place: Any, noise: Noise = noise, shape: Any = shape) -> Array:
+                return noise.draw(jax.random.fold_in(key, place), shape, dtype)
+
+            if noise.every == "step":
+                drawn[name] = jax.vmap(jax.vmap(one), (None, 0))(keys, steps)
+            elif self.sequences is None:
+                once = jax.vmap(functools.partial(one, place=0))(keys)
                 drawn[name] = jnp.broadcast_to(once[None], (count, *once.shape))
-                continue
-            places = steps
-            if noise.every == "sequence":
+            else:
                 places = jax.lax.dynamic_slice_in_dim(self.sequences, first, count)
-
-            def one(key: Array, place: Array, draw: Any = draw) -> Array:
-                return draw(jax.random.fold_in(key, place))
-
-            drawn[name] = jax.vmap(jax.vmap(one), (None, 0))(keys, places)
+                drawn[name] = jax.vmap(jax.vmap(one), (None, 0))(keys, places)
         return drawn
 
 

@@ -33,7 +33,7 @@ class Scan(Engine):
 
         def transition(given: Arguments) -> Carry:
             x = given.x
-            more = arguments(cell, *x.shape, x.dtype, {"x": x} | given.inputs, given.noise)
+            more = arguments(cell, x, {"x": x} | given.inputs, given.noise)
             return cell.transition(given.params, x, given.carry, dot, **more)
 
         return scan_over_time(cell, transition, inputs, how, self.recompute)
@@ -78,13 +78,13 @@ def harmless(valid: Array, carry: Carry) -> Carry:
     What a step does there is thrown away; but where its derivative is infinite, as that of sqrt at
     a start of zeros, zero times it would be no zero.
     """
-    ramp = 0.0
     found = []
     leaves, structure = jax.tree.flatten(carry)
     for number, a in enumerate(leaves):
         if not jnp.issubdtype(a.dtype, jnp.floating):
             found.append(a)
             continue
-        ramp = jnp.linspace(0.31, 0.47, a.shape[-1], dtype=a.dtype) if a.ndim > 1 else 0.4
+        width = a.shape[-1] if a.ndim > 1 else 1
+        ramp = jnp.linspace(0.31, 0.47, width, dtype=a.dtype)
         found.append(select_rows(valid, a, jnp.broadcast_to(ramp + 0.05 * number, a.shape)))
     return jax.tree.unflatten(structure, found)

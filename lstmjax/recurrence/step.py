@@ -72,11 +72,11 @@ def step_of(cell: Cell, work: Workload) -> Step:
 @functools.lru_cache(maxsize=256)
 def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
     shapes, own = _shapes(cell, batch, features, training)
-    count = len(cell.gates)
+    count, x = len(cell.gates), ShapeDtypeStruct((batch, features), jnp.float32)
 
     def one_step(*given: Any) -> Carry:
         args = StepArguments(*given)
-        pre = cell.named(args.pre[:count])
+        pre: Any = cell.named(args.pre[:count])
         if cell.parts_apart:
             apart = _record("gate with recurrence", cell.recurrent)(*args.pre[count:])
             pre = Parts(pre, apart)
@@ -85,7 +85,7 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
             for name, shape in own.items()
         }
         params = {"units": {name: a[0] for name, a in args.units.items()}, "step": others}
-        more = arguments(cell, batch, features, jnp.float32, args.inputs, args.noise)
+        more = arguments(cell, x, args.inputs, args.noise)
         return cell.apply_step(pre, args.carry, params, **more)
 
     with jax.default_matmul_precision("highest"):
@@ -102,7 +102,7 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
 
     def seen(h: Array, noise: dict[str, Array]) -> Array:
         inputs = dict.fromkeys(cell.step_inputs)
-        return cell.recur(h, arguments(cell, batch, features, h.dtype, inputs, noise).get("noise"))
+        return cell.recur(h, arguments(cell, x, inputs, noise)["noise"])
 
     recur = trace(seen, h, noise)
     back = trace(lambda h, noise, d: jax.vjp(lambda a: recur(a, noise), h)[1](d)[0], h, noise, h)
@@ -159,16 +159,13 @@ def _derivative(forward: Program, shapes: StepArguments) -> Program:
             return forward.evaluate(jax.tree.leaves((*moving, noise)))
 
         d = jax.vjp(step, *args[:-1])[1](d_carry)
-        return StepArguments(*d, jax.tree.map(lambda a: None, noise))
+        return StepArguments._make((*d, jax.tree.map(lambda a: None, noise)))
 
     traced = trace(back, *shapes, shapes.carry, rows=(*ROWS, 0))
-    out: PyTree = StepArguments(
-        *(
-            jax.tree.map(lambda _, row=row: row, part)
-            for row, part in zip(ROWS[:-1], shapes[:-1], strict=True)
-        ),
-        jax.tree.map(lambda a: None, shapes.noise),
-    )
+    out: PyTree = [
+        jax.tree.map(lambda _, row=row: row, part)
+        for row, part in zip(ROWS[:-1], shapes[:-1], strict=True)
+    ]
     rows = tuple(None if row < 0 else row for row in jax.tree.leaves(out))
     return traced.with_sums(rows)
 
@@ -182,7 +179,8 @@ def standard(cell: Cell, params: Params) -> Params:
     dtype = params["kernel"].dtype
 
     def spread(a: Array | None, gates: tuple[str, ...], height: tuple[int, ...]) -> Array:
-        blocks = dict(zip(gates, jnp.split(a, len(gates), -1) if gates else (), strict=True))
+        parts = () if a is None else jnp.split(a, len(gates), -1)
+        blocks = dict(zip(gates, parts, strict=True))
         zero = jnp.zeros((*height, units), dtype)
         return jnp.concatenate([blocks.get(gate, zero) for gate in cell.gates], -1)
 

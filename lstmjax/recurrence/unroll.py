@@ -98,7 +98,11 @@ def unroll(
     if isinstance(cell, type):
         raise ContractError(f"{cell.__name__} is the class; pass an instance, {cell.__name__}(100)")
     given = _Given(
-        *map(_as_array, (x, initial, lengths, mask, resets)),
+        _as_array(x),
+        initial,
+        _as_array(lengths),
+        _as_array(mask),
+        _as_array(resets),
         {name: _as_array(a) for name, a in (inputs or {}).items()},
         keys,
     )
@@ -143,9 +147,8 @@ def _as_array(a: Any) -> Any:
 
 def _on_mesh(settings: _Settings, params: Params, given: _Given) -> tuple[Outputs, Carry]:
     """`_run`, and where types of arrays say how they are spread, results spread like the input."""
-    spread = getattr(jax.typeof(given.xs), "sharding", None)
-    types = () if spread is None else spread.mesh.axis_types
-    if AxisType.Explicit not in types:
+    spread: Any = getattr(jax.typeof(given.xs), "sharding", None)
+    if spread is None or AxisType.Explicit not in spread.mesh.axis_types:
         return _run(settings, params, given)
     rows = settings.batch((*spread.spec, *[None] * (given.xs.ndim - len(spread.spec))))
     outs = PartitionSpec(None, *rows) if settings.time_major else PartitionSpec(*rows)
@@ -343,7 +346,8 @@ def _check_inputs(
         raise ContractError(f"{name} needs inputs={{{missing[0]!r}: ...}}: its step_inputs")
     if surplus:
         raise ContractError(
-            f"{name} has no step input {surplus[0]!r}; declared are: {', '.join(declared) or 'none'}"
+            f"{name} has no step input {surplus[0]!r}; "
+            f"declared are: {', '.join(declared) or 'none'}"
         )
     for key, a in inputs.items():
         width, given = cell.width(declared[key], features), (*np.shape(a), 1)[len(over_time)]
@@ -354,7 +358,8 @@ def _check_inputs(
 def _check_carry(cell: Cell, initial: Any, begun: Carry) -> None:
     """Raise `ContractError` where an initial carry is not one of this cell and batch."""
     name = type(cell).__name__
-    if not isinstance(initial, Carry) or (jax.tree.structure(initial) != jax.tree.structure(begun)):
+    given, wanted = (str(jax.tree.structure(a)) for a in (initial, begun))
+    if not isinstance(initial, Carry) or given != wanted:
         fields = ", ".join(begun.state._fields) if hasattr(begun.state, "_fields") else "..."
         raise ContractError(
             f"initial must be Carry(h, {name}.{type(begun.state).__name__}({fields})) (from "

@@ -160,8 +160,8 @@ def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
 def _backward_cell(
     job: Job, products: Tiles, inputs: Tiles, flags: Tiles, constants: Tiles, carry: Tiles
 ) -> tuple[Tiles, Tiles, Tiles]:
-    """Inputs: pre-activations, the carry that entered the step, step inputs, noise, and what d carry
-    there is from outside.
+    """Inputs: pre-activations, the carry that entered the step, step inputs, noise, and d carry as
+    far as it comes from outside.
 
     Flags as above. Constants: the step's parameters. The carry is d carry, without what the product
     adds to d h, and d parameters so far.

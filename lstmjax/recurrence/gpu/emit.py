@@ -126,7 +126,7 @@ def _number(value: Any) -> np.ndarray:
 
 
 def _full(value: Value, shape: tuple[int, ...]) -> Array:
-    return value if np.shape(value) else jnp.full(shape, value)
+    return jnp.asarray(value) if np.shape(value) else jnp.full(shape, value)
 
 
 # --- Rules ---------------------------------------------------------------------------------------

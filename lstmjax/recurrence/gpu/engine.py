@@ -18,7 +18,7 @@ from jax import Array
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, make_dot
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
-from lstmjax.recurrence.derived import Derived
+from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import (
     Engine,
     How,
@@ -410,8 +410,7 @@ def _start(how: _How, inputs: Inputs) -> list[Array]:
     """The carry after a reset, each array ``(rows, H)``, where there are resets."""
     if not how.job.resets:
         return []
-    h, state = inputs.start
-    return [_pad(how, a) for a in (h, *state)]
+    return [_pad(how, a) for a in jax.tree.leaves(inputs.start)]
 
 
 def _wide(how: _How, unit: Array, rows: int) -> Array:

@@ -13,7 +13,7 @@ import jax
 
 from lstmjax.cells.base import Carry, Cell
 from lstmjax.recurrence.derivatives import with_derivative
-from lstmjax.recurrence.derived import Derived
+from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import Engine, How, Inputs, Outputs, Workload, odd_carry
 from lstmjax.recurrence.layout import MIB, up
 from lstmjax.recurrence.step import Step, no_kernel, step_of

@@ -15,8 +15,7 @@ every product has the rows of the batch along the vector registers.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -29,6 +28,8 @@ from lstmjax.cells.base import Carry, Cell
 from lstmjax.cells.contract import Arguments, not_mapped, shapes_of, transition_program
 from lstmjax.precision import PRODUCT, make_dot, make_matmul
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
+from lstmjax.recurrence.derived.body import Body, Site, plain_product
+from lstmjax.recurrence.derived.products import Product, in_one, zeros
 from lstmjax.recurrence.engine import (
     Engine,
     How,
@@ -39,7 +40,6 @@ from lstmjax.recurrence.engine import (
     platform,
     step_arguments,
 )
-from lstmjax.recurrence.products import Body, Factor, Site, plain_product
 from lstmjax.recurrence.scan import harmless, scan_over_time
 from lstmjax.traced import (
     INLINED,
@@ -101,7 +101,7 @@ class Derived(Engine):
         """Run ``cell`` over time."""
         args = step_arguments(cell, inputs)
         program = transition_program(cell, args)
-        steps, batch = inputs.xs.shape[:2]
+        steps = inputs.xs.shape[0]
         body = Body(program, args)
         mapped = not_mapped(cell, args) is None and unknown(body.backward.closed.jaxpr) is None
         width = sum(site.out.aval.size for site in body.sites) or inputs.initial.h.size
@@ -212,7 +212,7 @@ def _run_chunks(
                 return _write(saved, new, t + 1), outs
             return saved, _write(outs, shown(new), t)
 
-        carry, (saved, outs) = rnn.walk(k, size, *loop, keep)
+        carry, (saved, outs) = rnn.walk(k, size, loop[0], loop[1], keep)
         if saving and not every_step:
             saved = _write(saved, carry, k + 1)
         return carry, (saved, outs)
@@ -245,7 +245,7 @@ def _run_chunks_back(
             before, at = rnn.carries_before(k, _at(saved, k)), 0
         return rnn.walk_back(k, loop, before, at, d_leaves)
 
-    carry = jax.tree.structure(inputs.initial)
+    carry: Any = jax.tree.structure(inputs.initial)
     others = [None] * (carry.num_leaves - 1)
     d_leaves = carry.flatten_up_to(d_outs) if plan.how.states else [d_outs.h, *others]
     d_carry = _rows_last(or_zeros(d_final, inputs.initial))
@@ -289,14 +289,9 @@ def _write(target: PyTree, part: PyTree, place: Any, axis: int = 0) -> PyTree:
     return jax.tree.map(write, target, part)
 
 
-def _zeros(shape: Sequence[int], like: Array) -> Array:
-    """Zeros of the type of another array."""
-    return vary_alike(jnp.zeros(shape, like.dtype), like)
-
-
 def _room(places: int, one: PyTree) -> PyTree:
     """Zeros for so many of what is in the tree."""
-    return jax.tree.map(lambda a: _zeros((places, *a.shape), a), one)
+    return jax.tree.map(lambda a: zeros((places, *a.shape), a), one)
 
 
 def _rows_last(tree: PyTree) -> PyTree:
@@ -330,7 +325,7 @@ class _Gradients(NamedTuple):
         carry: of the carry, rows last.
         start: of what a reset puts in place of it; None where nobody asks.
         constants: of what else the loop takes from the parameters.
-        sums: of the products' parameters, as `_Product` keeps them.
+        sums: of the products' parameters, as `Product` keeps them.
         xs: of the input through products, ``(T / chunk, D, chunk B)``; None where nobody asks.
         direct: of the input and of ``step_inputs``, without products, ``(T, n, B)``.
         rooms: whose contents do not matter: of products' results for a chunk and for a step, of
@@ -367,7 +362,7 @@ class _Recurrence:
         self.weights, self.biases = weights, biases
         by_weight = dict(zip(map(id, self.body.weights), weights, strict=True))
         by_bias = dict(zip(map(id, self.body.biases), biases, strict=True))
-        make = functools.partial(_Product, make_matmul(plan.how.precision, self.xs.dtype))
+        make = functools.partial(Product, make_matmul(plan.how.precision, self.xs.dtype))
         narrow = jnp.bfloat16 if plan.how.precision == "bfloat16" else self.xs.dtype
         self.products = [
             make(narrow, s, [by_weight[id(f.weight)] for f in s.factors], by_bias.get(id(s.bias)))
@@ -446,9 +441,9 @@ class _Recurrence:
         inputs = self.inputs
         wanted_x = self.wanted[0].xs
         through = any(f.kind == "x" for site in self.body.sites for f in site.factors)
-        xs = _zeros((count, features, self.size * batch), self.xs) if wanted_x and through else None
+        xs = zeros((count, features, self.size * batch), self.xs) if wanted_x and through else None
         direct = [
-            _zeros((steps, a.shape[2], batch), a) if want and reads else None
+            zeros((steps, a.shape[2], batch), a) if want and reads else None
             for a, want, reads in zip(
                 (inputs.xs, *jax.tree.leaves(inputs.inputs)),
                 (wanted_x, *jax.tree.leaves(self.wanted[0].inputs)),
@@ -464,7 +459,7 @@ class _Recurrence:
             [p.room(self.size, batch, self.xs) for p in self.products],
             [p.room(1, batch, self.xs)[:, 0] for p in self.products],
             [
-                _zeros((self.products[n].lefts[j], self.size, batch), self.xs)
+                zeros((self.products[n].lefts[j], self.size, batch), self.xs)
                 for n, j in self.body.backward.recorded
             ],
         )
@@ -577,7 +572,7 @@ class _Recurrence:
         if direct[0] is not None:
             d_xs = direct[0] if d_xs is None else d_xs + direct[0]
         d_inputs = jax.tree.unflatten(jax.tree.structure(inputs.inputs), direct[1:])
-        d = Inputs(
+        d_given = Inputs(
             d_params,
             jnp.zeros_like(self.xs) if d_xs is None else d_xs,
             _rows_first(loop.carry),
@@ -587,7 +582,7 @@ class _Recurrence:
             None,
             None,
         )
-        return d, d_closed
+        return d_given, d_closed
 
 
 class _StepGradients(NamedTuple):
@@ -660,8 +655,8 @@ class _StepBack:
         """Products, and the gradients of their results that come in pieces."""
         name = str(eqn.params.get("name", ""))
         if name.startswith(f"{PRODUCT}:"):
-            _, number, which = name.split(":")
-            return self.product(self.rnn.products[int(number)], which, eqn, ins)
+            _, site, which = name.split(":")
+            return self.product(self.rnn.products[int(site)], which, eqn, ins)
         if eqn.primitive.name in INLINED:  # nothing is differentiated any more
             return self.runner.evaluate(*callee(eqn), ins)
         number = self.rnn.body.backward.pieces.get(id(eqn.outvars[0])) if eqn.outvars else None
@@ -670,10 +665,10 @@ class _StepBack:
         pieces = [self.runner.leave(v, 0, a.aval) for v, a in zip(ins, eqn.invars, strict=True)]
         if self.valid is not None:
             pieces = [jnp.where(self.valid, a, 0) for a in pieces]
-        self.rows[number] = _in_one(self.rows[number], pieces)
+        self.rows[number] = in_one(self.rows[number], pieces)
         return [Value(self.rows[number], 0)]
 
-    def product(self, product: "_Product", which: str, eqn: Any, ins: list[Value]) -> list[Value]:
+    def product(self, product: "Product", which: str, eqn: Any, ins: list[Value]) -> list[Value]:
         """A product, or the gradient of its left sides from that of its result."""
         runner, row = self.runner, product.site.row
         if which == "forward":
@@ -681,140 +676,3 @@ class _StepBack:
         d = runner.leave(ins[0], row, eqn.invars[0].aval)
         found = product.back(d.reshape(-1, d.shape[-1]))
         return [runner.enter(a, place) for a, place in found]
-
-
-def _in_one(room: Array, pieces: list[Array]) -> Array:
-    """Pieces written one after the other into ``room``.
-
-    The same as their concatenation; but XLA:CPU fuses that with the arithmetic of all pieces into
-    one loop that it does not vectorise.
-    """
-    start = 0
-    for piece in pieces:
-        room = lax.dynamic_update_slice_in_dim(room, piece.astype(room.dtype), start, 0)
-        start += piece.shape[0]
-    return room
-
-
-class _Product:
-    """The products of a site, feature-major: ``Wᵀ x + Rᵀ h + b``, and their gradients.
-
-    Those that are added up are one product, with the kernels stacked.
-    """
-
-    def __init__(
-        self,
-        matmul: Callable[[Array, Array], Array],
-        narrow: Any,
-        site: Site,
-        weights: list[Array],
-        bias: Array | None,
-    ) -> None:
-        self.matmul, self.narrow, self.site = matmul, narrow, site
-        self.like = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
-        self.bias = bias
-        self.shared = 1
-        blocks = []
-        for factor, weight in zip(site.factors, weights, strict=True):
-            axes = factor.weight_axes
-            shared, free, summed = (math.prod(weight.shape[a] for a in part) for part in axes)
-            self.shared = shared
-            blocks.append(weight.transpose(sum(axes, ())).reshape(shared, free, summed))
-        self.lefts = [shared * b.shape[2] for b in blocks]
-        self.widths = [b.shape[2] for b in blocks]
-        if self.shared == 1:
-            blocks = [b[0] for b in blocks]
-        self.there = self.cast(jnp.concatenate(blocks, -1))
-        self.backs = [self.cast(b.swapaxes(-1, -2)) for b in blocks]
-        self.dtype = weights[0].dtype
-
-    def cast(self, a: Array) -> Array:
-        """As an operand."""
-        return a.astype(self.narrow)
-
-    def leave(self, runner: Runner, left: list[Value], only: int | None = None) -> list[Array]:
-        """Left sides, rows last: of all factors, or of one."""
-        factors = self.site.factors if only is None else [self.site.factors[only]]
-        return [
-            runner.leave(value, f.row, f.left.aval) for value, f in zip(left, factors, strict=True)
-        ]
-
-    def forward(self, left: list[Array]) -> Array:
-        """The result, rows last, from the left sides."""
-        rows = left[0].shape[-1]
-        canonical = [self.turned_left(a, f) for a, f in zip(left, self.site.factors, strict=True)]
-        out = self.matmul(self.there, jnp.concatenate(canonical, -2))
-        if self.bias is not None:
-            out = out + self.bias.reshape(-1, 1)
-        return out.reshape(*self.site.shape, rows)
-
-    def turned_left(self, left: Array, factor: Factor) -> Array:
-        """``(K, B)``, or with shared axes ``(S, K, B)``."""
-        order = sorted((*factor.left_axes[0], *factor.left_axes[1]))
-        places = [order.index(a) for part in factor.left_axes for a in part]
-        left = left.transpose(*places, left.ndim - 1)
-        shape = (-1, left.shape[-1]) if self.shared == 1 else (self.shared, -1, left.shape[-1])
-        return left.reshape(shape)
-
-    def back(self, d: Array) -> list[tuple[Array, int]]:
-        """Gradients of the left sides but the input, rows last, and which axis the rows were."""
-        found = []
-        d = self.cast(d if self.shared == 1 else d.reshape(self.shared, -1, d.shape[-1]))
-        for factor, weight in zip(self.site.factors, self.backs, strict=True):
-            if factor.kind == "x":
-                continue
-            left = factor.left.aval.shape
-            axes = [a for part in factor.left_axes for a in part]
-            one = self.matmul(weight, d).reshape(*(left[a] for a in axes), d.shape[-1])
-            order = sorted(axes)
-            found.append((one.transpose(*(axes.index(a) for a in order), len(axes)), factor.row))
-        return found
-
-    def room(self, size: int, batch: int, like: Array) -> Array:
-        """For the gradients of a chunk's results.
-
-        Never narrower than they are: XLA:CPU would copy all of it to write a part.
-        """
-        return _zeros((math.prod(self.site.shape), size, batch), like)
-
-    def no_gradient(self, like: Array) -> Any:
-        """Zeros to add `shares` to."""
-        bias = None if self.bias is None else _zeros((self.bias.size,), like)
-        return _zeros(self.there.shape, like), bias
-
-    def shares(self, d: Array, lefts: list[Array]) -> Any:
-        """A chunk's share of the gradients of weights and bias.
-
-        Args:
-            d: of the results, ``(N, chunk, B)``.
-            lefts: left sides, ``(chunk, B, n)``.
-        """
-        d = d.reshape(d.shape[0], math.prod(d.shape[1:]))
-        bias = None if self.bias is None else d.sum(1, dtype=self.dtype)
-        rows = [a.reshape(d.shape[1], a.shape[-1]) for a in lefts]
-        if self.shared == 1:
-            return self.matmul(self.cast(d), jnp.concatenate(rows, 1)), bias
-        heads = rows[0].reshape(-1, self.shared, self.widths[0]).swapaxes(0, 1)
-        return self.matmul(self.cast(d.reshape(self.shared, -1, d.shape[-1])), heads), bias
-
-    def input_share(self, d: Array) -> Array | None:
-        """Of the input, ``(D, chunk B)``; None where no factor multiplies it."""
-        d, share = self.cast(d.reshape(d.shape[0], -1)), None
-        for factor, weight in zip(self.site.factors, self.backs, strict=True):
-            if factor.kind == "x":
-                one = self.matmul(weight, d)
-                share = one if share is None else share + one
-        return share
-
-    def turned(self, sums: Any) -> tuple[list[Array], Array | None]:
-        """Sums of `shares`, shaped like weights and bias."""
-        # Else XLA would turn the operands instead, and XLA:CPU has no such product in bfloat16.
-        whole, bias = lax.optimization_barrier(sums)
-        found, start = [], 0
-        for factor, like, width in zip(self.site.factors, self.like, self.widths, strict=True):
-            one = lax.slice_in_dim(whole, start, start + width, axis=-1)
-            start += width
-            axes = sum(factor.weight_axes, ())
-            one = one.reshape([like.shape[a] for a in axes])
-            found.append(one.transpose([axes.index(a) for a in range(len(axes))]))
-        return found, None if bias is None else bias.reshape(self.bias.shape)

@@ -1,9 +1,9 @@
 """A cell's transition cut at its products, and what its derivative leaves of them.
 
 Products with parameters are what a recurrence spends its time on. `Body` finds them in the traced
-transition, hands each to whoever runs it, and says of the gradient what stays in the loop over time:
-the gradient of a product's result comes out of every step, and the gradient of its parameters is
-then one product over many steps.
+transition and hands each to whoever runs it. Of the gradient little stays in the loop over time:
+that of a product's result comes out of every step, and that of its parameters is then one product
+over many steps.
 """
 
 import collections
@@ -130,10 +130,10 @@ class Body:
                 found[id(site.out)] = items[id(eqn)] = site
             elif eqn.primitive.name in ("add", "add_any"):
                 alone = [a for a in eqn.invars if id(a) in found and uses[id(a)] == 1]
-                if site := self._sum(eqn, [found[id(a)] for a in alone], made):
+                if total := self._sum(eqn, [found[id(a)] for a in alone], made):
                     for a in alone:
                         del items[id(made[id(a)])], found[id(a)]
-                    found[id(site.out)] = items[id(eqn)] = site
+                    found[id(total.out)] = items[id(eqn)] = total
         self.items = list(items.values())
         self.sites = [item for item in self.items if isinstance(item, Site)]
         weights = {id(f.weight): f.weight for site in self.sites for f in site.factors}
@@ -192,9 +192,9 @@ class Body:
             a for a in range(right.aval.ndim) if a not in summed[1] and a not in shared[1]
         ]
         left_axes = tuple(map(int, shared[0])), tuple(map(int, summed[0]))
-        axes = tuple(shared[1]), tuple(weight_free), tuple(summed[1])
+        axes = tuple(map(int, shared[1])), tuple(weight_free), tuple(map(int, summed[1]))
         kind = self._kind_of(left, left_axes)
-        return Factor(kind, left, right, left_axes, tuple(tuple(map(int, a)) for a in axes))
+        return Factor(kind, left, right, left_axes, axes)
 
     def _kind_of(self, left: Any, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Kind:
         """What a left side is; h cut into heads is h."""
@@ -307,7 +307,7 @@ class Backward:
                 return _evaluate(body, full[: count[0]], full[count[0] :], zeros)
 
             moving = [a for a, f in zip(every, floating, strict=True) if f]
-            outs, pull_back, left = jax.vjp(step, moving, zeros, has_aux=True)
+            _, pull_back, left = jax.vjp(step, moving, zeros, has_aux=True)
             d_moving, d_zeros = pull_back(d_outs)
             rest = iter(d_moving)
             d_every = [next(rest) if f else jnp.zeros(()) for f in floating]

@@ -1,0 +1,1 @@
+"""The derived engine, for every device: a gradient made for recurrences."""
