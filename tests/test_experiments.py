@@ -89,14 +89,22 @@ def test_the_command_line_knows_every_engine(error_of):
 
 def test_an_engine_that_cannot_run_the_cell_is_refused(error_of, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from lstmjax.cells import LSTM\n"
+        "from typing import NamedTuple\n"
+        "import jax, jax.numpy as jnp\n"
+        "from lstmjax.cells import LSTM, Carry\n"
         "class Mine(LSTM):\n"
-        "    def transition(self, params, x, carry, dot):\n"
-        "        return super().transition(params, 2 * x, carry, dot)\n"
+        "    class State(NamedTuple):\n"
+        "        c: jax.Array\n"
+        "        n: jax.Array\n"
+        "    def initial_carry(self, batch_size, dtype=jnp.float32):\n"
+        "        zeros = jnp.zeros((batch_size, self.hidden_size), dtype)\n"
+        "        return Carry(zeros, self.State(zeros, jnp.zeros((batch_size, 1), jnp.int32)))\n"
+        "    def step(self, pre, state, params):\n"
+        "        return jnp.tanh(pre.i), self.State(state.c + pre.g, state.n + 1)\n"
     )
     options = ("--data", "demo", "--cell", tmp_path / "mine.py:Mine", "--engine", "derived")
     line = error_of(imdb, *options, *SMALL)
-    assert "engine 'derived' cannot run Mine(hidden_size=4): Mine overrides transition" in line
+    assert "engine 'derived' cannot run Mine(hidden_size=4): Mine carries state.n" in line
     assert "leave out --engine" in line
 
 
