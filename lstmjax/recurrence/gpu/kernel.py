@@ -243,7 +243,9 @@ class _Body:
             plgpu.copy_gmem_to_smem(source, inputs.at[k], here)
         for k, ref in enumerate(self.flag_refs):
             target = self.scratch["flags"].at[slot, self.owner, k]
-            plgpu.copy_gmem_to_smem(ref.at[t, self.rows], target, here)
+            # Copied as a tensor, its place would have to be a multiple of 128 bytes.
+            bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(ref.at[t, self.rows], target, here, oob_mode=bounds)
 
     def _inputs_here(self, slot: Any) -> Any:
         owners = 1 if self.plan.cluster else self.tiles
