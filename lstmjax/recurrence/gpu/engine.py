@@ -29,6 +29,7 @@ from lstmjax.recurrence.engine import (
     odd_carry,
     select_rows,
 )
+from lstmjax.recurrence.gpu.backend import backend_refusal
 from lstmjax.recurrence.gpu.cells import (
     Job,
     backward_recurrence,
@@ -108,7 +109,7 @@ class PallasGPU(Engine):
         if self.plans(cell, work) is None:
             gates = len(cell.gates)
             return f"{cell.hidden_size} units with {gates} gates do not fit into shared memory"
-        return None
+        return backend_refusal() if self.interpret is None else None
 
     def plans(self, cell: Cell, work: Workload) -> tuple[GPUPlan, GPUPlan] | None:
         """Layouts of the forward and the backward kernel, or None where they do not fit.

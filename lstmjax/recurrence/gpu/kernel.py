@@ -83,16 +83,16 @@ def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
 
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
-_index = inspect.signature(plgpu.load).parameters["idx"]
-_INDEX: tuple[Any, ...] = ((),) if _index.default is inspect.Parameter.empty else ()
-"""Before JAX 0.11 `plgpu.load` had to be given an index; since then giving one warns."""
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+_INDEX: tuple[Any, ...] = ((),) if _index and _index.default is inspect.Parameter.empty else ()
+"""JAX 0.10 wants an index in `plgpu.load`, 0.11 warns of one, 0.12 takes none."""
 
 
 def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
     """``(rows, TILE)`` in memory to a tile in registers."""
     if plan.interpret is not None:
         return ref[...].T
-    ref = plgpu.transpose_ref(ref, (1, 0))
+    ref = ref.transpose((1, 0))
     return plgpu.load(ref, *_INDEX, layout=_TRANSPOSED, optimized=optimized)
 
 
@@ -116,7 +116,7 @@ def _store(ref: Any, tile: Array, plan: GPUPlan) -> None:
     if plan.interpret is not None:
         ref[...] = tile.T
     else:
-        plgpu.transpose_ref(ref, (1, 0))[...] = _as_tile(tile, plan)
+        ref.transpose((1, 0))[...] = _as_tile(tile, plan)
 
 
 def _as_tile(x: Array, plan: GPUPlan) -> Array:
@@ -133,7 +133,7 @@ def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
 def _add_product(total: Any, left: Any, right: Any, plan: GPUPlan) -> Any:
     """``total + left right^T``: issued to the tensor cores, or computed by the interpreter."""
     if plan.interpret is None:
-        plgpu.wgmma(total, left, plgpu.transpose_ref(right, (1, 0)))
+        plgpu.wgmma(total, left, right.transpose((1, 0)))
         return total
     left = left if isinstance(left, Array) else left[...]
     return total + jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
@@ -367,7 +367,7 @@ class _Body:
 
     def _send(self, tile: Array, target: Any, here: Any) -> None:
         """Write a tile into the shared memory of every block of the cluster."""
-        tile, target = _as_tile(tile, self.plan), plgpu.transpose_ref(target, (1, 0))
+        tile, target = _as_tile(tile, self.plan), target.transpose((1, 0))
 
         def to(block: Array) -> None:
             plgpu.async_store_smem(tile, target, here, cluster_idx=block, cluster_dim="tile")
