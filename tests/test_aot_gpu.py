@@ -10,6 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.aot import assembly, gpu
@@ -18,6 +19,7 @@ from lstmjax.errors import UserError
 from lstmjax.recurrence import PallasGPU, Workload, unroll
 from lstmjax.recurrence.engine import How
 from lstmjax.recurrence.gpu import engine as gpu_engine
+from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.cells import Job
 from lstmjax.recurrence.step import step_of
 from tests.kernel_cases import LayerNorm, Three
@@ -47,20 +49,54 @@ def compiler():
     [
         (LSTM(100), "bfloat16", False, 1),
         (GRU(20), "float32", True, 1),
+        (LSTM(100), "float32", True, 2),
         (Three(256), "bfloat16", True, 4),
     ],
     ids=lambda a: type(a).__name__ if isinstance(a, (LSTM, GRU, Three)) else str(a),
 )
-def test_compiles_without_spills(cell, precision, flags, blocks):
+def test_compiles_without_spills_and_hazards(cell, precision, flags, blocks):
+    """And nobody waits in a step but for what is exchanged."""
     rows = gpu.cell_rows(cell, steps=WORK.steps, precision=precision, flags=flags)
     name = type(cell).__name__
     assert [row.name for row in rows] == [f"{name}_forward", f"{name}_backward"]
     for row in rows:
         assert row.spilled == 0, row
-        assert "copied" not in row.hazards, row
+        assert row.hazards == ""
+        assert row.barriers == 0
+        assert row.fences == (1 if blocks == 1 else 2)
         assert 0 < row.registers <= 255
         assert 0 < row.shared_memory <= 232_448
         assert (row.blocks, row.rows) == (blocks, 8)
+
+
+def tensors_for_flags(monkeypatch):
+    copy = plgpu.copy_gmem_to_smem
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda *refs, oob_mode=None: copy(*refs))
+
+
+def a_fence_of_the_whole_gpu(monkeypatch):
+    fence = "fence.proxy.async.shared::cta; fence.acq_rel.gpu;"
+    monkeypatch.setattr(exchange, "fence", lambda: exchange._ptx(fence))
+
+
+def a_barrier(monkeypatch):
+    monkeypatch.setattr(exchange, "fence", plgpu.commit_smem)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("mutate", "hidden", "seen"),
+    [
+        (tensors_for_flags, 21, "a tensor is copied at a multiple of 32 bytes, not of 128"),
+        (a_fence_of_the_whole_gpu, 22, "1 fences of the whole GPU in the loop over time"),
+        (a_barrier, 23, "1 barriers"),
+    ],
+    ids=lambda a: getattr(a, "__name__", ""),
+)
+def test_what_kernels_once_were_is_seen(mutate, hidden, seen, monkeypatch):
+    mutate(monkeypatch)
+    row = gpu.cell_rows(LSTM(hidden), steps=10, precision="bfloat16", flags=True)[0]
+    assert seen in f"{row.hazards}; {row.barriers} barriers"
 
 
 @pytest.mark.usefixtures("compiler")

@@ -13,6 +13,8 @@ differs is `Recurrence.cell`, element-wise on tiles.
 
 Warpgroups of one block hand tiles on through its shared memory; `GPUPlan.cluster` makes each
 warpgroup a block of its own, in a cluster whose blocks write into each other's shared memory.
+Either way a thread waits once a step, for the tiles of all the others, and by then everything that
+they did in the step before is done: two slots in turn, for tiles and for outputs, need no more.
 """
 
 import inspect
@@ -26,6 +28,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, Tiles, barriers, buffers
 from lstmjax.recurrence.split import split
 
@@ -69,8 +72,10 @@ def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
         tiling = plgpu.TilingTransform((8, 128 // width))
         scratch[name] = plgpu.SMEM(
             shape,
-            {2: jnp.bfloat16, 4: jnp.float32}[width],
-            transforms=() if name == "flags" else (tiling, plgpu.SwizzleTransform(128)),
+            jnp.int32 if name == "signals" else {2: jnp.bfloat16, 4: jnp.float32}[width],
+            transforms=()
+            if len(shape) < 4 or name == "flags"
+            else (tiling, plgpu.SwizzleTransform(128)),
         )
     for name, (arrivals, number) in barriers(what, plan).items():
         scratch[name] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
@@ -168,15 +173,16 @@ class _Body:
             [_load(self._mine(ref), plan, optimized=False) for ref in refs]
             for refs in (self.carry, self.first)
         )
-        self._publish(0, first)
+        if plan.cluster:
+            exchange.set_up(self.scratch["signals"])
+        self._publish(0, first, [])
 
         def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             products, inputs, flags = self._products(i, resident, lambda: self._inputs(i))
             new, exchanged, outputs = what.cell(
                 products, inputs, flags, self._constants(), list(carry)
             )
-            self._publish(_remainder(i + 1, 2), exchanged)
-            self._write(i, outputs)
+            self._publish(i + 1, exchanged, outputs)
             return _as_carried(new, plan)
 
         carry = list(lax.fori_loop(0, what.steps, step, _as_carried(carry, plan)))
@@ -184,7 +190,8 @@ class _Body:
             products, _, _ = self._products(what.steps, resident, lambda: ([], []))
             carry = what.finish(products, carry)
         else:  # no block may end while others still write into its memory
-            plgpu.barrier_wait(self.scratch["exchanged_here"].at[what.steps % 2])
+            self._wait_for_exchanged(what.steps)
+        self._write(what.steps - 1)
         for ref, tile in zip(self.final, carry, strict=True):
             _store(self._mine(ref), tile, plan)
         plgpu.wait_smem_to_gmem(0)
@@ -254,6 +261,7 @@ class _Body:
     def _inputs(self, i: Array) -> tuple[Tiles, Tiles]:
         """The inputs and flags of step ``i``, once they are here; those of a later one set off."""
         what, plan, slot = self.what, self.plan, _remainder(i, self.plan.buffers)
+        pl.when(i > 0)(lambda: self._write(i - 1))
         later = i + plan.buffers - 1
         pl.when(later < what.steps)(lambda: self._fetch(later))
         plgpu.barrier_wait(self._inputs_here(slot))
@@ -304,9 +312,7 @@ class _Body:
     ) -> tuple[Tiles, Tiles, Tiles]:
         """W_g times what was published for step ``i``, and the results of ``meanwhile``."""
         what, plan, slot = self.what, self.plan, _remainder(i, 2)
-        plgpu.barrier_wait(self.scratch["exchanged_here"].at[slot])
-        if plan.cluster:
-            plgpu.commit_smem()  # others wrote here: make it visible to the tensor cores
+        self._wait_for_exchanged(i)
         if plan.interpret is not None:
             zero = jnp.zeros((TILE, plan.rows), jnp.float32)
             return self._multiply(slot, resident, [zero] * what.gates), *meanwhile()
@@ -346,46 +352,86 @@ class _Body:
             add(k, right, lambda g: self._weights(1 + part, k, g))
 
         if plan.resident:
-            self._each(plan.parts, from_registers)
+            for right in range(plan.parts):  # no loop: it would write registers that are in use
+                from_registers(right)
         self._each(plan.parts * (self.tiles - plan.resident), large_parts)
         self._each(plan.parts * (plan.parts - 1) // 2 * self.tiles, small_parts)
         return sums
 
-    def _publish(self, slot: Any, tiles: Tiles) -> None:
-        """Hand tiles to all who multiply them in the next step."""
-        plan, here = self.plan, self.scratch["exchanged_here"].at[slot]
-        for g, tile in enumerate(tiles):
-            for part, number in enumerate(split(tile, plan.parts)):
-                target = self._exchanged(slot, self.tile, g, part)
-                if plan.cluster:
-                    self._send(number, target, here)
-                else:
-                    _store(target, number, plan)
-        if not plan.cluster:
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(here)
+    # Between steps
 
-    def _send(self, tile: Array, target: Any, here: Any) -> None:
-        """Write a tile into the shared memory of every block of the cluster."""
-        tile, target = _as_tile(tile, self.plan), target.transpose((1, 0))
+    def _publish(self, i: Any, exchanged: Tiles, outputs: Tiles) -> None:
+        """Hand tiles to all who multiply them in step ``i``, and those of the last to `_write`.
+
+        Nobody waits here. What others may do once they have all tiles of the step, this thread has
+        done its part for when it arrives: its own are written, and copies of outputs that it began
+        have left their buffer.
+        """
+        plan, slot = self.plan, _remainder(i, 2)
+        parts = [split(tile, plan.parts) for tile in exchanged]
+        targets = [
+            [self._exchanged(slot, self.tile, g, part) for part in range(plan.parts)]
+            for g in range(len(exchanged))
+        ]
+        pairs = list(zip(itertools.chain(*parts), itertools.chain(*targets), strict=True))
+        if plan.cluster:
+            self._send(pairs, slot)
+        else:
+            for tile, target in pairs:
+                _store(target, tile, plan)
+        for k, tile in enumerate(outputs):
+            _store(self._output(i - 1, k), tile, plan)
+        _release(plan)
+        if plan.cluster:
+            size = self.tiles * len(pairs) * plan.rows * TILE * 2
+            exchange.expect(self.scratch["signals"].at[slot], size)
+        else:
+            plgpu.barrier_arrive(self.scratch["exchanged_here"].at[slot])
+
+    def _send(self, pairs: list[tuple[Array, Any]], slot: Any) -> None:
+        """Write tiles into the shared memory of every block of the cluster."""
+        signal = self.scratch["signals"].at[slot]
+        tiles = [(_as_tile(tile, self.plan), at.transpose((1, 0))) for tile, at in pairs]
 
         def to(block: Array) -> None:
-            plgpu.async_store_smem(tile, target, here, cluster_idx=block, cluster_dim="tile")
+            for tile, target in tiles:
+                exchange.send(tile, target, signal, block)
 
         self._each(self.tiles, to)
 
-    def _write(self, i: Array, tiles: Tiles) -> None:
-        """Start the copy of the outputs of step ``i`` to where they belong."""
-        t, buffers = self._time(i), self.scratch["outputs"].at[self.owner]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the step before
-        for k, tile in enumerate(tiles):
-            _store(buffers.at[k], tile, self.plan)
-        plgpu.commit_smem()
+    def _wait_for_exchanged(self, i: Any) -> None:
+        """For the tiles that are multiplied in step ``i``."""
+        slot, phase = _divided(i, 2)[::-1]
+        if self.plan.cluster:
+            exchange.wait(self.scratch["signals"].at[slot], phase)
+        else:
+            plgpu.barrier_wait(self.scratch["exchanged_here"].at[slot])
+
+    def _output(self, i: Any, k: int) -> Any:
+        """Where tile ``k`` of the outputs of step ``i`` waits to be copied."""
+        return self.scratch["outputs"].at[_remainder(i, 2), self.owner, k]
+
+    def _write(self, i: Any) -> None:
+        """Start the copy of the outputs of step ``i`` to where they belong.
+
+        All have been published since, so that they are complete.
+        """
+        t = self._time(i)
         blocks = _blocks(self.output_refs, self.what.outputs)
         for k, (ref, block) in enumerate(blocks):
             target = ref.at[t, self.rows, self._columns(block)]
-            plgpu.copy_smem_to_gmem(buffers.at[k], target, commit_group=False)
+            plgpu.copy_smem_to_gmem(self._output(i, k), target, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
+
+
+def _release(plan: GPUPlan) -> None:
+    """What this thread wrote to shared memory is seen by all, and its copies have read theirs."""
+    if plan.interpret is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+    else:
+        exchange.wait_for_copies()
+        exchange.fence()
 
 
 def _blocks(refs: list[Any], counts: tuple[int, ...]) -> list[tuple[Any, int]]:
