@@ -18,7 +18,7 @@ def hazards(ptx: str, sass: str, report: str) -> list[str]:
         sass: of the same.
         report: what the assembler said of it.
     """
-    found = [*dict.fromkeys([*_misaligned(ptx), *_rewritten(ptx)])]
+    found = [*dict.fromkeys([*_misaligned(ptx), *_rewritten(ptx), *_unordered(ptx)])]
     if number := counts(sass, "MEMBAR.ALL.GPU")["MEMBAR.ALL.GPU"]:
         found.append(f"{number} fences of the whole GPU in the loop over time")
     if re.search(r"wgmma\.mma_async instructions are serialized", report):
@@ -200,3 +200,15 @@ def _inner_loops(ptx: str) -> Iterator[str]:
         branch = _BRANCH.search(line)
         if branch and at.get(branch[1], k) < k:
             yield "\n".join(lines[at[branch[1]] : k])
+
+
+# --- What is not waited for ----------------------------------------------------------------------
+
+
+def _unordered(ptx: str) -> Iterator[str]:
+    """What the loop over time has to say to the copy engine and the tensor cores, and does not."""
+    loop = "\n".join(time_loop(ptx))
+    if ".bulk_group" in loop and "cp.async.bulk.wait_group" not in loop:
+        yield "memory that is copied from is written again without a wait"
+    if "wgmma.mma_async" in loop and "fence.proxy.async" not in loop:
+        yield "products read memory that no fence has shown them"

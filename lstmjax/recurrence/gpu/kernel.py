@@ -84,7 +84,7 @@ def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
 
 # --- Tiles in memory and in registers ------------------------------------------------------------
 #
-# The interpreter has arrays but no layouts, and neither transposed references nor tensor cores.
+# A bare interpreter has arrays but no layouts, and neither transposed references nor tensor cores.
 
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
@@ -95,7 +95,7 @@ _INDEX: tuple[Any, ...] = ((),) if _index and _index.default is inspect.Paramete
 
 def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
     """``(rows, TILE)`` in memory to a tile in registers."""
-    if plan.interpret is not None:
+    if plan.bare:
         return ref[...].T
     ref = ref.transpose((1, 0))
     return plgpu.load(ref, *_INDEX, layout=_TRANSPOSED, optimized=optimized)
@@ -103,7 +103,7 @@ def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
 
 def _load_flag(ref: Any, plan: GPUPlan) -> Array:
     """``(rows,)`` in memory to a tile that has the same number for all units."""
-    if plan.interpret is not None:
+    if plan.bare:
         flag = ref[...]
     else:
         flag = plgpu.load(ref, *_INDEX, layout=_TRANSPOSED.reduce(0), optimized=False)
@@ -112,13 +112,13 @@ def _load_flag(ref: Any, plan: GPUPlan) -> Array:
 
 def _load_operand(ref: Any, plan: GPUPlan) -> Array:
     """``(TILE, TILE)`` in memory to the registers that a product reads its left operand from."""
-    if plan.interpret is not None:
+    if plan.bare:
         return ref[...]
     return plgpu.load(ref, *_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _store(ref: Any, tile: Array, plan: GPUPlan) -> None:
-    if plan.interpret is not None:
+    if plan.bare:
         ref[...] = tile.T
     else:
         ref.transpose((1, 0))[...] = _as_tile(tile, plan)
@@ -126,7 +126,7 @@ def _store(ref: Any, tile: Array, plan: GPUPlan) -> None:
 
 def _as_tile(x: Array, plan: GPUPlan) -> Array:
     """Settles the layout of what could have any: constants, and sums with accumulators."""
-    return x if plan.interpret is not None else plgpu.layout_cast(x, _TRANSPOSED)
+    return x if plan.bare else plgpu.layout_cast(x, _TRANSPOSED)
 
 
 def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
@@ -137,7 +137,7 @@ def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
 
 def _add_product(total: Any, left: Any, right: Any, plan: GPUPlan) -> Any:
     """``total + left right^T``: issued to the tensor cores, or computed by the interpreter."""
-    if plan.interpret is None:
+    if not plan.bare:
         plgpu.wgmma(total, left, right.transpose((1, 0)))
         return total
     left = left if isinstance(left, Array) else left[...]
@@ -226,7 +226,7 @@ class _Body:
 
         Hence a bound that the compiler does not know.
         """
-        if self.plan.interpret is not None or times < 2:
+        if self.plan.bare or times < 2:
             for k in range(times):
                 do(k)
             return
@@ -313,7 +313,7 @@ class _Body:
         """W_g times what was published for step ``i``, and the results of ``meanwhile``."""
         what, plan, slot = self.what, self.plan, _remainder(i, 2)
         self._wait_for_exchanged(i)
-        if plan.interpret is not None:
+        if plan.bare:
             zero = jnp.zeros((TILE, plan.rows), jnp.float32)
             return self._multiply(slot, resident, [zero] * what.gates), *meanwhile()
 

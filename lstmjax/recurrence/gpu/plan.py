@@ -65,6 +65,11 @@ class GPUPlan:
     fast_math: bool = False
     interpret: Any = None
 
+    @property
+    def bare(self) -> bool:
+        """Runs in an interpreter that does not do as a device does, that of JAX before 0.12."""
+        return self.interpret is not None and not hasattr(self.interpret, "inline_mgpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
@@ -169,8 +174,10 @@ def choose_plan(what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...]) -> G
     if wanted.parts > 1 and tiles > 1:
         orders.reverse()
     if wanted.interpret is not None and not callable(wanted.interpret):
-        # The interpreter has no clusters, but all the memory that one may want.
-        return next(_plans(what, wanted, depths, False))
+        # The interpreter has no clusters, but all the memory that one may want. It multiplies what
+        # is there, too, unless it is bare, when it multiplies whatever one likes.
+        plan = next(_plans(what, wanted, depths, False))
+        return plan if plan.bare else dataclasses.replace(plan, resident=0)
     plans = (_plans(what, wanted, depths, cluster) for cluster, most in orders if tiles <= most)
     every = itertools.chain.from_iterable(plans)
     return next((plan for plan in every if shared_memory(what, plan) <= SHARED_MEMORY), None)
