@@ -58,8 +58,9 @@ class PallasGPU(Engine):
     All other derivatives are those of the derived engine.
 
     With ``precision="float32"`` each operand of a recurrent product is split into two bfloat16
-    numbers, up to 64 units into three: exact to 2^-17 and 2^-24. The other products, those for the
-    gradients of the weights among them, are in full float32.
+    numbers, up to 64 units into three: exact to 2^-17 and 2^-24, as far as tensor cores add that
+    exactly; what is infinite becomes NaN. The other products, those for the gradients of the
+    weights among them, are in full float32.
 
     Attributes:
         rows: of the batch in a block, a multiple of 8; by default 8, or 16 where the blocks would
