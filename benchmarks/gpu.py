@@ -614,6 +614,8 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--output", type=pathlib.Path, help="JSON; by default named by the device")
     options = parser.parse_args(arguments)
+    if options.interpreted:  # warpgroups are threads of XLA's, which has as many as it has devices
+        jax.config.update("jax_num_cpu_devices", 8)
     if options.check:
         return check()
     if options.work:
