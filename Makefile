@@ -2,8 +2,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
+# The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
+NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb test test-aot bench lint format lock clean
+.PHONY: help demo imdb test test-aot test-newest bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -20,6 +22,10 @@ test: .venv/ready-test  ## all tests that this machine can run
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
+
+test-newest: .venv-newest/ready  ## the kernels with the newest JAX: interpreted, and compiled for Hopper
+	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n auto --maxprocesses 4 tests/test_kernels_gpu.py \
+		tests/test_kernels_tpu.py tests/test_races_gpu.py tests/test_aot_gpu.py $(ARGS)
 
 bench: .venv/ready-bench  ## side by side with what a user would take instead
 	$(RUN) -m benchmarks $(ARGS)
@@ -56,6 +62,12 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test,aot]'
 	touch $@
 
+# No pins: whatever is newest. What is pinned in .venv is the lowest JAX that there may be.
+.venv-newest/ready: pyproject.toml
+	$(NEWEST) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,aot]'
+	touch $@
+
 .venv/ready-bench: .venv/ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[bench]'
 	touch $@
@@ -65,4 +77,4 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot build *.egg-info
+	rm -rf .venv .venv-aot .venv-newest build *.egg-info

@@ -1,6 +1,11 @@
 """The recurrence on a GPU: lstmjax' engines, Flax, PyTorch and cuDNN through JAX.
 
-    python -m benchmarks.gpu            under 8 minutes, no network; prints a table and writes
+    python -m benchmarks.gpu --all      under 8 minutes, no network: what only a device can say, by
+                                        `benchmarks.signoff`, then all of the below; called again,
+                                        it goes on where it stopped; writes
+                                        benchmarks/results/gpu/<device>-all.json
+    python -m benchmarks.gpu --all --interpreted    the same, small, without a GPU
+    python -m benchmarks.gpu            prints a table and writes
                                         benchmarks/results/gpu/<device>.json
     python -m benchmarks.gpu --check    tiny shapes, with or without a GPU, writes nothing: only
                                         shows that every contender that is present runs
@@ -8,20 +13,23 @@
 Every contender runs forward, and forward with all gradients, on the same parameters, inputs and
 cotangents. Its values and gradients are compared with the plain scan in float64 before it is timed:
 ``error`` is the largest distance, as a share of the largest element, of the hidden states and of
-the gradients. Times are the medians of several runs, compilation excluded, divided by the time
-steps. ``bound`` is the larger of what the products take at the peak of the device and what the
-inputs and outputs take at its bandwidth: the time of a step cannot be less.
+the gradients. Times are from the first to the last thing that the device does (by CUPTI, through
+JAX' profiler, and by CUDA's events), the median of several runs, compilation excluded, divided by
+the time steps. ``bound`` is the larger of what the products take at the peak of the device and what
+the inputs and outputs take at its bandwidth: the time of a step cannot be less.
 
 One that is not installed, cannot run here, or fails, has one line that says so.
 """
 
 import argparse
 import functools
+import gzip
 import importlib.util
 import json
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -30,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.signoff import Item, checks, environment, more_cases, run_all, training, work
 from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Workload, choose_engine, unroll
@@ -107,12 +116,17 @@ class Runs(NamedTuple):
         gradient: returns them, the gradient of the inputs, and the others.
         wait: takes what either returned.
         numpy: turns an array of its own into NumPy.
+        clock: seconds that a device takes for something that is done so many times.
     """
 
     forward: Callable[[], Any]
     gradient: Callable[[], Any]
     wait: Callable[[Any], Any]
     numpy: Callable[[Any], np.ndarray]
+    clock: "Clock"
+
+
+Clock = Callable[[Callable[[], Any], int], float]
 
 
 class CannotRunError(Exception):
@@ -168,11 +182,54 @@ def jax_runs(f: Callable[[Any, Any], Any], params: Any, problem: Problem) -> Run
         lambda: gradient(params, x, d_hs),
         jax.block_until_ready,
         np.asarray,
+        profiled if platform() != "cpu" else on_the_host(jax.block_until_ready),
     )
 
 
-def lstmjax_runs(engine: Any, precision: Precision, problem: Problem) -> Runs:
-    """One of lstmjax' engines."""
+def on_the_host(wait: Callable[[Any], Any]) -> Clock:
+    """Where there is no device whose clock could be read."""
+
+    def clock(run: Callable[[], Any], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = run()
+        wait(out)
+        return time.perf_counter() - start
+
+    return clock
+
+
+def profiled(run: Callable[[], Any], repeats: int) -> float:
+    """From the first to the last thing that JAX' profiler saw on the device."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(repeats):
+                out = run()
+            jax.block_until_ready(out)
+        return device_seconds(pathlib.Path(folder))
+
+
+def device_seconds(folder: pathlib.Path) -> float:
+    """What a trace says that devices were at work for."""
+    (path,) = folder.rglob("*.trace.json.gz")
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    named = [event for event in events if event.get("name") == "process_name"]
+    devices = {e["pid"] for e in named if e["args"]["name"].startswith("/device:")}
+    spans = [
+        (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event.get("ph") == "X" and event["pid"] in devices
+    ]
+    if not spans:
+        raise RuntimeError("the profiler saw nothing on the device")
+    return 1e-6 * (max(end for _, end in spans) - min(start for start, _ in spans))
+
+
+def lstmjax_runs(
+    engine: Any, precision: Precision, problem: Problem, *, flags: bool = False
+) -> Runs:
+    """One of lstmjax' engines; ``flags``: with a mask and resets, of which none says anything."""
 
     batch, steps, features = problem.x.shape
     work = Workload(platform(), str(problem.x.dtype), precision, steps, batch, features)
@@ -181,8 +238,11 @@ def lstmjax_runs(engine: Any, precision: Precision, problem: Problem) -> Runs:
     except ValueError as refusal:
         raise CannotRunError(str(refusal)) from refusal
 
+    said = {"mask": np.ones((batch, steps), bool), "resets": np.zeros((batch, steps), bool)}
+    options: dict[str, Any] = {"precision": precision, "engine": engine} | (said if flags else {})
+
     def f(params: Any, x: Any) -> Any:
-        return unroll(problem.cell, params, x, precision=precision, engine=engine)[0]
+        return unroll(problem.cell, params, x, **options)[0]
 
     return jax_runs(f, problem.params, problem)
 
@@ -268,8 +328,18 @@ def torch_runs(mode: str, problem: Problem) -> Runs:
         if device == "cuda":
             torch.cuda.synchronize()
 
+    def events(run: Callable[[], Any], repeats: int) -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            run()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3
+
     # What allow_tf32 says when the work is started is what counts; contenders run one by one.
-    return Runs(forward, gradient, wait, to_numpy)
+    clock = events if device == "cuda" else on_the_host(wait)
+    return Runs(forward, gradient, wait, to_numpy, clock)
 
 
 def contenders() -> Iterator[Contender]:
@@ -279,6 +349,8 @@ def contenders() -> Iterator[Contender]:
     for precision in precisions:
         make = functools.partial(lstmjax_runs, kernel, precision)
         yield Contender("lstmjax kernel", precision, ours, make)
+        masked = functools.partial(lstmjax_runs, kernel, precision, flags=True)
+        yield Contender("lstmjax kernel, mask", precision, ("LSTM",), masked)
     for mode in ("bfloat16", "tf32", "float32"):
         make = functools.partial(torch_runs, mode)
         yield Contender("PyTorch cuDNN", mode, ("LSTM", "GRU"), make, "torch")
@@ -320,21 +392,18 @@ def tolerance(name: str, shape: Shape, precision: str, *, gradient: bool) -> flo
 
 
 def seconds(
-    run: Callable[[], Any], wait: Callable[[Any], Any], turns: int = TURNS, least: float = LEAST
+    run: Callable[[], Any],
+    wait: Callable[[Any], Any],
+    clock: Clock,
+    turns: int = TURNS,
+    least: float = LEAST,
 ) -> float:
     """Median time of one run, the first ones left out."""
     wait(run())
     start = time.perf_counter()
     wait(run())
-    repeats = max(1, round(least / (time.perf_counter() - start)))
-    times = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            out = run()
-        wait(out)
-        times.append((time.perf_counter() - start) / repeats)
-    return statistics.median(times)
+    repeats = min(100, max(1, round(least / (time.perf_counter() - start))))
+    return statistics.median(clock(run, repeats) / repeats for _ in range(turns))
 
 
 def bound(name: str, shape: Shape, precision: str, device: str, *, gradient: bool) -> float | None:
@@ -391,7 +460,9 @@ def _measured(
         if not error <= allowed:
             raise ValueError(f"{what} is off by {error:.1e}, allowed are {allowed:.1e}")
     for what, run in (("forward", runs.forward), ("gradient", runs.gradient)):
-        result[f"{what}_us_per_step"] = 1e6 * seconds(run, runs.wait, **how) / shape.steps
+        result[f"{what}_us_per_step"] = (
+            1e6 * seconds(run, runs.wait, runs.clock, **how) / shape.steps
+        )
         least = bound(name, shape, contender.precision, device, gradient=what == "gradient")
         if least is not None:
             result[f"{what}_bound_us_per_step"] = 1e6 * least / shape.steps
@@ -415,15 +486,6 @@ def line(row: dict[str, Any]) -> str:
         share = "" if least is None else f" ({100 * least / taken:3.0f} %)"
         cells.append(f"{taken:9.3f}{share}")
     return f"{head} {cells[0]} {cells[1]}  {row['forward_error']:.0e} {row['gradient_error']:.0e}"
-
-
-def environment() -> dict[str, str]:
-    """What the numbers are from; no host name."""
-    found = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    for package in ("flax", "torch"):
-        if importlib.util.find_spec(package) is not None:
-            found[package] = __import__(package).__version__
-    return found
 
 
 def jobs(shapes: tuple[Shape, ...]) -> Iterator[tuple[str, Shape, Contender]]:
@@ -465,24 +527,110 @@ def run(shapes: tuple[Shape, ...], path: pathlib.Path, limit: float) -> None:
     print(f"{time.perf_counter() - start:.0f} s, written to {path}")
 
 
+# --- All that only a device can say --------------------------------------------------------------
+
+
+def items(interpreted: bool) -> dict[str, Item]:
+    """What ``--all`` finds out, in this order; interpreted, without a GPU, little of each."""
+    from tests.gpu_interpreter import INTERPRET
+    from tests.test_kernels_gpu import CASES
+
+    found = {"environment": Item(environment)}
+    shapes = (TINY,) if interpreted else SHAPES
+    if interpreted:
+        cases = {"LSTM": CASES["LSTM"]._replace(steps=5)}
+        found |= checks(PallasGPU(interpret=INTERPRET), cases, 2)
+        found |= training("auto", "--accelerator", "cpu", "--max-length", "16")
+    else:
+        found |= checks(PallasGPU(), CASES | more_cases(512), 1000)
+        found |= training("pallas_gpu")
+    how = {"turns": 1, "least": 0.0} if interpreted else {}
+    for name, shape, contender in jobs(shapes):
+        steps, batch, hidden, _ = shape
+        title = f"time, {name}, T {steps}, B {batch}, H {hidden}, {contender.name}"
+        what = functools.partial(_timed, name, shape, contender, how)
+        found[f"{title}, {contender.precision}"] = Item(what)
+    return found
+
+
+def _timed(name: str, shape: Shape, contender: Contender, how: dict[str, Any]) -> dict[str, Any]:
+    return measure(name, shape, contender, jax.devices()[0].device_kind, **how)
+
+
+def show(name: str, said: dict[str, Any]) -> None:
+    """One line of an item's outcome."""
+    if "contender" in said and "failed" not in said:
+        print(line(said), flush=True)
+    else:
+        rest = {k: v for k, v in said.items() if k not in ("seconds", "result")}
+        outcome = f"FAILED: {said['failed']}" if "failed" in said else f"ok {rest or ''}"
+        print(f"{name:60} {said.get('seconds', 0):6.1f} s  {outcome}", flush=True)
+
+
+def plot(path: pathlib.Path) -> None:
+    """Times a step of all contenders at every shape that was measured, beside the JSON."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in json.loads(path.read_text()).values() if "gradient_us_per_step" in row]
+    shapes = sorted({tuple(row["shape"].values()) for row in rows if row["cell"] == "LSTM"})
+    if not shapes:
+        return
+    figure, panels = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), squeeze=False)
+    for panel, shape in zip(panels[0], shapes, strict=True):
+        here = [r for r in rows if r["cell"] == "LSTM" and tuple(r["shape"].values()) == shape]
+        names = [f"{row['contender']}, {row['precision']}" for row in here]
+        panel.barh(names, [row["gradient_us_per_step"] for row in here], color="lightgrey")
+        panel.barh(names, [row["forward_us_per_step"] for row in here])
+        panel.set(title="T {} B {} H {} D {}".format(*shape), xlabel="µs a step", xscale="log")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"))
+    plt.close(figure)
+
+
+def sign_off(interpreted: bool, path: pathlib.Path, limit: float) -> int:
+    """``--all``; 0 once everything is done and nothing failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--work"]
+    command += ["--interpreted"] if interpreted else []
+    done = run_all(items(interpreted), command, path, limit, show)
+    plot(path)
+    failed = [name for name, said in json.loads(path.read_text()).items() if "failed" in said]
+    print(f"{len(failed)} failed; {'all is' if done else 'not all is'} done; written to {path}")
+    return int(bool(failed) or not done)
+
+
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--check", action="store_true", help="tiny shapes, on any platform")
+    parser.add_argument("--all", action="store_true", help="all that only a device can say")
+    parser.add_argument("--interpreted", action="store_true", help="with --all: without a device")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing after that")
     parser.add_argument(
         "--shapes", type=int, nargs="*", choices=range(len(SHAPES)), help="by number; default: all"
     )
     parser.add_argument("--output", type=pathlib.Path, help="JSON; by default named by the device")
     options = parser.parse_args(arguments)
+    if options.interpreted:  # warpgroups are threads of XLA's, which has as many as it has devices
+        jax.config.update("jax_num_cpu_devices", 8)
     if options.check:
         return check()
-    if platform() != "gpu":
-        parser.error(f"JAX has no GPU here, its backend is {platform()}; --check runs anywhere")
-    shapes = SHAPES if options.shapes is None else tuple(SHAPES[k] for k in options.shapes)
+    if options.work:
+        work(items(options.interpreted), json.load(sys.stdin))
+        return 0
+    if platform() != "gpu" and not options.interpreted:
+        remedy = "--check and --all --interpreted run anywhere"
+        parser.error(f"JAX has no GPU here, its backend is {platform()}; {remedy}")
+    if options.interpreted and options.output is None:
+        parser.error("--interpreted tells nothing of a device: say where to write it by --output")
     name = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    if options.all:
+        path = options.output or RESULTS / f"{name}-all.json"
+        return sign_off(options.interpreted, path, options.seconds)
+    shapes = SHAPES if options.shapes is None else tuple(SHAPES[k] for k in options.shapes)
     run(shapes, options.output or RESULTS / f"{name}.json", options.seconds)
     return 0
 

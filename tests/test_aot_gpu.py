@@ -1,6 +1,7 @@
 """The GPU engine's kernels compiled for Hopper by the real compiler, without such a device.
 
-Needs JAX' CUDA plug-in in the version of JAX (`lstmjax.aot.gpu` says which packages).
+Needs JAX' CUDA plug-in in the version of JAX (`lstmjax.aot.gpu` says which packages), and the
+disassembler.
 """
 
 import functools
@@ -9,14 +10,16 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
-from lstmjax.aot import gpu
+from lstmjax.aot import assembly, gpu
 from lstmjax.cells import GRU, LSTM, PeepholeLSTM
 from lstmjax.errors import UserError
 from lstmjax.recurrence import PallasGPU, Workload, unroll
 from lstmjax.recurrence.engine import How
 from lstmjax.recurrence.gpu import engine as gpu_engine
+from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.cells import Job
 from lstmjax.recurrence.step import step_of
 from tests.kernel_cases import LayerNorm, Three
@@ -46,19 +49,66 @@ def compiler():
     [
         (LSTM(100), "bfloat16", False, 1),
         (GRU(20), "float32", True, 1),
+        (LSTM(100), "float32", True, 2),
         (Three(256), "bfloat16", True, 4),
     ],
     ids=lambda a: type(a).__name__ if isinstance(a, (LSTM, GRU, Three)) else str(a),
 )
-def test_compiles_without_spills(cell, precision, flags, blocks):
+def test_compiles_without_spills_and_hazards(cell, precision, flags, blocks):
+    """And nobody waits in a step but for what is exchanged."""
     rows = gpu.cell_rows(cell, steps=WORK.steps, precision=precision, flags=flags)
     name = type(cell).__name__
     assert [row.name for row in rows] == [f"{name}_forward", f"{name}_backward"]
     for row in rows:
         assert row.spilled == 0, row
+        assert row.hazards == ""
+        assert row.barriers == 0
+        assert row.fences == (1 if blocks == 1 else 2)
         assert 0 < row.registers <= 255
         assert 0 < row.shared_memory <= 232_448
         assert (row.blocks, row.rows) == (blocks, 8)
+
+
+def tensors_for_flags(monkeypatch):
+    copy = plgpu.copy_gmem_to_smem
+    monkeypatch.setattr(plgpu, "copy_gmem_to_smem", lambda *refs, oob_mode=None: copy(*refs))
+
+
+def a_fence_of_the_whole_gpu(monkeypatch):
+    fence = "fence.proxy.async.shared::cta; fence.acq_rel.gpu;"
+    monkeypatch.setattr(exchange, "fence", lambda: exchange._ptx(fence))
+
+
+def no_fence(monkeypatch):
+    monkeypatch.setattr(exchange, "fence", lambda: None)
+
+
+def no_wait_for_copies(monkeypatch):
+    monkeypatch.setattr(exchange, "wait_for_copies", lambda: None)
+
+
+def a_barrier(monkeypatch):
+    monkeypatch.setattr(exchange, "fence", plgpu.commit_smem)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("mutate", "hidden", "seen"),
+    [
+        (tensors_for_flags, 21, "a tensor is copied at a multiple of 32 bytes, not of 128"),
+        (a_fence_of_the_whole_gpu, 22, "1 fences of the whole GPU in the loop over time"),
+        (no_fence, 23, "products read memory that no fence has shown them"),
+        (no_wait_for_copies, 24, "memory that is copied from is written again without a wait"),
+        (a_barrier, 25, "1 barriers"),
+    ],
+    ids=lambda a: getattr(a, "__name__", ""),
+)
+def test_what_kernels_once_were_or_might_be_is_seen(mutate, hidden, seen, monkeypatch):
+    mutate(monkeypatch)
+    engine = PallasGPU(attached=False)
+    shapes, run = gpu.recurrence_program(LSTM(hidden), WORK, engine, flags=True)
+    (kernel,) = gpu.compile_for_hopper(run, *shapes).kernels
+    assert seen in f"{'; '.join(kernel.hazards)}; {kernel.barriers} barriers"
 
 
 @pytest.mark.usefixtures("compiler")
@@ -118,10 +168,78 @@ def test_what_does_not_run_is_refused_with_the_reason():
         gpu.compile_cell(LSTM(1024))
 
 
-def test_the_report_of_the_assembler_is_read():
-    text = (
-        "ptxas info    : Function properties for LSTM_forward_mosaic_gpu_kernel\n"
-        "    0 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
-        "ptxas info    : Used 188 registers, used 3 barriers\n"
-    )
-    assert gpu._kernels(text * 2) == [gpu.Kernel("LSTM_forward", 188, 12)] * 2
+PTX = """.version 9.0
+\tmov.b64 \t%rd1, __dynamic_shmem__0;
+\tmov.b64 \t%rd2, 0;
+\tmov.u32 \t%r1, %tid.x;
+$L__BB0_1:
+\tcp.async.bulk.wait_group.read 0;
+\tfence.proxy.async.shared::cta;
+\t{ wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r90}, %rd91, %rd92, p, 1; }
+\tmul.wide.s32 \t%rd3, %r1, 64;
+\tadd.s64 \t%rd4, %rd1, %rd3;
+\tadd.s64 \t%rd5, %rd1, %rd2;
+\tcvt.u32.u64 \t%r3, %rd4;
+\tcvt.u32.u64 \t%r4, %rd5;
+\t@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r3], [%rd9], 32, [%r9];
+\t@%p1 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier [%r4+512], [%rd9, {%r2}], [%r9];
+\t@%p1 cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%rd9, {%r17}], [%r4];
+\tadd.s64 \t%rd2, %rd2, 128;
+\t@%p2 bra \t$L__BB0_1;
+\tret;
+"""
+REPORT = """ptxas info    : Function properties for LSTM_forward_mosaic_gpu_kernel
+    0 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 188 registers, used 3 barriers
+"""
+SASS = """\t.target\tsm_90a
+        /*0000*/                   MEMBAR.ALL.GPU ;
+.L_x_1:
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x1, 0x80 ;
+        /*0020*/              @!P1 BRA `(.L_x_2) ;
+        /*0030*/                   FENCE.VIEW.ASYNC.S ;
+        /*0040*/               @P2 BRA `(.L_x_1) ;
+        /*0050*/                   EXIT ;
+.L_x_2:
+        /*0060*/                   BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   MEMBAR.ALL.GPU ;
+        /*0080*/                   BRA `(.L_x_3) ;
+"""
+
+
+def test_what_the_compiler_says_is_read():
+    found = gpu._kernels("elsewhere\n" + 2 * (PTX + REPORT + SASS))
+    assert found == [gpu.Kernel("LSTM_forward", 188, 12, (), barriers=1, fences=1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "hazard"),
+    [
+        ("%r1, 64", "%r1, 8", "an array is copied at a multiple of 8 bytes, not of 16"),
+        ("%rd2, 128", "%rd2, 96", "a tensor is copied at a multiple of 32 bytes, not of 128"),
+        ("+512", "+64", "a tensor is copied at a multiple of 64 bytes, not of 128"),
+        ("mul.wide", "mul.hi", "an array is copied at a multiple of 1 bytes, not of 16"),
+        ("cp.async.bulk.wait_group", "nop", "is written again without a wait"),
+        ("fence.proxy", "nop", "products read memory that no fence has shown them"),
+        ("FENCE.VIEW", "MEMBAR.ALL.GPU ; FENCE.VIEW", "1 fences of the whole GPU"),
+        ("used 3 barriers", "wgmma.mma_async instructions are serialized", "wait for one another"),
+    ],
+)
+def test_hazards_are_named(was, now, hazard):
+    ptx, report, sass = (text.replace(was, now) for text in (PTX, REPORT, SASS))
+    assert assembly.hazards(PTX, SASS, REPORT) == []
+    assert hazard in "; ".join(assembly.hazards(ptx, sass, report))
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_registers_of_products_under_way_stay_as_they_are(wait):
+    ptx = f"""
+$L__BB0_1:
+\tmov.b32 \t%r5, %r1;
+\t{{ wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r9}}, {{%r5,%r6}}, %rd1, p, 1; }}
+\t{"wgmma.wait_group.sync.aligned 0;" if wait else ""}
+\t@%p1 bra \t$L__BB0_1;
+"""
+    found = [*assembly._rewritten(ptx)]
+    assert found == [] if wait else ["1 registers of products under way are written again"]

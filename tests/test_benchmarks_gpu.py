@@ -1,10 +1,16 @@
 """The GPU benchmark where there is no GPU: every contender that is present runs, in tiny."""
 
+import gzip
 import json
+import sys
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, signoff
+from lstmjax.cells import LSTM
+from lstmjax.recurrence.gpu.engine import PallasGPU
+from lstmjax.recurrence.gpu.plain import plain_kernel
+from tests.kernel_cases import Case
 
 
 def test_every_contender_present_runs_and_is_right(capsys, monkeypatch):
@@ -13,7 +19,7 @@ def test_every_contender_present_runs_and_is_right(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert sum("lstmjax derived" in line and "skipped" not in line for line in lines) == 4
     kernel = [line for line in lines if "lstmjax kernel" in line]
-    assert len(kernel) == 4
+    assert len(kernel) == 6  # two with a mask
     assert all("it runs on GPUs, not on cpu" in line for line in kernel)
 
 
@@ -43,6 +49,72 @@ def test_without_a_gpu_nothing_is_measured(capsys):
     with pytest.raises(SystemExit):
         gpu.main([])
     assert "JAX has no GPU here, its backend is cpu" in capsys.readouterr().err
+
+
+WORKER = """
+import json, sys
+for name in json.load(sys.stdin):
+    if name == "hangs":
+        sys.stdin.close()
+        import threading; threading.Event().wait()
+    if name == "dies":
+        sys.exit(1)
+    print(json.dumps({"found": name}), flush=True)
+"""
+
+
+def test_what_hangs_or_dies_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(signoff, "STARTING", 2.0)
+    names = ("one", "hangs", "two", "dies", "three")
+    items = {name: signoff.Item(lambda: {}, limit=0.5) for name in names}
+    command, path, shown = [sys.executable, "-c", WORKER], tmp_path / "all.json", []
+    assert signoff.run_all(items, command, path, 60.0, lambda name, _: shown.append(name))
+    assert shown == list(names)
+    found = json.loads(path.read_text())
+    assert [found[name].get("found") for name in ("one", "two", "three")] == ["one", "two", "three"]
+    assert "it hangs" in found["hangs"]["failed"]
+    assert "its process ended" in found["dies"]["failed"]
+    # Again: what there is no answer to yet, and then what failed.
+    del found["two"]
+    path.write_text(json.dumps(found))
+    assert signoff.run_all(items, command, path, 60.0, lambda name, _: shown.append(name))
+    assert shown[len(names) :] == ["two", "hangs", "dies"]
+    assert not signoff.run_all(items | {"four": items["one"]}, command, path, 0.0, lambda *_: None)
+
+
+def test_what_an_item_raises_is_its_outcome(capsys):
+    def fail():
+        print("said meanwhile")
+        raise ValueError("off\nby one")
+
+    signoff.work(
+        {"good": signoff.Item(lambda: {"error": 0.0}), "bad": signoff.Item(fail)}, ["bad", "good"]
+    )
+    bad, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert bad["failed"] == "ValueError: off"
+    assert good["error"] == 0
+
+
+def test_an_interpreted_check_is_against_float64():
+    engine = PallasGPU(interpret=plain_kernel)
+    case = Case(LSTM(5), steps=5, flags=("mask",))
+    found = signoff.checks(engine, {"LSTM": case}, 2)
+    outcomes = {name: item.run() for name, item in found.items()}
+    assert 0 < outcomes["check, LSTM"]["error"] < 1e-5
+    assert len(outcomes) == 4
+
+
+def test_the_device_was_at_work_from_the_first_event_to_the_last(tmp_path):
+    events = [
+        {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},
+        {"ph": "M", "pid": 2, "name": "process_name", "args": {"name": "/host:CPU"}},
+        {"ph": "X", "pid": 1, "name": "kernel", "ts": 100.0, "dur": 20.0},
+        {"ph": "X", "pid": 1, "name": "kernel", "ts": 130.0, "dur": 20.0},
+        {"ph": "X", "pid": 2, "name": "python", "ts": 0.0, "dur": 900.0},
+    ]
+    with gzip.open(tmp_path / "host.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    assert gpu.device_seconds(tmp_path) == pytest.approx(50e-6)
 
 
 def test_the_bound_is_of_a_known_device():

@@ -1,13 +1,16 @@
 """Compile for a Hopper GPU that this machine does not have, by the real compiler.
 
-Needs the packages of JAX' CUDA plug-in, in the version of JAX, and no other of NVIDIA's::
+Needs the packages of JAX' CUDA plug-in, in the version of JAX, NVIDIA's disassembler, and nothing
+else of NVIDIA's::
 
-    pip install jax-cuda12-plugin jax-cuda12-pjrt     (or jax-cuda13-..., both alike)
+    pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvdisasm    (or jax-cuda13-..., both)
 """
 
 import contextlib
 import functools
+import importlib.metadata
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -19,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from lstmjax.aot.assembly import counts, hazards
 from lstmjax.aot.train_step import Shape, step_inputs, train_step_program
 from lstmjax.cells.base import Cell, start
 from lstmjax.errors import UserError, first_line
@@ -58,11 +62,17 @@ class Kernel(NamedTuple):
         name: of the kernel.
         registers: of a thread, of which there are at most 255.
         spilled: bytes that a thread moves to memory for want of registers.
+        hazards: what `assembly.hazards` found, a clause each.
+        barriers: of a warpgroup, in the loop over time.
+        fences: between its memory and the tensor cores or copies, in the loop over time.
     """
 
     name: str
     registers: int
     spilled: int
+    hazards: tuple[str, ...]
+    barriers: int
+    fences: int
 
 
 class Compiled(NamedTuple):
@@ -134,34 +144,61 @@ def devices() -> Any:
 
 @contextlib.contextmanager
 def _printed() -> Iterator[Callable[[], str]]:
-    """What the compiler writes to standard output, the assembler's report included."""
+    """What the compiler writes to standard output: programs, and the assembler's report."""
+    from jax.experimental.pallas import mosaic_gpu  # noqa: F401  (sets where tools are, itself)
+
+    wanted = dict.fromkeys(_DUMPS, "1") | {"MOSAIC_GPU_CUDA_ROOT": _tools()}
+    before = {name: os.environ.get(name) for name in wanted}
     sys.stdout.flush()
-    before, kept = os.environ.get("MOSAIC_GPU_DUMP_PTXAS"), os.dup(1)
+    kept, text = os.dup(1), ""
     with tempfile.TemporaryFile() as file:
-        os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
+        os.environ.update(wanted)
         os.dup2(file.fileno(), 1)
-        text = ""
         try:
             yield lambda: text
         finally:
             os.dup2(kept, 1)
             os.close(kept)
-            os.environ.pop("MOSAIC_GPU_DUMP_PTXAS")
-            if before is not None:
-                os.environ["MOSAIC_GPU_DUMP_PTXAS"] = before
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
             file.seek(0)
             text = file.read().decode(errors="replace")
 
 
-_PTXAS = re.compile(
-    r"Function properties for (\S+?)(?:_mosaic_gpu_kernel)?\n"
-    r".*?(\d+) bytes spill stores.*?Used (\d+) registers",
-    re.DOTALL,
+_DUMPS = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS")
+
+
+def _tools() -> str:
+    """The folder whose ``bin`` holds NVIDIA's disassembler.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        files = importlib.metadata.files("nvidia-cuda-nvdisasm") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("no disassembler for CUDA; install nvidia-cuda-nvdisasm") from None
+    return str(next(pathlib.Path(f.locate()) for f in files if f.name == "nvdisasm").parents[1])
+
+
+_KERNEL = re.compile(
+    r"(?P<ptx>^\.version.*?)"
+    r"(?P<report>^ptxas info.*?Function properties for (?P<name>\S+?)(?:_mosaic_gpu_kernel)?\n"
+    r".*?(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers.*?)"
+    r"(?P<sass>^\s*\.target.*?)(?=^\.version|\Z)",
+    re.DOTALL | re.MULTILINE,
 )
 
 
 def _kernels(text: str) -> list[Kernel]:
-    return [Kernel(name, int(used), int(spilt)) for name, spilt, used in _PTXAS.findall(text)]
+    """All of which there are the program, the report and what was made of it, in this order."""
+    found = []
+    for kernel in _KERNEL.finditer(text):
+        faults = hazards(kernel["ptx"], kernel["sass"], kernel["report"])
+        loop = counts(kernel["sass"], "BAR.SYNC", "FENCE.VIEW.ASYNC")
+        figures = int(kernel["registers"]), int(kernel["spilled"])
+        found.append(Kernel(kernel["name"], *figures, tuple(faults), *loop.values()))
+    return found
 
 
 class CellReport(NamedTuple):
@@ -288,6 +325,8 @@ class Row(NamedTuple):
         spilled: bytes that a thread moves to memory for want of registers.
         blocks: in a cluster; 1 where no block waits for another.
         rows: of the batch in a block.
+        barriers, fences: as of `Kernel`.
+        hazards: as of `Kernel`, in one line.
     """
 
     name: str
@@ -298,6 +337,9 @@ class Row(NamedTuple):
     spilled: int
     blocks: int
     rows: int
+    barriers: int
+    fences: int
+    hazards: str
 
 
 def cell_rows(cell: Cell, **options: Any) -> list[Row]:
@@ -322,5 +364,7 @@ def cell_rows(cell: Cell, **options: Any) -> list[Row]:
         figures = report.shared_memory[k], kernel.registers, kernel.spilled
         blocks = -(-cell.hidden_size // TILE) if plan.cluster else 1
         sizes = compiled.seconds, compiled.temporaries
-        rows.append(Row(kernel.name, *sizes, *figures, blocks, plan.rows))
+        loop = kernel.barriers, kernel.fences
+        text = "; ".join(kernel.hazards)
+        rows.append(Row(kernel.name, *sizes, *figures, blocks, plan.rows, *loop, text))
     return rows

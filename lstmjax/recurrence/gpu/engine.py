@@ -29,6 +29,7 @@ from lstmjax.recurrence.engine import (
     odd_carry,
     select_rows,
 )
+from lstmjax.recurrence.gpu.backend import backend_refusal
 from lstmjax.recurrence.gpu.cells import (
     Job,
     backward_recurrence,
@@ -37,27 +38,29 @@ from lstmjax.recurrence.gpu.cells import (
     refusal,
     sizes_of,
 )
-from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, choose_plan
+from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, at_once, choose_plan
 from lstmjax.recurrence.layout import dense, up
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.step import no_kernel, standard, step_of
 from lstmjax.traced import vary_alike
 
-_MULTIPROCESSORS = 132
+_CORES = 132
+"""Multiprocessors of an H100 that is not there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PallasGPU(Engine):
     """Runs element-wise cells on Hopper GPUs (H100, H200) in one kernel, forward and backward.
 
-    Up to 128 units, where it fits, a block of the GPU owns a few rows of the batch for all of time,
-    so no block waits for another; else a cluster of blocks does. The gradient keeps the carry of
-    each step.
+    Up to 128 units (64 with ``precision="float32"``), where it fits, a block of the GPU owns a few
+    rows of the batch for all of time, so no block waits for another; else a cluster of blocks does.
+    The gradient keeps the carry of each step.
     All other derivatives are those of the derived engine.
 
     With ``precision="float32"`` each operand of a recurrent product is split into two bfloat16
-    numbers, up to 64 units into three: exact to 2^-17 and 2^-24. The other products, those for the
-    gradients of the weights among them, are in full float32.
+    numbers, up to 64 units into three: exact to 2^-17 and 2^-24, as far as tensor cores add that
+    exactly; what is infinite becomes NaN. The other products, those for the gradients of the
+    weights among them, are in full float32.
 
     Attributes:
         rows: of the batch in a block, a multiple of 8; by default 8, or 16 where the blocks would
@@ -108,7 +111,7 @@ class PallasGPU(Engine):
         if self.plans(cell, work) is None:
             gates = len(cell.gates)
             return f"{cell.hidden_size} units with {gates} gates do not fit into shared memory"
-        return None
+        return backend_refusal() if self.interpret is None else None
 
     def plans(self, cell: Cell, work: Workload) -> tuple[GPUPlan, GPUPlan] | None:
         """Layouts of the forward and the backward kernel, or None where they do not fit.
@@ -131,10 +134,13 @@ class PallasGPU(Engine):
             backward = choose_plan(backward_recurrence(job, 1, rows), wanted, depths)
             if forward is not None and backward is not None:
                 found.append((forward, backward))
-                blocks = -(-batch // rows) * (tiles if backward.cluster else 1)
-                if blocks <= _MULTIPROCESSORS:
+                blocks = tiles if backward.cluster else 1
+                if -(-batch // rows) <= at_once(self._cores(), blocks):
                     break
         return found[-1] if found else None
+
+    def _cores(self) -> int:
+        return _attached().core_count if self.attached and self.interpret is None else _CORES
 
     def __call__(self, cell: Cell, inputs: Inputs, how: How) -> tuple[Outputs, Carry]:
         """Run ``cell`` over time."""
@@ -158,8 +164,12 @@ class PallasGPU(Engine):
         return _recurrence(_How(job, how, *plans))(inputs)
 
 
+def _attached() -> Any:
+    return jax.local_devices(backend="gpu")[0]
+
+
 def _compute_capability() -> str:
-    device = jax.local_devices(backend="gpu")[0]
+    device = _attached()
     return str(getattr(device, "compute_capability", device.device_kind))
 
 

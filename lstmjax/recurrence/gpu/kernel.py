@@ -13,6 +13,8 @@ differs is `Recurrence.cell`, element-wise on tiles.
 
 Warpgroups of one block hand tiles on through its shared memory; `GPUPlan.cluster` makes each
 warpgroup a block of its own, in a cluster whose blocks write into each other's shared memory.
+Either way a thread waits once a step, for the tiles of all the others, and by then everything that
+they did in the step before is done: two slots in turn, for tiles and for outputs, need no more.
 """
 
 import inspect
@@ -26,6 +28,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, Tiles, barriers, buffers
 from lstmjax.recurrence.split import split
 
@@ -69,8 +72,10 @@ def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
         tiling = plgpu.TilingTransform((8, 128 // width))
         scratch[name] = plgpu.SMEM(
             shape,
-            {2: jnp.bfloat16, 4: jnp.float32}[width],
-            transforms=() if name == "flags" else (tiling, plgpu.SwizzleTransform(128)),
+            jnp.int32 if name == "signals" else {2: jnp.bfloat16, 4: jnp.float32}[width],
+            transforms=()
+            if len(shape) < 4 or name == "flags"
+            else (tiling, plgpu.SwizzleTransform(128)),
         )
     for name, (arrivals, number) in barriers(what, plan).items():
         scratch[name] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=number)
@@ -79,26 +84,26 @@ def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
 
 # --- Tiles in memory and in registers ------------------------------------------------------------
 #
-# The interpreter has arrays but no layouts, and neither transposed references nor tensor cores.
+# A bare interpreter has arrays but no layouts, and neither transposed references nor tensor cores.
 
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
-_index = inspect.signature(plgpu.load).parameters["idx"]
-_INDEX: tuple[Any, ...] = ((),) if _index.default is inspect.Parameter.empty else ()
-"""Before JAX 0.11 `plgpu.load` had to be given an index; since then giving one warns."""
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+_INDEX: tuple[Any, ...] = ((),) if _index and _index.default is inspect.Parameter.empty else ()
+"""JAX 0.10 wants an index in `plgpu.load`, 0.11 warns of one, 0.12 takes none."""
 
 
 def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
     """``(rows, TILE)`` in memory to a tile in registers."""
-    if plan.interpret is not None:
+    if plan.bare:
         return ref[...].T
-    ref = plgpu.transpose_ref(ref, (1, 0))
+    ref = ref.transpose((1, 0))
     return plgpu.load(ref, *_INDEX, layout=_TRANSPOSED, optimized=optimized)
 
 
 def _load_flag(ref: Any, plan: GPUPlan) -> Array:
     """``(rows,)`` in memory to a tile that has the same number for all units."""
-    if plan.interpret is not None:
+    if plan.bare:
         flag = ref[...]
     else:
         flag = plgpu.load(ref, *_INDEX, layout=_TRANSPOSED.reduce(0), optimized=False)
@@ -107,21 +112,21 @@ def _load_flag(ref: Any, plan: GPUPlan) -> Array:
 
 def _load_operand(ref: Any, plan: GPUPlan) -> Array:
     """``(TILE, TILE)`` in memory to the registers that a product reads its left operand from."""
-    if plan.interpret is not None:
+    if plan.bare:
         return ref[...]
     return plgpu.load(ref, *_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _store(ref: Any, tile: Array, plan: GPUPlan) -> None:
-    if plan.interpret is not None:
+    if plan.bare:
         ref[...] = tile.T
     else:
-        plgpu.transpose_ref(ref, (1, 0))[...] = _as_tile(tile, plan)
+        ref.transpose((1, 0))[...] = _as_tile(tile, plan)
 
 
 def _as_tile(x: Array, plan: GPUPlan) -> Array:
     """Settles the layout of what could have any: constants, and sums with accumulators."""
-    return x if plan.interpret is not None else plgpu.layout_cast(x, _TRANSPOSED)
+    return x if plan.bare else plgpu.layout_cast(x, _TRANSPOSED)
 
 
 def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
@@ -132,8 +137,8 @@ def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
 
 def _add_product(total: Any, left: Any, right: Any, plan: GPUPlan) -> Any:
     """``total + left right^T``: issued to the tensor cores, or computed by the interpreter."""
-    if plan.interpret is None:
-        plgpu.wgmma(total, left, plgpu.transpose_ref(right, (1, 0)))
+    if not plan.bare:
+        plgpu.wgmma(total, left, right.transpose((1, 0)))
         return total
     left = left if isinstance(left, Array) else left[...]
     return total + jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
@@ -168,15 +173,16 @@ class _Body:
             [_load(self._mine(ref), plan, optimized=False) for ref in refs]
             for refs in (self.carry, self.first)
         )
-        self._publish(0, first)
+        if plan.cluster:
+            exchange.set_up(self.scratch["signals"])
+        self._publish(0, first, [])
 
         def step(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             products, inputs, flags = self._products(i, resident, lambda: self._inputs(i))
             new, exchanged, outputs = what.cell(
                 products, inputs, flags, self._constants(), list(carry)
             )
-            self._publish(_remainder(i + 1, 2), exchanged)
-            self._write(i, outputs)
+            self._publish(i + 1, exchanged, outputs)
             return _as_carried(new, plan)
 
         carry = list(lax.fori_loop(0, what.steps, step, _as_carried(carry, plan)))
@@ -184,7 +190,8 @@ class _Body:
             products, _, _ = self._products(what.steps, resident, lambda: ([], []))
             carry = what.finish(products, carry)
         else:  # no block may end while others still write into its memory
-            plgpu.barrier_wait(self.scratch["exchanged_here"].at[what.steps % 2])
+            self._wait_for_exchanged(what.steps)
+        self._write(what.steps - 1)
         for ref, tile in zip(self.final, carry, strict=True):
             _store(self._mine(ref), tile, plan)
         plgpu.wait_smem_to_gmem(0)
@@ -219,7 +226,7 @@ class _Body:
 
         Hence a bound that the compiler does not know.
         """
-        if self.plan.interpret is not None or times < 2:
+        if self.plan.bare or times < 2:
             for k in range(times):
                 do(k)
             return
@@ -243,7 +250,9 @@ class _Body:
             plgpu.copy_gmem_to_smem(source, inputs.at[k], here)
         for k, ref in enumerate(self.flag_refs):
             target = self.scratch["flags"].at[slot, self.owner, k]
-            plgpu.copy_gmem_to_smem(ref.at[t, self.rows], target, here)
+            # Copied as a tensor, its place would have to be a multiple of 128 bytes.
+            bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
+            plgpu.copy_gmem_to_smem(ref.at[t, self.rows], target, here, oob_mode=bounds)
 
     def _inputs_here(self, slot: Any) -> Any:
         owners = 1 if self.plan.cluster else self.tiles
@@ -252,6 +261,7 @@ class _Body:
     def _inputs(self, i: Array) -> tuple[Tiles, Tiles]:
         """The inputs and flags of step ``i``, once they are here; those of a later one set off."""
         what, plan, slot = self.what, self.plan, _remainder(i, self.plan.buffers)
+        pl.when(i > 0)(lambda: self._write(i - 1))
         later = i + plan.buffers - 1
         pl.when(later < what.steps)(lambda: self._fetch(later))
         plgpu.barrier_wait(self._inputs_here(slot))
@@ -302,10 +312,8 @@ class _Body:
     ) -> tuple[Tiles, Tiles, Tiles]:
         """W_g times what was published for step ``i``, and the results of ``meanwhile``."""
         what, plan, slot = self.what, self.plan, _remainder(i, 2)
-        plgpu.barrier_wait(self.scratch["exchanged_here"].at[slot])
-        if plan.cluster:
-            plgpu.commit_smem()  # others wrote here: make it visible to the tensor cores
-        if plan.interpret is not None:
+        self._wait_for_exchanged(i)
+        if plan.bare:
             zero = jnp.zeros((TILE, plan.rows), jnp.float32)
             return self._multiply(slot, resident, [zero] * what.gates), *meanwhile()
 
@@ -344,46 +352,86 @@ class _Body:
             add(k, right, lambda g: self._weights(1 + part, k, g))
 
         if plan.resident:
-            self._each(plan.parts, from_registers)
+            for right in range(plan.parts):  # no loop: it would write registers that are in use
+                from_registers(right)
         self._each(plan.parts * (self.tiles - plan.resident), large_parts)
         self._each(plan.parts * (plan.parts - 1) // 2 * self.tiles, small_parts)
         return sums
 
-    def _publish(self, slot: Any, tiles: Tiles) -> None:
-        """Hand tiles to all who multiply them in the next step."""
-        plan, here = self.plan, self.scratch["exchanged_here"].at[slot]
-        for g, tile in enumerate(tiles):
-            for part, number in enumerate(split(tile, plan.parts)):
-                target = self._exchanged(slot, self.tile, g, part)
-                if plan.cluster:
-                    self._send(number, target, here)
-                else:
-                    _store(target, number, plan)
-        if not plan.cluster:
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(here)
+    # Between steps
 
-    def _send(self, tile: Array, target: Any, here: Any) -> None:
-        """Write a tile into the shared memory of every block of the cluster."""
-        tile, target = _as_tile(tile, self.plan), plgpu.transpose_ref(target, (1, 0))
+    def _publish(self, i: Any, exchanged: Tiles, outputs: Tiles) -> None:
+        """Hand tiles to all who multiply them in step ``i``, and those of the last to `_write`.
+
+        Nobody waits here. What others may do once they have all tiles of the step, this thread has
+        done its part for when it arrives: its own are written, and copies of outputs that it began
+        have left their buffer.
+        """
+        plan, slot = self.plan, _remainder(i, 2)
+        parts = [split(tile, plan.parts) for tile in exchanged]
+        targets = [
+            [self._exchanged(slot, self.tile, g, part) for part in range(plan.parts)]
+            for g in range(len(exchanged))
+        ]
+        pairs = list(zip(itertools.chain(*parts), itertools.chain(*targets), strict=True))
+        if plan.cluster:
+            self._send(pairs, slot)
+        else:
+            for tile, target in pairs:
+                _store(target, tile, plan)
+        for k, tile in enumerate(outputs):
+            _store(self._output(i - 1, k), tile, plan)
+        _release(plan)
+        if plan.cluster:
+            size = self.tiles * len(pairs) * plan.rows * TILE * 2
+            exchange.expect(self.scratch["signals"].at[slot], size)
+        else:
+            plgpu.barrier_arrive(self.scratch["exchanged_here"].at[slot])
+
+    def _send(self, pairs: list[tuple[Array, Any]], slot: Any) -> None:
+        """Write tiles into the shared memory of every block of the cluster."""
+        signal = self.scratch["signals"].at[slot]
+        tiles = [(_as_tile(tile, self.plan), at.transpose((1, 0))) for tile, at in pairs]
 
         def to(block: Array) -> None:
-            plgpu.async_store_smem(tile, target, here, cluster_idx=block, cluster_dim="tile")
+            for tile, target in tiles:
+                exchange.send(tile, target, signal, block)
 
         self._each(self.tiles, to)
 
-    def _write(self, i: Array, tiles: Tiles) -> None:
-        """Start the copy of the outputs of step ``i`` to where they belong."""
-        t, buffers = self._time(i), self.scratch["outputs"].at[self.owner]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the step before
-        for k, tile in enumerate(tiles):
-            _store(buffers.at[k], tile, self.plan)
-        plgpu.commit_smem()
+    def _wait_for_exchanged(self, i: Any) -> None:
+        """For the tiles that are multiplied in step ``i``."""
+        slot, phase = _divided(i, 2)[::-1]
+        if self.plan.cluster:
+            exchange.wait(self.scratch["signals"].at[slot], phase)
+        else:
+            plgpu.barrier_wait(self.scratch["exchanged_here"].at[slot])
+
+    def _output(self, i: Any, k: int) -> Any:
+        """Where tile ``k`` of the outputs of step ``i`` waits to be copied."""
+        return self.scratch["outputs"].at[_remainder(i, 2), self.owner, k]
+
+    def _write(self, i: Any) -> None:
+        """Start the copy of the outputs of step ``i`` to where they belong.
+
+        All have been published since, so that they are complete.
+        """
+        t = self._time(i)
         blocks = _blocks(self.output_refs, self.what.outputs)
         for k, (ref, block) in enumerate(blocks):
             target = ref.at[t, self.rows, self._columns(block)]
-            plgpu.copy_smem_to_gmem(buffers.at[k], target, commit_group=False)
+            plgpu.copy_smem_to_gmem(self._output(i, k), target, commit_group=False)
         plgpu.commit_smem_to_gmem_group()
+
+
+def _release(plan: GPUPlan) -> None:
+    """What this thread wrote to shared memory is seen by all, and its copies have read theirs."""
+    if plan.interpret is not None:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+    else:
+        exchange.wait_for_copies()
+        exchange.fence()
 
 
 def _blocks(refs: list[Any], counts: tuple[int, ...]) -> list[tuple[Any, int]]:

@@ -31,6 +31,9 @@ _MOST_WARPGROUPS = 2
 _MOST_BLOCKS = 8
 """In a cluster, on every Hopper GPU."""
 
+_CORES = 16
+"""Of the multiprocessors that one cluster may be spread over: there are groups of 16 and of 18."""
+
 Tiles = list[Array]
 """Each ``(TILE, rows)`` float32."""
 
@@ -61,6 +64,11 @@ class GPUPlan:
     parts: int = 1
     fast_math: bool = False
     interpret: Any = None
+
+    @property
+    def bare(self) -> bool:
+        """Runs in an interpreter that does not do as a device does, that of JAX before 0.12."""
+        return self.interpret is not None and not hasattr(self.interpret, "inline_mgpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +114,11 @@ def buffers(what: Recurrence, plan: GPUPlan) -> dict[str, tuple[tuple[int, ...],
     found = {
         "exchanged": ((2, tiles, exchanged, *tile), 2),
         "inputs": ((plan.buffers, owners, sum(what.inputs), *tile), 4),
-        "outputs": ((owners, sum(what.outputs), *tile), 4),
+        "outputs": ((2, owners, sum(what.outputs), *tile), 4),
         "flags": ((plan.buffers, owners, what.flags, plan.rows), 4),
         "constants": ((owners, what.constants, *tile), 4),
         "weights": ((owners, weights, TILE, TILE), 2),
+        "signals": ((2 if plan.cluster else 0, 2), 4),
     }
     return {name: buffer for name, buffer in found.items() if math.prod(buffer[0])}
 
@@ -117,10 +126,9 @@ def buffers(what: Recurrence, plan: GPUPlan) -> dict[str, tuple[tuple[int, ...],
 def barriers(what: Recurrence, plan: GPUPlan) -> dict[str, tuple[int, int]]:
     """What is waited for, as arrivals and number of barriers."""
     tiles, owners, weights = _counts(what, plan)
-    exchanged = (1 if what.shared else what.gates) * plan.parts
     found = {
         "inputs_here": (sum(what.inputs) + what.flags, plan.buffers * owners),
-        "exchanged_here": (tiles * (exchanged if plan.cluster else 1), 2),
+        "exchanged_here": (0 if plan.cluster else tiles, 2),  # a cluster has signals of its own
         "constants_here": (what.constants + weights, owners),
     }
     return {name: (arrivals, number) for name, (arrivals, number) in found.items() if arrivals}
@@ -140,16 +148,39 @@ def shared_memory(what: Recurrence, plan: GPUPlan) -> int:
     return sum(up(size, 1024) for size in sizes) + sum(signals)
 
 
+def at_once(cores: int, blocks: int) -> int:
+    """Clusters of so many blocks that a device of so many multiprocessors has room for.
+
+    Example:
+        >>> at_once(132, 1), at_once(132, 5)
+        (132, 24)
+    """
+    return cores if blocks == 1 else cores // _CORES * (_CORES // blocks)
+
+
 def choose_plan(what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...]) -> GPUPlan | None:
     """The first layout that fits: one block rather than a cluster, inputs fetched well ahead.
+
+    Numbers in parts are better off in a cluster: there is more of W in registers, and each
+    multiprocessor reads less of it from shared memory.
 
     Args:
         what: the recurrence.
         wanted: all that is not chosen here.
         depths: values of `GPUPlan.buffers`, the most wanted first.
     """
-    plans = (plan for plan in _plans(what, wanted, depths))
-    return next((plan for plan in plans if shared_memory(what, plan) <= SHARED_MEMORY), None)
+    tiles = what.units // TILE
+    orders = [(False, _MOST_WARPGROUPS), (True, _MOST_BLOCKS)]
+    if wanted.parts > 1 and tiles > 1:
+        orders.reverse()
+    if wanted.interpret is not None and not callable(wanted.interpret):
+        # The interpreter has no clusters, but all the memory that one may want. It multiplies what
+        # is there, too, unless it is bare, when it multiplies whatever one likes.
+        plan = next(_plans(what, wanted, depths, False))
+        return plan if plan.bare else dataclasses.replace(plan, resident=0)
+    plans = (_plans(what, wanted, depths, cluster) for cluster, most in orders if tiles <= most)
+    every = itertools.chain.from_iterable(plans)
+    return next((plan for plan in every if shared_memory(what, plan) <= SHARED_MEMORY), None)
 
 
 def _arrays(what: Recurrence) -> int:
@@ -157,18 +188,14 @@ def _arrays(what: Recurrence) -> int:
     return sum(what.inputs) + what.flags + what.constants + what.carry + what.gates
 
 
-def _plans(what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...]) -> Iterator[GPUPlan]:
+def _plans(
+    what: Recurrence, wanted: GPUPlan, depths: tuple[int, ...], cluster: bool
+) -> Iterator[GPUPlan]:
     tiles = what.units // TILE
     resident = min(tiles, _MOST_RESIDENT // what.gates)
-    most = {False: _MOST_WARPGROUPS, True: _MOST_BLOCKS}
-    if wanted.interpret is not None and not callable(wanted.interpret):
-        most = {False: tiles}  # the interpreter has no clusters
-    for cluster in most:
-        # Numbers in parts, and steps with many arrays, need registers; there memory comes first.
-        crowded = wanted.parts > 1 if cluster else _arrays(what) * wanted.rows // 8 > _MOST_ARRAYS
-        few = (max(1, resident // 2), resident) if crowded else (resident,)
-        for in_registers, depth in itertools.product(few, depths):
-            if tiles <= most[cluster]:
-                yield dataclasses.replace(
-                    wanted, cluster=cluster, resident=in_registers, buffers=depth
-                )
+    # Numbers in parts, and steps with many arrays, need registers; there memory comes first.
+    in_parts = cluster and wanted.parts > 1 and tiles > 2
+    crowded = in_parts or _arrays(what) * wanted.rows // 8 > _MOST_ARRAYS
+    few = (max(1, resident // 2), resident) if crowded else (resident,)
+    for in_registers, depth in itertools.product(few, depths):
+        yield dataclasses.replace(wanted, cluster=cluster, resident=in_registers, buffers=depth)
