@@ -775,7 +775,7 @@ def _along(runner: Runner, eqn: Any, ins: list[Value], name: str) -> list[Value]
         raise MixedRows(f"{_name(eqn)} takes the rows along two axes at once{runner.line(eqn)}")
     row = rows.pop() if rows else None
     rank = len(eqn.invars[0].aval.shape)
-    axis = eqn.params.get(name, rank - 1) % rank
+    axis = int(eqn.params.get(name, rank - 1)) % rank
     if axis == row:
         raise MixedRows(f"{_name(eqn)} along the rows{runner.line(eqn)}")
     arrays = []

@@ -1,5 +1,6 @@
 """The recurrence over time: one contract (`unroll`), one file an engine."""
 
+from lstmjax.recurrence.associative import Associative
 from lstmjax.recurrence.choice import ENGINES, choose_engine
 from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import Engine, How, Inputs, Workload
@@ -11,6 +12,7 @@ from lstmjax.recurrence.unroll import length_mask, unroll
 
 __all__ = [
     "ENGINES",
+    "Associative",
     "Derived",
     "Engine",
     "How",

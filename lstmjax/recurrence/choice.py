@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from lstmjax.cells.base import Cell
+from lstmjax.recurrence.associative import Associative
 from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
@@ -10,7 +11,7 @@ from lstmjax.recurrence.scan import Scan
 from lstmjax.recurrence.tpu.engine import PallasTPU
 
 ENGINES: Mapping[str, Engine] = {
-    engine.name: engine for engine in (PallasTPU(), PallasGPU(), Derived(), Scan())
+    engine.name: engine for engine in (PallasTPU(), PallasGPU(), Associative(), Derived(), Scan())
 }
 """Every engine in its default settings, the most wanted first."""
 
@@ -41,7 +42,7 @@ def choose_engine(
     if engine is None:
         reasons: list[str] = []
         for candidate in ENGINES.values():
-            if candidate.only_on not in (None, work.platform):
+            if not candidate.offers(cell, work):
                 continue
             refusal = candidate.refusal(cell, work)
             if refusal is None:

@@ -112,6 +112,10 @@ class Engine:
     name: ClassVar[str]
     only_on: ClassVar[str | None] = None
 
+    def offers(self, cell: Cell, work: Workload) -> bool:
+        """Whether somebody who asks for no engine in particular may get this one."""
+        return self.only_on in (None, work.platform)
+
     def refusal(self, cell: Cell, work: Workload) -> str | None:
         """Why this engine cannot run ``cell`` on ``work``, in one clause; None where it can."""
         return None
