@@ -6,9 +6,10 @@ one key a row, so they do not depend on how a batch is spread over devices.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from lstmjax.cells.base import Carry, Cell, Initializer, Params, start
 from lstmjax.cells.contract import shapes_of
 from lstmjax.precision import DotGeneral, as_precision
 from lstmjax.recurrence import Engine, length_mask, unroll
-from lstmjax.recurrence.noise import Keys, RowKeys, as_keys, row_keys
+from lstmjax.recurrence.noise import Keys, as_keys, row_keys
 
 __all__ = [
     "Bidirectional",
@@ -43,6 +44,8 @@ __all__ = [
 Padding = Literal["left", "right"]
 Pooling = Literal["last", "mean", "max"]
 Merge = Literal["concat", "sum", "mean"] | Callable[[Array, Array], Array]
+OneOrBoth = Cell | tuple[Cell, Cell]
+"""The recurrence, or those forward and backward."""
 Activation = Callable[[Array], Array]
 PrecisionLike = DTypeLike | jax.lax.Precision | None
 """What `lstmjax.precision.as_precision` takes."""
@@ -50,7 +53,7 @@ AnyKeys = Keys | Array | None
 """`Keys`, one key a row, or one key for a whole batch; None evaluates."""
 AnyRngs = nnx.Rngs | nnx.RngStream | Array | None
 """Where Flax' own layers take their randomness from."""
-Carries = PyTree
+Carries: TypeAlias = PyTree
 """A `Carry`; of both directions a pair of them; of a stack a list, an entry a layer."""
 
 
@@ -124,10 +127,10 @@ def dropout(x: Float[Array, "B ..."], rate: float, keys: AnyKeys) -> Float[Array
         True
     """
     check_rates(rate=rate)
-    if keys is None or rate == 0:
+    found = as_keys(keys, x.shape[0])
+    if found is None or rate == 0:
         return x
-    rows = as_keys(keys, x.shape[0]).rows
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(rows)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(found.rows)
     return jnp.where(keep, x / (1 - rate), 0)
 
 
@@ -242,7 +245,7 @@ class Layer(nnx.Module):
             ValueError: shapes that do not fit, or a missing or unknown step input.
             ContractError: a cell or a carry that does not fit the contract (a ValueError, too).
         """
-        x = x if hasattr(x, "ndim") else jnp.asarray(x)
+        x = jnp.asarray(x)
         given = dict(inputs or {})
         if unknown := sorted(set(given) - self._step_inputs()):
             have = ", ".join(sorted(self._step_inputs())) or "none"
@@ -269,9 +272,7 @@ class Layer(nnx.Module):
         """
         raise NotImplementedError
 
-    def _run(
-        self, x: Array | np.ndarray, initial: Carries, keys: Keys | None, options: Options
-    ) -> Unrolled:
+    def _run(self, x: Array, initial: Carries, keys: Keys | None, options: Options) -> Unrolled:
         raise NotImplementedError
 
     def _step_inputs(self) -> set[str]:
@@ -279,14 +280,19 @@ class Layer(nnx.Module):
         raise NotImplementedError
 
 
-class Settings(TypedDict, total=False):
+class Dtypes(TypedDict, total=False):
+    """Of the computation (None: that of parameters and inputs), and of the parameters."""
+
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+
+
+class Settings(Dtypes, total=False):
     """How a layer's cells are made and run: the keywords of `Recurrent`."""
 
     reverse: bool
     precision: PrecisionLike
     engine: str | Engine | None
-    dtype: DTypeLike | None
-    param_dtype: DTypeLike
     use_bias: bool | None
     kernel_init: Initializer | None
     recurrent_init: Initializer | None
@@ -387,7 +393,7 @@ class Recurrent(Layer):
         return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), carry)
 
     def _run(
-        self, x: Array | np.ndarray, initial: Carry | None, keys: Keys | None, options: Options
+        self, x: Array, initial: Carry | None, keys: Keys | None, options: Options
     ) -> Unrolled:
         known = {n: a for n, a in options.inputs.items() if n in self.cell.step_inputs}
         found = unroll(
@@ -417,9 +423,9 @@ class Recurrent(Layer):
         return jax.tree.map(cast, tree)
 
 
-def _changed(cell: Cell, **wanted: object) -> Cell:
+def _changed(cell: Cell, **hyper: PyTree) -> Cell:
     """The cell with the hyper-parameters that are not None in place of its own."""
-    wanted = {name: value for name, value in wanted.items() if value is not None}
+    wanted = {name: value for name, value in hyper.items() if value is not None}
     have = [field.name for field in dataclasses.fields(cell)] if wanted else []
     for name in wanted:
         if name not in have:
@@ -482,7 +488,7 @@ class Bidirectional(Layer):
 
     def __init__(
         self,
-        cell: Cell | tuple[Cell, Cell],
+        cell: OneOrBoth,
         input_size: int,
         *,
         merge: Merge = "concat",
@@ -498,7 +504,7 @@ class Bidirectional(Layer):
             raise ValueError(f"merge must be one of {', '.join(_MERGES)} or a function: {merge!r}")
         forward, backward = cell if isinstance(cell, tuple) else (cell, cell)
         self.forward = Recurrent(forward, input_size, rngs=rngs, **settings)
-        self.backward = Recurrent(backward, input_size, rngs=rngs, reverse=True, **settings)
+        self.backward = Recurrent(backward, input_size, rngs=rngs, **settings | {"reverse": True})
         self.return_carry = return_carry
         sizes = self.forward.output_size, self.backward.output_size
         if merge in ("sum", "mean") and sizes[0] != sizes[1]:
@@ -522,7 +528,7 @@ class Bidirectional(Layer):
 
     def _run(
         self,
-        x: Array | np.ndarray,
+        x: Array,
         initial: Sequence[Carry | None] | None,
         keys: Keys | None,
         options: Options,
@@ -588,7 +594,7 @@ class Stack(Layer):
 
     def __init__(
         self,
-        cell: Cell | tuple[Cell, Cell] | list[Cell] | list[Cell | tuple[Cell, Cell]],
+        cell: OneOrBoth | Sequence[OneOrBoth],
         input_size: int,
         *,
         num_layers: int | None = None,
@@ -605,14 +611,13 @@ class Stack(Layer):
         if layer_norm not in (None, "pre", "post"):
             raise ValueError(f'layer_norm must be "pre", "post" or None, got {layer_norm!r}')
         sizes, layers = [input_size], []
+        kind: Callable[..., Recurrent | Bidirectional] = Recurrent
+        if bidirectional:
+            kind = functools.partial(Bidirectional, merge=merge)
         for one in _cells(cell, num_layers, bidirectional):
-            if bidirectional:
-                layer = Bidirectional(one, sizes[-1], merge=merge, rngs=rngs, **settings)
-            else:
-                layer = Recurrent(one, sizes[-1], rngs=rngs, **settings)
-            layers.append(layer)
-            sizes.append(layer.output_size)
-        if residual and not any(a == b for a, b in zip(sizes, sizes[1:], strict=False)):
+            layers.append(kind(one, sizes[-1], rngs=rngs, **settings))
+            sizes.append(layers[-1].output_size)
+        if residual and not any(a == b for a, b in itertools.pairwise(sizes)):
             raise ValueError(
                 f"residual=True has no layer whose input and output have one size: {sizes}"
             )
@@ -623,10 +628,14 @@ class Stack(Layer):
         self.return_carry = return_carry
         if layer_norm:
             normed = sizes[:-1] if layer_norm == "pre" else sizes[1:]
-            kinds = {name: settings[name] for name in ("dtype", "param_dtype") if name in settings}
-            self.norms = nnx.List(
-                nnx.LayerNorm(size, use_fast_variance=False, rngs=rngs, **kinds) for size in normed
+            norm = functools.partial(
+                nnx.LayerNorm,
+                dtype=settings.get("dtype"),
+                param_dtype=settings.get("param_dtype", jnp.float32),
+                use_fast_variance=False,
+                rngs=rngs,
             )
+            self.norms = nnx.List(norm(size) for size in normed)
 
     @property
     def output_size(self) -> int:
@@ -639,7 +648,7 @@ class Stack(Layer):
 
     def _run(
         self,
-        x: Array | np.ndarray,
+        x: Array,
         initial: Sequence[Carries] | None,
         keys: Keys | None,
         options: Options,
@@ -653,23 +662,25 @@ class Stack(Layer):
 
 
 def _cells(
-    cell: object, num_layers: int | None, bidirectional: bool
-) -> list[Cell] | list[Cell | tuple[Cell, Cell]]:
+    cell: OneOrBoth | Sequence[OneOrBoth], num_layers: int | None, bidirectional: bool
+) -> Sequence[OneOrBoth]:
     """One entry a layer."""
-    if not isinstance(cell, list):
-        cell = [cell] * (1 if num_layers is None else num_layers)
-    elif num_layers not in (None, len(cell)):
-        raise ValueError(f"num_layers is {num_layers}, but {len(cell)} cells are listed")
-    if not cell:
+    if isinstance(cell, list):
+        cells = cell
+        if num_layers not in (None, len(cells)):
+            raise ValueError(f"num_layers is {num_layers}, but {len(cells)} cells are listed")
+    else:
+        cells = [cell] * (1 if num_layers is None else num_layers)
+    if not cells:
         raise ValueError("a stack needs at least one layer")
-    if not bidirectional and any(isinstance(one, tuple) for one in cell):
+    if not bidirectional and any(isinstance(one, tuple) for one in cells):
         raise ValueError("a pair of cells needs bidirectional=True; list those of the layers")
-    return cell
+    return cells
 
 
 def stages(
     stack: Stack,
-    x: Array | np.ndarray,
+    x: Array,
     initial: Sequence[Carries] | None,
     keys: Keys | None,
     options: Options,

@@ -17,6 +17,7 @@ from lstmjax.layers import (
     AnyKeys,
     AnyRngs,
     ConvPool,
+    Dtypes,
     Options,
     Pooling,
     PrecisionLike,
@@ -127,7 +128,7 @@ class Classifier(nnx.Module):
         _check_config(cell, config)
         self.config = config
         self.num_outputs = _at_least_one(num_outputs)
-        kind = {"dtype": dtype, "param_dtype": param_dtype}
+        kind = Dtypes(dtype=dtype, param_dtype=param_dtype)
         self.embedding = embedding(config.top_words, config.embedding_size, rngs=rngs, **kind)
         features = config.embedding_size
         self.front = (
@@ -224,7 +225,7 @@ class Classifier(nnx.Module):
             yield Stage("conv_pool", self.front, x)
         options = Options(mask=mask, inputs=dict(inputs or {}))
         layers = stages(self.recurrent, x, None, key_between, options)
-        for number, (layer, found) in enumerate(layers, 1):  # noqa: B007 (used below)
+        for number, (layer, found) in enumerate(layers, 1):
             yield Stage(f"recurrent_{number}", layer, found.outputs)
         kinds = pooling_kinds(config.pooling)
         x = pool(found.outputs, found.carry, mask, kinds)
@@ -266,7 +267,7 @@ class Tagger(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.num_outputs = _at_least_one(num_outputs)
-        kind = {"dtype": dtype, "param_dtype": param_dtype}
+        kind = Dtypes(dtype=dtype, param_dtype=param_dtype)
         self.recurrent = Recurrent(
             cell,
             input_size,
@@ -364,7 +365,7 @@ def summary(model: nnx.Module, *inputs: PyTree) -> str:
     graphdef, state = nnx.split(model)
     names: list[tuple[str, int]] = []
 
-    def outputs(state: nnx.State, *args: PyTree) -> list[Array]:
+    def outputs(state: PyTree, *args: PyTree) -> list[Array]:
         model, values = nnx.merge(graphdef, state), []
         steps = model._stages(*args) if isinstance(model, _Staged) else _calls(model, *args)
         for name, module, value in steps:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
@@ -49,18 +50,22 @@ def training_key(seed: int) -> PRNGKeyArray:
 class TrainState(NamedTuple):
     """What a step changes: parameters, optimizer state, number of steps done."""
 
-    params: nnx.State
+    params: PyTree
     opt_state: optax.OptState
     step: Array
+
+
+Number = Any
+"""An array on the devices, or what it holds, on the host."""
 
 
 class Sums(NamedTuple):
     """Sums over the real rows of a batch: loss, correct answers, rows, valid time steps."""
 
-    loss: Array | float = 0.0
-    correct: Array | float = 0.0
-    rows: Array | float = 0.0
-    tokens: Array | float = 0.0
+    loss: Number = 0.0
+    correct: Number = 0.0
+    rows: Number = 0.0
+    tokens: Number = 0.0
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -80,10 +85,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 IN_FLIGHT = 4
 """Calls of a compiled function that may be under way at once."""
 
-_SumsOf = Callable[[nnx.State, Batch, Keys | None], tuple[Array, Sums]]
-_GradientOf = Callable[[nnx.State, Batch, Keys], tuple[nnx.State, Sums]]
-_EvaluationOf = Callable[[nnx.State, Batch], Sums]
-_Update = Callable[[TrainState, nnx.State, Sums], tuple[TrainState, Sums]]
+_SumsOf = Callable[[PyTree, Batch, Keys | None], tuple[Array, Sums]]
+_GradientOf = Callable[[PyTree, Batch, Keys], tuple[PyTree, Sums]]
+_EvaluationOf = Callable[[PyTree, Batch], Sums]
+_Update = Callable[[TrainState, PyTree, Sums], tuple[TrainState, Sums]]
 _Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
 
 
@@ -134,12 +139,12 @@ def make_steps(
     gradient_of, evaluation_of = _summed_over_devices(sums_of, mesh)
 
     @jax.jit
-    def first_state(params: nnx.State) -> TrainState:
+    def first_state(params: PyTree) -> TrainState:
         state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
 
     compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
-    places = Keys(sharded(mesh), replicated(mesh))
+    places: Any = Keys(sharded(mesh), replicated(mesh))  # type: ignore[arg-type]
     keys_of = compiled(_step_keys, static_argnums=2, out_shardings=places)
     gradient, evaluation = compiled(gradient_of), compiled(evaluation_of)
     update = compiled(_update(optimizer), donate_argnums=0)
@@ -219,7 +224,7 @@ def _shape(a: Any) -> Any:
 def _classification(graphdef: nnx.GraphDef, hidden: Literal["left", "right"] | None) -> _SumsOf:
     """Loss and sums of a batch; padding on the side ``hidden`` is kept from the model."""
 
-    def sums_of(params: nnx.State, batch: Batch, keys: Keys | None) -> tuple[Array, Sums]:
+    def sums_of(params: PyTree, batch: Batch, keys: Keys | None) -> tuple[Array, Sums]:
         lengths = jnp.asarray(batch.lengths)
         mask = length_mask(lengths, batch.ids.shape[1], hidden) if hidden else None
         losses, right = _answers(nnx.merge(graphdef, params)(batch.ids, mask, keys), batch.labels)
@@ -231,7 +236,9 @@ def _classification(graphdef: nnx.GraphDef, hidden: Literal["left", "right"] | N
     return sums_of
 
 
-def _answers(logits: Array, labels: Array) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+def _answers(
+    logits: Array, labels: Array | np.ndarray
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Cross-entropy of each row, and whether the most probable class is the right one."""
     if logits.ndim == 1:
         losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
@@ -243,30 +250,33 @@ def _answers(logits: Array, labels: Array) -> tuple[Float[Array, " B"], Bool[Arr
 def _summed_over_devices(sums_of: _SumsOf, mesh: Mesh) -> tuple[_GradientOf, _EvaluationOf]:
     """The loss's gradient with the sums, and the sums alone, each added up over the mesh once."""
 
-    def local_gradient(params: nnx.State, batch: Batch, keys: Keys) -> tuple[nnx.State, Sums]:
+    def local_gradient(params: PyTree, batch: Batch, keys: Keys) -> tuple[PyTree, Sums]:
         return lax.psum(jax.grad(sums_of, has_aux=True)(params, batch, keys), BATCH)
 
-    def local_evaluation(params: nnx.State, batch: Batch) -> Sums:
+    def local_evaluation(params: PyTree, batch: Batch) -> Sums:
         return lax.psum(sums_of(params, batch, None)[1], BATCH)
 
     rows, whole = PartitionSpec(BATCH), PartitionSpec()
+    keys: Any = Keys(rows, whole)  # type: ignore[arg-type]
     # check_vma=False: with it, replicated parameters get their sum inside the time loop.
     spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=whole, check_vma=False)
     return (
-        spread(local_gradient, in_specs=(whole, rows, Keys(rows, whole))),
+        spread(local_gradient, in_specs=(whole, rows, keys)),
         spread(local_evaluation, in_specs=(whole, rows)),
     )
 
 
 def _step_keys(key: PRNGKeyArray, step: Array, rows: int) -> Keys:
     """One key a row, and one for all of them, for one training step."""
-    return as_keys(jax.random.fold_in(key, step), rows)
+    keys = as_keys(jax.random.fold_in(key, step), rows)
+    assert keys is not None
+    return keys
 
 
 def _update(optimizer: optax.GradientTransformation) -> _Update:
     """The state after a step, and its sums, from the gradient and the sums over the batch."""
 
-    def update(state: TrainState, gradient: nnx.State, totals: Sums) -> tuple[TrainState, Sums]:
+    def update(state: TrainState, gradient: PyTree, totals: Sums) -> tuple[TrainState, Sums]:
         gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.rows, 1), gradient)
         # A finite loss can have a gradient that is not: report it as the loss it will become.
         healthy = jnp.isfinite(optax.tree.norm(gradient))
