@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from lstmjax import training
 from lstmjax.cells import Cell, load_cell
@@ -116,18 +116,21 @@ def experiment(config: Config, cell: Cell) -> Outcome:
     batches = jax.tree.map(
         lambda a: a[:drawn].reshape(config.updates, config.batch_size, *a.shape[1:]), (x, y)
     )
+    noise = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)  # beside `training_key`
 
-    def loss_of(params: Any, x: Array, y: Array) -> tuple[Array, Array]:
-        return losses(nnx.merge(graphdef, params)(x), y)
+    def loss_of(params: PyTree, x: Array, y: Array, number: Array) -> tuple[Array, Array]:
+        keys = jax.random.fold_in(noise, number)
+        return losses(nnx.merge(graphdef, params)(x, keys=keys), y)
 
     def update(
-        state: tuple[Any, Any], batch: tuple[Array, Array]
-    ) -> tuple[tuple[Any, Any], tuple[Array, Array]]:
+        state: tuple[PyTree, PyTree], batch: tuple[Array, Array, Array]
+    ) -> tuple[tuple[PyTree, PyTree], tuple[Array, Array]]:
         params, opt_state = state
         outcome, gradient = jax.value_and_grad(loss_of, has_aux=True)(params, *batch)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), outcome
 
+    batches = (*batches, jax.numpy.arange(config.updates))
     (params, _), curves = jax.lax.scan(update, (params, optimizer.init(params)), batches)
     x, y = x[drawn:], y[drawn:]
     logits = nnx.merge(graphdef, params)(x)
@@ -147,9 +150,10 @@ def main(config: Config) -> None:
     mesh = training.make_mesh(config.accelerator, rows=1)
     cell = load_cell(config.cell, config.hidden_size)
     name = training.run_name("cumsum", config.recipe, cell=config.cell, seed=config.seed)
-    run = training.RunFolder.open(name, training.as_dict(config), path=config.run_dir)
     model = nnx.eval_shape(lambda: make_model(config, cell))
-    print(summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32")))
+    table = summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32"))
+    run = training.RunFolder.open(name, training.as_dict(config), path=config.run_dir)
+    print(table)
     outcome = compute(config, cell, mesh)
     print_table(*outcome.example)
     seconds = time.perf_counter() - started

@@ -217,10 +217,11 @@ def main(config: Config) -> None:
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
     engine, reason = engine_for(config, cell, mesh)
-    run = open_run(config)
     model = make_model(config, cell, mesh)
     shape = (config.data.batch_size, config.data.max_length)
-    print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
+    table = summary(model, jax.ShapeDtypeStruct(shape, "int32"))
+    run = open_run(config)
+    print(table)
     print(
         f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "
         f"{len(train.shapes)} shape(s), each compiled once, {train.padding_share:.1%} padding; "
@@ -255,7 +256,8 @@ def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
     platform, rows = mesh.devices.flat[0].platform, config.data.batch_size // mesh.size
     features = config.model.conv_filters or config.model.embedding_size
     steps = config.data.max_length
-    work = Workload(platform, "float32", config.precision, steps, rows, features)
+    noisy = bool(cell.noise)
+    work = Workload(platform, "float32", config.precision, steps, rows, features, training=noisy)
     try:
         return choose_engine(cell, work, None if config.engine == "auto" else config.engine)
     except ValueError as error:

@@ -1,5 +1,110 @@
 """lstmjax: write the recurrence of a cell once, derive everything else from it.
 
 `lstmjax.cells` is the place to start: the contract and the cells. `lstmjax.recurrence.unroll` runs
-a cell over time; `lstmjax.layers` and `lstmjax.models` build on it with Flax (NNX).
+a cell over time; `lstmjax.layers` and `lstmjax.models` build on it with Flax (NNX). What programs
+need most can be imported from here; each name is loaded when it is first used.
+
+Example:
+    >>> from lstmjax import LSTM, unroll
+    >>> cell = LSTM(5)
+    >>> hs, final = unroll(cell, cell.init(jax.random.key(0), input_size=3), jnp.ones((2, 4, 3)))
+    >>> hs.shape
+    (2, 4, 5)
 """
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lstmjax.cells import (
+        GRU,
+        LSTM,
+        Carry,
+        Cell,
+        Noise,
+        PeepholeLSTM,
+        check_contract,
+        dropped,
+        kept,
+        load_cell,
+    )
+    from lstmjax.layers import (
+        Bidirectional,
+        ConvPool,
+        Recurrent,
+        Stack,
+        dense,
+        dropout,
+        embedding,
+        last_valid,
+        pool,
+    )
+    from lstmjax.models import Classifier, ClassifierConfig, Tagger, count_parameters, summary
+    from lstmjax.recurrence import (
+        Derived,
+        PallasGPU,
+        PallasTPU,
+        Scan,
+        choose_engine,
+        length_mask,
+        unroll,
+    )
+    from lstmjax.recurrence.noise import Keys, row_keys
+
+    __version__: str
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "Bidirectional",
+    "Carry",
+    "Cell",
+    "Classifier",
+    "ClassifierConfig",
+    "ConvPool",
+    "Derived",
+    "Keys",
+    "Noise",
+    "PallasGPU",
+    "PallasTPU",
+    "PeepholeLSTM",
+    "Recurrent",
+    "Scan",
+    "Stack",
+    "Tagger",
+    "__version__",
+    "check_contract",
+    "choose_engine",
+    "count_parameters",
+    "dense",
+    "dropout",
+    "dropped",
+    "embedding",
+    "kept",
+    "last_valid",
+    "length_mask",
+    "load_cell",
+    "pool",
+    "row_keys",
+    "summary",
+    "unroll",
+]
+
+_MODULES = ("cells", "recurrence", "recurrence.noise", "layers", "models")  # the lightest first
+
+
+def __getattr__(name: str) -> object:
+    """A name of `__all__`, from the first module that has it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'lstmjax' has no attribute {name!r}")
+    if name == "__version__":
+        found: object = importlib.import_module("importlib.metadata").version("lstmjax")
+    else:
+        modules = (importlib.import_module(f"lstmjax.{module}") for module in _MODULES)
+        found = next(getattr(module, name) for module in modules if hasattr(module, name))
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

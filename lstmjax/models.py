@@ -1,30 +1,61 @@
 """Models made of the layers: a classifier of token sequences and a per-step tagger."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int, PyTree
 
 from lstmjax.cells.base import Cell
 from lstmjax.layers import (
+    AnyKeys,
+    AnyRngs,
     ConvPool,
+    Dtypes,
+    Options,
     Pooling,
+    PrecisionLike,
     Recurrent,
-    RowKeys,
     Stack,
+    check_rates,
     dense,
     dropout,
     embedding,
     fold_keys,
+    keys_of_call,
     pool,
+    pooling_kinds,
+    stages,
 )
-from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine
+from lstmjax.recurrence.noise import Keys
+
+
+class Stage(NamedTuple):
+    """One step of a forward pass.
+
+    Attributes:
+        name: of the row in `summary`.
+        module: what has the parameters of this step, if any.
+        output: an array.
+    """
+
+    name: str
+    module: nnx.Module | None
+    output: Array
+
+
+@runtime_checkable
+class _Staged(Protocol):
+    """A model that says by itself what `summary` shows."""
+
+    def _stages(self, *args: PyTree) -> Iterator[Stage]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +93,19 @@ class ClassifierConfig:
 class Classifier(nnx.Module):
     """Token ids to one logit a row: embedding, optional convolution, recurrence, pooling, head.
 
+    Args:
+        cell: the recurrence of every layer, of ``config.hidden_size`` units.
+        config: sizes and shares dropped.
+        num_outputs: logits a row: 1, or one a class.
+        precision: of the products, ``"float32"`` or ``"bfloat16"``.
+        engine: runs the recurrence; None lets `lstmjax.recurrence.choose_engine` decide.
+        dtype: of the computation; None takes that of the parameters.
+        param_dtype: the parameters are drawn in it.
+        rngs: draws the parameters.
+
+    Raises:
+        ValueError: cell and config disagree, or a share is out of range.
+
     Example:
         >>> from lstmjax.cells import LSTM
         >>> model = Classifier(LSTM(100), ClassifierConfig(), rngs=nnx.Rngs(0))
@@ -74,12 +118,18 @@ class Classifier(nnx.Module):
         cell: Cell,
         config: ClassifierConfig,
         *,
-        precision: Precision = "float32",
+        num_outputs: int = 1,
+        precision: PrecisionLike = "float32",
         engine: str | Engine | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        _check_config(cell, config)
         self.config = config
-        self.embedding = embedding(config.top_words, config.embedding_size, rngs=rngs)
+        self.num_outputs = _at_least_one(num_outputs)
+        kind = Dtypes(dtype=dtype, param_dtype=param_dtype)
+        self.embedding = embedding(config.top_words, config.embedding_size, rngs=rngs, **kind)
         features = config.embedding_size
         self.front = (
             ConvPool(
@@ -89,6 +139,7 @@ class Classifier(nnx.Module):
                 pool=config.conv_pool,
                 precision=precision,
                 rngs=rngs,
+                **kind,
             )
             if config.conv_filters
             else None
@@ -103,59 +154,104 @@ class Classifier(nnx.Module):
             precision=precision,
             engine=engine,
             rngs=rngs,
+            **kind,
         )
-        features = self.recurrent.output_size * len(config.pooling)
-        self.head = dense(features, 1, precision=precision, rngs=rngs)
+        features = self.recurrent.output_size * len(pooling_kinds(config.pooling))
+        self.head = dense(features, num_outputs, precision=precision, rngs=rngs, **kind)
 
     def __call__(
         self,
-        ids: Int[Array, "B T"],
-        mask: Bool[Array, "B T"] | None = None,
-        keys: RowKeys | None = None,
-    ) -> Float[Array, " B"]:
-        """Logits; ``mask`` marks valid steps, ``keys`` (one a row) switch dropout on."""
-        *_, (_, _, logits) = self.stages(ids, mask, keys)
-        return logits
+        ids: Int[Array | np.ndarray, "B T"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: AnyKeys = None,
+        *,
+        inputs: Mapping[str, Array] | None = None,
+        rngs: AnyRngs = None,
+        deterministic: bool | None = None,
+    ) -> Float[Array, " B"] | Float[Array, "B K"]:
+        """Logits, ``(B,)``, or ``(B, num_outputs)`` where there are several.
 
-    def stages(
+        Args:
+            ids: of words, at least 0 and less than ``top_words``.
+            mask: marks valid steps; None is all.
+            keys: one a row, one for all, or `Keys`: switch dropout and the cell's noise on.
+            inputs: the cell's ``step_inputs`` by name, ``(B, T, width)``.
+            rngs, deterministic: the same as Flax has it, as in `lstmjax.layers.Layer`.
+
+        Raises:
+            ValueError: an id out of range; under `jax.jit` nobody can see that, and the logits of
+                the row are NaN.
+        """
+        self._check_ids(ids)
+        found = keys_of_call(keys, rngs, deterministic, ids.shape[0])
+        *_, last = self._stages(ids, mask, found, inputs)
+        return last.output
+
+    def _check_ids(self, ids: Array | np.ndarray) -> None:
+        """Raise `ValueError` for an id without an embedding, where the numbers are known."""
+        if isinstance(ids, jax.core.Tracer) or not getattr(ids, "is_fully_addressable", True):
+            return
+        known = np.asarray(ids)
+        wrong = np.argwhere((known < 0) | (known >= self.config.top_words))
+        if len(wrong):
+            row, step = wrong[0]
+            raise ValueError(
+                f"row {row} has the id {known[row, step]} at step {step}; ids must be at least 0 "
+                f"and less than top_words={self.config.top_words}"
+            )
+
+    def _stages(
         self,
-        ids: Int[Array, "B T"],
-        mask: Bool[Array, "B T"] | None = None,
-        keys: RowKeys | None = None,
-    ) -> Iterator[tuple[str, nnx.Module | None, Array]]:
-        """The forward pass layer by layer: name, module (if it has parameters), output."""
+        ids: Int[Array | np.ndarray, "B T"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: Keys | None = None,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> Iterator[Stage]:
+        """The forward pass layer by layer."""
         config = self.config
         key_words, key_before, key_between, key_after = fold_keys(keys, 4)
+        ids, mask = jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
         x = self.embedding(ids)
-        yield "embedding", self.embedding, x
+        yield Stage("embedding", self.embedding, x)
         if config.dropout_words:
             kept = dropout(jnp.ones(ids.shape, x.dtype), config.dropout_words, key_words)
             x = x * kept[..., None]
-            yield "dropout_words", None, x
+            yield Stage("dropout_words", None, x)
         if config.dropout_before:
             x = dropout(x, config.dropout_before, key_before)
-            yield "dropout_before", None, x
+            yield Stage("dropout_before", None, x)
         if self.front is not None:
             x, mask = self.front(x, mask)
-            yield "conv_pool", self.front, x
-        layers = self.recurrent.stages(x, keys=key_between, mask=mask)
-        for number, (layer, hs, final) in enumerate(layers, 1):  # noqa: B007 (used below)
-            yield f"recurrent_{number}", layer, hs
-        x = pool(hs, final, mask, config.pooling)
-        yield "pool_" + "_".join(config.pooling), None, x
+            yield Stage("conv_pool", self.front, x)
+        options = Options(mask=mask, inputs=dict(inputs or {}))
+        layers = stages(self.recurrent, x, None, key_between, options)
+        for number, (layer, found) in enumerate(layers, 1):
+            yield Stage(f"recurrent_{number}", layer, found.outputs)
+        kinds = pooling_kinds(config.pooling)
+        x = pool(found.outputs, found.carry, mask, kinds)
+        yield Stage("pool_" + "_".join(kinds), None, x)
         if config.dropout_after:
             x = dropout(x, config.dropout_after, key_after)
-            yield "dropout_after", None, x
-        yield "dense", self.head, self.head(x)[..., 0]
+            yield Stage("dropout_after", None, x)
+        yield Stage("dense", self.head, _logits(self.head(x)))
 
 
 class Tagger(nnx.Module):
     """Features to one logit a step: a recurrence and a dense layer shared by all steps.
 
+    Args:
+        cell: the recurrence.
+        input_size: features D.
+        num_outputs: logits a step: 1, or one a class.
+        precision, engine, dtype, param_dtype: as in `Classifier`.
+        rngs: draws the parameters.
+
     Example:
         >>> from lstmjax.cells import LSTM
         >>> Tagger(LSTM(20), 1, rngs=nnx.Rngs(0))(jnp.ones((4, 10, 1))).shape
         (4, 10)
+        >>> Tagger(LSTM(20), 1, num_outputs=3, rngs=nnx.Rngs(0))(jnp.ones((4, 10, 1))).shape
+        (4, 10, 3)
     """
 
     def __init__(
@@ -163,27 +259,83 @@ class Tagger(nnx.Module):
         cell: Cell,
         input_size: int,
         *,
-        precision: Precision = "float32",
+        num_outputs: int = 1,
+        precision: PrecisionLike = "float32",
         engine: str | Engine | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.recurrent = Recurrent(cell, input_size, precision=precision, engine=engine, rngs=rngs)
-        self.head = dense(self.recurrent.output_size, 1, precision=precision, rngs=rngs)
+        self.num_outputs = _at_least_one(num_outputs)
+        kind = Dtypes(dtype=dtype, param_dtype=param_dtype)
+        self.recurrent = Recurrent(
+            cell,
+            input_size,
+            precision=precision,
+            engine=engine,
+            return_carry=False,
+            rngs=rngs,
+            **kind,
+        )
+        size = self.recurrent.output_size
+        self.head = dense(size, num_outputs, precision=precision, rngs=rngs, **kind)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
-    ) -> Float[Array, "B T"]:
-        """Logits of every step."""
-        *_, (_, _, logits) = self.stages(x, mask)
-        return logits
+        self,
+        x: Float[Array | np.ndarray, "B T D"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: AnyKeys = None,
+        *,
+        inputs: Mapping[str, Array] | None = None,
+        rngs: AnyRngs = None,
+        deterministic: bool | None = None,
+    ) -> Float[Array, "B T"] | Float[Array, "B T K"]:
+        """Logits of every step, ``(B, T)``, or ``(B, T, num_outputs)`` where there are several.
 
-    def stages(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
-    ) -> Iterator[tuple[str, nnx.Module | None, Array]]:
-        """The forward pass layer by layer: name, module, output."""
-        hs, _ = self.recurrent(x, mask=mask)
-        yield "recurrent", self.recurrent, hs
-        yield "dense", self.head, self.head(hs)[..., 0]
+        Args:
+            x: inputs.
+            mask: marks valid steps; None is all.
+            keys: one a row, one for all, or `Keys`: switch the cell's noise on.
+            inputs: the cell's ``step_inputs`` by name, ``(B, T, width)``.
+            rngs, deterministic: the same as Flax has it, as in `lstmjax.layers.Layer`.
+        """
+        found = keys_of_call(keys, rngs, deterministic, x.shape[0])
+        *_, last = self._stages(x, mask, found, inputs)
+        return last.output
+
+    def _stages(
+        self,
+        x: Float[Array | np.ndarray, "B T D"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: Keys | None = None,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> Iterator[Stage]:
+        """The forward pass layer by layer."""
+        hs = self.recurrent(x, mask=mask, keys=keys, inputs=inputs)
+        yield Stage("recurrent", self.recurrent, hs)
+        yield Stage("dense", self.head, _logits(self.head(hs)))
+
+
+def _logits(outputs: Float[Array, "*B K"]) -> Float[Array, "..."]:
+    """Without the last axis where there is but one number on it."""
+    return outputs[..., 0] if outputs.shape[-1] == 1 else outputs
+
+
+def _at_least_one(num_outputs: int) -> int:
+    if num_outputs < 1:
+        raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
+    return num_outputs
+
+
+def _check_config(cell: Cell, config: ClassifierConfig) -> None:
+    """Raise `ValueError` where a classifier cannot be what it says."""
+    if cell.hidden_size != config.hidden_size:
+        raise ValueError(
+            f"the cell has {cell.hidden_size} units, but config.hidden_size is "
+            f"{config.hidden_size}: give both the same"
+        )
+    shares = {n: rate for n, rate in vars(config).items() if n.startswith("dropout_")}
+    check_rates(**shares)
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -191,8 +343,11 @@ def count_parameters(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def summary(model: Any, *inputs: Any) -> str:
-    """A table of layer, output shape and parameters.
+def summary(model: nnx.Module, *inputs: PyTree) -> str:
+    """A table of layer, output shape and parameters, of any model.
+
+    For `Classifier` and `Tagger` it goes step by step; for a model of one's own its rows are the
+    sub-modules that it calls, in that order.
 
     Nothing is computed: parameters and ``inputs`` may be `jax.ShapeDtypeStruct`.
 
@@ -210,9 +365,10 @@ def summary(model: Any, *inputs: Any) -> str:
     graphdef, state = nnx.split(model)
     names: list[tuple[str, int]] = []
 
-    def outputs(state: Any, *args: Any) -> list[Array]:
-        values = []
-        for name, module, value in nnx.merge(graphdef, state).stages(*args):
+    def outputs(state: PyTree, *args: PyTree) -> list[Array]:
+        model, values = nnx.merge(graphdef, state), []
+        steps = model._stages(*args) if isinstance(model, _Staged) else _calls(model, *args)
+        for name, module, value in steps:
             names.append((name, 0 if module is None else count_parameters(module)))
             values.append(value)
         return values
@@ -226,3 +382,34 @@ def summary(model: Any, *inputs: Any) -> str:
     lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in table]
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _calls(model: nnx.Module, *args: PyTree) -> list[Stage]:
+    """What the sub-modules that a model calls itself return, the first array of each.
+
+    The modules become of a class that keeps record, so the model must be one to throw away.
+    """
+    found: list[Stage] = []
+    seen: set[int] = set()
+    within = 0
+
+    def watch(name: str, module: nnx.Module) -> None:
+        kind = type(module)
+
+        def call(self: nnx.Module, *args: PyTree, **more: PyTree) -> PyTree:
+            nonlocal within
+            within += 1
+            out = kind.__call__(self, *args, **more)
+            within -= 1
+            if within == 0 and (arrays := jax.tree.leaves(out)):
+                found.append(Stage(name, None if id(self) in seen else self, arrays[0]))
+                seen.add(id(self))
+            return out
+
+        object.__setattr__(module, "__class__", type(kind.__name__, (kind,), {"__call__": call}))
+
+    for path, module in list(nnx.iter_modules(model)):
+        if path and callable(module):
+            watch(".".join(map(str, path)), module)
+    out = model(*args)
+    return found or [Stage(type(model).__name__, model, jax.tree.leaves(out)[0])]

@@ -1,5 +1,6 @@
 """Matrix products in the two precisions that every layer and engine offers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -69,15 +70,21 @@ def make_dot(mode: Precision) -> Dot:
     return _wide_dot if mode == "float32" else _bfloat16_dot
 
 
-def make_dot_general(mode: Precision) -> Callable[..., Array]:
-    """`make_dot` in the form that Flax' layers take as their ``dot_general``."""
-    dot = make_dot(mode)
+@dataclasses.dataclass(frozen=True)
+class DotGeneral:
+    """`make_dot` in the form that Flax' layers take as their ``dot_general``.
 
-    def dot_general(x: Array, w: Array, dimension_numbers: Any, **_: Any) -> Array:
+    A value, so that models which are alike compare as equal, and can be pickled.
+    """
+
+    mode: Precision
+
+    def __call__(
+        self, x: Array, w: Array, dimension_numbers: lax.DotDimensionNumbers, **_: object
+    ) -> Array:
+        """The product of `make_dot`, which ``dimension_numbers`` must describe."""
         assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
-        return dot(x, w)
-
-    return dot_general
+        return make_dot(self.mode)(x, w)
 
 
 def make_matmul(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstmjax.precision import make_dot, make_dot_general
+from lstmjax.precision import DotGeneral, make_dot
 
 
 def rounded(a):
@@ -59,5 +59,5 @@ def test_the_form_for_flax_layers(operands):
     x, w, _ = operands
     dims = (((2,), (0,)), ((), ()))
     np.testing.assert_array_equal(
-        make_dot_general("float32")(x, w, dims, precision=None), make_dot("float32")(x, w)
+        DotGeneral("float32")(x, w, dims, precision=None), make_dot("float32")(x, w)
     )

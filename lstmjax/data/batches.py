@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
-from lstmjax.data.vocabulary import PAD, Dataset
+from lstmjax.data.vocabulary import PAD, Dataset, check_rows
 from lstmjax.errors import UserError
 
 
@@ -53,9 +53,12 @@ class Batches:
         batch_size: rows of every batch.
         boundaries: lengths of the batches, rising; of longer rows the last ids are kept.
         padding: "right" or "left", the side of the ids that is padded.
+        num_classes: labels are 0 to ``num_classes - 1``.
+        top_words: ids are less than this, if it is given: the size of the model's table.
 
     Raises:
-        UserError: no rows, or an argument out of range.
+        UserError: no rows, an argument out of range, or a row that cannot be learned from, by its
+            number.
     """
 
     def __init__(
@@ -65,11 +68,14 @@ class Batches:
         *,
         boundaries: Sequence[int],
         padding: Literal["right", "left"] = "right",
+        num_classes: int = 2,
+        top_words: int | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.boundaries = tuple(int(length) for length in boundaries)
         self.padding = padding
         self._check(len(dataset.sequences))
+        check_rows(dataset, num_classes, top_words)
         ends = np.cumsum([len(row) for row in dataset.sequences])
         lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])
         self._ids = np.concatenate([*dataset.sequences, np.zeros(1, np.int32)])
@@ -170,22 +176,21 @@ def bucket_boundaries(
             "all three must be at least 1"
         )
     longest = int(np.max(lengths))
-    ends = np.append(np.arange(multiple, longest, multiple), longest)
+    whole = -(-np.maximum(lengths, 1) // multiple) * multiple
+    # Any other end than these leaves a bucket empty, or longer than its rows.
+    ends = np.unique(np.minimum(whole, longest))
     rows = np.searchsorted(np.sort(lengths), ends, side="right")  # rows that fit each end
-    # cost[j, k]: steps of a bucket for the rows that fit ends[k] and do not fit ends[j]
-    cost = np.where(
-        np.tri(len(ends), dtype=bool), np.inf, (rows[None, :] - rows[:, None]) * ends[None, :]
-    )
-    best = [(rows * ends).astype(float)]
-    previous = []
-    for _ in range(min(count, len(ends)) - 1):
-        total = best[-1][:, None] + cost
-        previous.append(total.argmin(axis=0))
-        best.append(total.min(axis=0))
-    used = int(np.argmin([steps[-1] for steps in best]))
+    # best[m, k]: steps of all rows that fit ends[k] in m + 1 buckets; previous: the end before it
+    best = np.full((min(count, len(ends)), len(ends)), np.inf)
+    best[0] = rows * ends
+    previous = np.zeros(best.shape, int)
+    for k in range(1, len(ends)):
+        total = best[:-1, :k] + (rows[k] - rows[:k]) * ends[k]
+        previous[1:, k] = total.argmin(axis=1)
+        best[1:, k] = total.min(axis=1)
     chosen = [len(ends) - 1]
-    for step in reversed(previous[:used]):
-        chosen.append(int(step[chosen[-1]]))
+    for m in range(int(best[:, -1].argmin()), 0, -1):
+        chosen.append(int(previous[m, chosen[-1]]))
     return tuple(int(ends[k]) for k in reversed(chosen))
 
 
@@ -205,6 +210,7 @@ def hold_out(dataset: Dataset, fraction: float = 0.1, seed: int = 0) -> tuple[Da
     """
     if not 0 < fraction < 1:
         raise UserError(f"fraction is {fraction:g}: give a number between 0 and 1")
+    check_rows(dataset)
     numbers: dict[bytes, int] = {}
     group = np.array(
         [numbers.setdefault(row.tobytes(), len(numbers)) for row in dataset.sequences],

@@ -141,3 +141,41 @@ class Dataset(NamedTuple):
     sequences: list[np.ndarray]
     labels: Int32[np.ndarray, " rows"]
     vocabulary: Vocabulary
+
+
+def check_rows(
+    dataset: Dataset, num_classes: int | None = None, top_words: int | None = None
+) -> None:
+    """Raise :class:`UserError`, naming the row, unless every row can be learned from.
+
+    Args:
+        dataset: what to look at.
+        num_classes: labels are whole numbers from 0 to ``num_classes - 1``; None is any.
+        top_words: ids are less than this; None is any.
+
+    >>> check_rows(Dataset([np.array([1, 9])], np.array([1]), Vocabulary(())), 2, top_words=8)
+    Traceback (most recent call last):
+    lstmjax.errors.UserError: row 0 has the id 9: ids must be at least 0 and less than 8
+    """
+    rows, labels = dataset.sequences, np.asarray(dataset.labels)
+    if labels.shape != (len(rows),):
+        raise UserError(
+            f"there are {len(rows)} rows, but labels of shape {labels.shape}: give one label a row"
+        )
+    known = range(0 if num_classes is None else num_classes)
+    for row, label in enumerate(labels.tolist()):
+        if known and label not in known:
+            raise UserError(
+                f"row {row} has the label {label!r}: labels must be whole numbers from 0 to "
+                f"{known[-1]}"
+            )
+    for row, ids in enumerate(rows):
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise UserError(f"row {row} is {ids.dtype}{list(ids.shape)}: give a list of whole ids")
+    together = np.concatenate([*rows, np.zeros(0, np.int32)])
+    wrong = together < 0 if top_words is None else (together < 0) | (together >= top_words)
+    if wrong.any():
+        at = int(wrong.argmax())
+        row = int(np.searchsorted(np.cumsum([len(ids) for ids in rows]), at, side="right"))
+        limit = "" if top_words is None else f" and less than {top_words}"
+        raise UserError(f"row {row} has the id {together[at]}: ids must be at least 0{limit}")

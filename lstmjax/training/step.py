@@ -13,15 +13,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 from lstmjax.data import Batch
-from lstmjax.layers import RowKeys, row_keys
 from lstmjax.recurrence import length_mask
+from lstmjax.recurrence.noise import Keys, as_keys
 from lstmjax.training.devices import BATCH, quick_compilation, replicated, sharded, usable_cores
 
 
@@ -49,18 +50,22 @@ def training_key(seed: int) -> PRNGKeyArray:
 class TrainState(NamedTuple):
     """What a step changes: parameters, optimizer state, number of steps done."""
 
-    params: Any
-    opt_state: Any
+    params: PyTree
+    opt_state: optax.OptState
     step: Array
+
+
+Number = Any
+"""An array on the devices, or what it holds, on the host."""
 
 
 class Sums(NamedTuple):
     """Sums over the real rows of a batch: loss, correct answers, rows, valid time steps."""
 
-    loss: Any = 0.0
-    correct: Any = 0.0
-    rows: Any = 0.0
-    tokens: Any = 0.0
+    loss: Number = 0.0
+    correct: Number = 0.0
+    rows: Number = 0.0
+    tokens: Number = 0.0
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -68,7 +73,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
     Its epsilon is Keras' 1e-7; Keras adds it before the bias correction, Optax after.
     """
-    rate: Any = config.learning_rate
+    rate: float | optax.Schedule = config.learning_rate
     if config.schedule == "one-cycle":
         rate = optax.cosine_onecycle_schedule(max(total_steps, 4), rate, pct_start=0.25)
     adam = optax.adam(rate, eps=1e-7)
@@ -80,10 +85,10 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 IN_FLIGHT = 4
 """Calls of a compiled function that may be under way at once."""
 
-_SumsOf = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
-_GradientOf = Callable[[Any, Batch, Array], tuple[Any, Sums]]
-_EvaluationOf = Callable[[Any, Batch], Sums]
-_Update = Callable[[TrainState, Any, Sums], tuple[TrainState, Sums]]
+_SumsOf = Callable[[PyTree, Batch, Keys | None], tuple[Array, Sums]]
+_GradientOf = Callable[[PyTree, Batch, Keys], tuple[PyTree, Sums]]
+_EvaluationOf = Callable[[PyTree, Batch], Sums]
+_Update = Callable[[TrainState, PyTree, Sums], tuple[TrainState, Sums]]
 _Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
 
 
@@ -119,10 +124,11 @@ def make_steps(
     padding: Literal["left", "right"] = "right",
     masked: bool = True,
 ) -> Steps:
-    """Compile binary classification of padded id sequences for ``model``.
+    """Compile classification of padded id sequences for ``model``.
 
     Args:
-        model: ``model(ids, mask, keys) -> logits (B,)``.
+        model: ``model(ids, mask, keys) -> logits``, ``(B,)`` for labels 0 and 1, or ``(B, K)`` for
+            labels 0 to K - 1. ``keys`` are `Keys`, or None to evaluate.
         optimizer: what turns gradients into updates.
         mesh: the devices; the number of rows must be a multiple of theirs.
         padding: side on which the batches are padded.
@@ -133,21 +139,22 @@ def make_steps(
     gradient_of, evaluation_of = _summed_over_devices(sums_of, mesh)
 
     @jax.jit
-    def first_state(params: Any) -> TrainState:
+    def first_state(params: PyTree) -> TrainState:
         state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
         return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
 
     compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
-    rows = compiled(_step_keys, static_argnums=2, out_shardings=sharded(mesh))
+    places: Any = Keys(sharded(mesh), replicated(mesh))  # type: ignore[arg-type]
+    keys_of = compiled(_step_keys, static_argnums=2, out_shardings=places)
     gradient, evaluation = compiled(gradient_of), compiled(evaluation_of)
     update = compiled(_update(optimizer), donate_argnums=0)
 
     def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
-        keys = rows(key, state.step, batch.ids.shape[0])
+        keys = keys_of(key, state.step, batch.ids.shape[0])
         return update(state, *gradient(state.params, batch, keys))
 
     def lower_train(state: TrainState, batch: Batch, key: Any) -> Any:
-        keys = rows.eval_shape(key, state.step, batch.ids.shape[0])
+        keys = keys_of.eval_shape(key, state.step, batch.ids.shape[0])
         return gradient.lower(state.params, batch, keys)
 
     train_calls = _Calls(train, lower_train)
@@ -214,49 +221,62 @@ def _shape(a: Any) -> Any:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) if on_devices else a
 
 
-def _classification(graphdef: Any, hidden: Literal["left", "right"] | None) -> _SumsOf:
+def _classification(graphdef: nnx.GraphDef, hidden: Literal["left", "right"] | None) -> _SumsOf:
     """Loss and sums of a batch; padding on the side ``hidden`` is kept from the model."""
 
-    def sums_of(params: Any, batch: Batch, keys: Array | None) -> tuple[Array, Sums]:
+    def sums_of(params: PyTree, batch: Batch, keys: Keys | None) -> tuple[Array, Sums]:
         lengths = jnp.asarray(batch.lengths)
         mask = length_mask(lengths, batch.ids.shape[1], hidden) if hidden else None
-        logits = nnx.merge(graphdef, params)(batch.ids, mask, keys)
-        targets = batch.labels.astype(logits.dtype)
-        loss = (optax.sigmoid_binary_cross_entropy(logits, targets) * batch.weights).sum()
-        correct = jnp.where((logits > 0) == (batch.labels == 1), batch.weights, 0).sum()
+        losses, right = _answers(nnx.merge(graphdef, params)(batch.ids, mask, keys), batch.labels)
+        loss = (losses * batch.weights).sum()
+        correct = jnp.where(right, batch.weights, 0).sum()
         tokens = lengths.sum().astype(loss.dtype)
         return loss, Sums(loss, correct, batch.weights.sum(), tokens)
 
     return sums_of
 
 
+def _answers(
+    logits: Array, labels: Array | np.ndarray
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Cross-entropy of each row, and whether the most probable class is the right one."""
+    if logits.ndim == 1:
+        losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
+        return losses, (logits > 0) == (labels == 1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses, logits.argmax(axis=-1) == labels
+
+
 def _summed_over_devices(sums_of: _SumsOf, mesh: Mesh) -> tuple[_GradientOf, _EvaluationOf]:
     """The loss's gradient with the sums, and the sums alone, each added up over the mesh once."""
 
-    def local_gradient(params: Any, batch: Batch, keys: Array) -> tuple[Any, Sums]:
+    def local_gradient(params: PyTree, batch: Batch, keys: Keys) -> tuple[PyTree, Sums]:
         return lax.psum(jax.grad(sums_of, has_aux=True)(params, batch, keys), BATCH)
 
-    def local_evaluation(params: Any, batch: Batch) -> Sums:
+    def local_evaluation(params: PyTree, batch: Batch) -> Sums:
         return lax.psum(sums_of(params, batch, None)[1], BATCH)
 
     rows, whole = PartitionSpec(BATCH), PartitionSpec()
+    keys: Any = Keys(rows, whole)  # type: ignore[arg-type]
     # check_vma=False: with it, replicated parameters get their sum inside the time loop.
     spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=whole, check_vma=False)
     return (
-        spread(local_gradient, in_specs=(whole, rows, rows)),
+        spread(local_gradient, in_specs=(whole, rows, keys)),
         spread(local_evaluation, in_specs=(whole, rows)),
     )
 
 
-def _step_keys(key: PRNGKeyArray, step: Array, rows: int) -> RowKeys:
-    """One key a row for one training step."""
-    return row_keys(jax.random.fold_in(key, step), rows)
+def _step_keys(key: PRNGKeyArray, step: Array, rows: int) -> Keys:
+    """One key a row, and one for all of them, for one training step."""
+    keys = as_keys(jax.random.fold_in(key, step), rows)
+    assert keys is not None
+    return keys
 
 
 def _update(optimizer: optax.GradientTransformation) -> _Update:
     """The state after a step, and its sums, from the gradient and the sums over the batch."""
 
-    def update(state: TrainState, gradient: Any, totals: Sums) -> tuple[TrainState, Sums]:
+    def update(state: TrainState, gradient: PyTree, totals: Sums) -> tuple[TrainState, Sums]:
         gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.rows, 1), gradient)
         # A finite loss can have a gradient that is not: report it as the loss it will become.
         healthy = jnp.isfinite(optax.tree.norm(gradient))
