@@ -111,7 +111,7 @@ class AntisymmetricRNN(Cell):
     gamma: float = 0.01
     gates = ("a", "z")
     recurrent_gates = ("a",)
-    bias_gates = ("a", "z")
+    recurrent_bias_gates = ()
     parts_apart = True
     uses_h = True
 

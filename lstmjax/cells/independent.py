@@ -89,7 +89,7 @@ class QRNN(Cell):
     Bradbury et al. 2017, arXiv:1611.01576, with a convolution of width 2. With
     ``(z, f, o, i) = x_{t-1} V + x_t W + b``, as many of them as the pooling has::
 
-        f:    h_t = σ(f) ⊙ h_{t-1} + (1 - σ(f)) ⊙ tanh(z)
+        f:    c_t = σ(f) ⊙ c_{t-1} + (1 - σ(f)) ⊙ tanh(z),  h_t = c_t
         fo:   c_t = σ(f) ⊙ c_{t-1} + (1 - σ(f)) ⊙ tanh(z),  h_t = σ(o) ⊙ c_t
         ifo:  c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(z),        h_t = σ(o) ⊙ c_t
 
