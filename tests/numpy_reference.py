@@ -230,7 +230,7 @@ def gru_step_backward(
 class Reference(NamedTuple):
     """What the drivers, and whoever draws parameters at random, need to know of a cell."""
 
-    step: Callable[[Params, Array, Array, State], tuple[Array, State, Cache]]
+    step: Callable[..., tuple[Array, State, Cache]]
     step_backward: (
         Callable[[Params, Cache, Array, State], tuple[Array, Array, State, Params]] | None
     )
@@ -307,6 +307,7 @@ def forward(
     mask: Array | None = None,
     resets: Array | None = None,
     reverse: bool = False,
+    over_time: Params | None = None,
 ) -> Unrolled:
     """The recurrence over x (B, T, D). Before each step, per row of the batch:
 
@@ -316,6 +317,8 @@ def forward(
 
         (h, s), hs_t = step(x_t, h, s), h      where the step is valid
         (h, s), hs_t = (h, s), 0               where it is masked
+
+    `over_time` holds what else a step takes, (B, T, n), by keyword.
     """
     batch, time, _ = x.shape
     if mask is None:
@@ -324,14 +327,18 @@ def forward(
     hs = np.zeros((batch, time, initial_h.shape[-1]), np.result_type(x, initial_h))
     caches = [{} for _ in range(time)]
     for t, reset in steps_and_resets(batch, time, resets, reverse):
-        h = np.where(reset[:, None], 0.0, h)
-        state = tuple(np.where(reset[:, None], 0.0, s) for s in state)
-        new_h, new_state, caches[t] = cell.step(params, x[:, t], h, state)
-        valid = mask[:, t, None]
-        hs[:, t] = np.where(valid, new_h, 0.0)
-        h = np.where(valid, new_h, h)
-        state = tuple(np.where(valid, new, s) for new, s in zip(new_state, state, strict=True))
-    return Unrolled(hs, h, state, caches)
+        h, *state = (_of_rows(reset, np.zeros_like(a), a) for a in (h, *state))
+        now = {name: a[:, t] for name, a in (over_time or {}).items()}
+        new_h, new_state, caches[t] = cell.step(params, x[:, t], h, tuple(state), **now)
+        valid = mask[:, t]
+        hs[:, t] = np.where(valid[:, None], new_h, 0.0)
+        pairs = zip((new_h, *new_state), (h, *state), strict=True)
+        h, *state = (_of_rows(valid, new, old) for new, old in pairs)
+    return Unrolled(hs, h, tuple(state), caches)
+
+
+def _of_rows(rows: Array, yes: Array, no: Array) -> Array:
+    return np.where(rows.reshape(-1, *[1] * (no.ndim - 1)), yes, no)
 
 
 def backward(

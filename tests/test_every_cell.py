@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
+from lstmjax.cells.base import start
 from lstmjax.recurrence import Derived, Scan, unroll
+from lstmjax.recurrence.noise import as_keys, noises
 from tests import numpy_reference as reference
+from tests.references import PAPERS
 from tests.tolerances import OPTIMIZED, assert_close, recurrence_terms
 
 B, T, D, H = 3, 7, 2, 5
@@ -547,3 +550,196 @@ def test_an_empty_batch_or_sequence(name, batch, time):
     assert_same(d_initial, args[4])
     assert d_x.shape == (batch, time, D)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(d_params))
+
+
+# --- The cells of papers -------------------------------------------------------------------------
+#
+# One shape and few compilations a cell: what does not depend on the cell is tested above.
+
+every_paper = pytest.mark.parametrize("name", PAPERS)
+KEY = 7
+CLOSE = {"float64": {}, "float32": {"dtype": "bfloat16"}}
+
+
+class Given(NamedTuple):
+    """A problem in float64 NumPy: what may have a gradient, and what has none."""
+
+    moving: dict  # params, x, inputs, h, state
+    over_time: dict  # noise, and what `prepare` multiplies with
+    d_outs: list  # cotangents of hs, of the final h, of the final state
+
+
+def given(name, dtype, keys, resets, seed=0):
+    """Numbers that `dtype` can represent, none of them zero."""
+    cell, _, features, positive = PAPERS[name]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, a):
+        numbers = rng.normal(0, 0.6, a.shape).astype(dtype).astype(np.float64)
+        named = any(part in jax.tree_util.keystr(path) for part in (f"'{n}'" for n in positive))
+        return 0.5 + np.abs(numbers) if named else numbers
+
+    shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), features, dtype))
+    params = jax.tree_util.tree_map_with_path(draw, shapes)
+    h, state = start(cell, params, B, features, dtype)
+    state = {field: draw([jax.tree_util.DictKey(field)], a) for field, a in state._asdict().items()}
+    moving = {
+        "params": params,
+        "x": draw((), np.zeros((B, T, features))),
+        "inputs": {
+            n: draw((), np.zeros((B, T, width)))
+            for n, width in cell.step_inputs.items()
+            if n != "x"
+        },
+        "h": draw((), h),
+        "state": state,
+    }
+    drawn = {}
+    if keys is not None:
+        every = as_keys(keys, B)
+        numbers = noises(every.rows, T, jnp.asarray(resets.T)).draw(cell, jnp.dtype(dtype), 0, T)
+        drawn = {f"d_{n}": np.asarray(a, np.float64).swapaxes(0, 1) for n, a in numbers.items()}
+        if type(cell).prepare is not Cell.prepare and "WeightDrop" in name:
+            ones = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), shapes)
+            keep = np.asarray(cell.prepare(ones, every.shared)["recurrent_kernel"], np.float64)
+            drawn["keep"] = np.broadcast_to(keep.reshape(-1), (B, T, keep.size))
+    outs = [np.zeros((B, T, h.shape[1])), h, *state.values()]
+    return Given(moving, drawn, [draw((), a) for a in outs])
+
+
+def by_the_paper(name, g, *, gradient=True, **how):
+    """Outputs, and gradients by a complex step: Im L(p + iε) / ε, exact at ε = 1e-30."""
+    step = reference.Reference(PAPERS[name].step, None, gates=0, states=0)
+
+    def outputs(m):
+        over_time = {**g.over_time, **m["inputs"]}
+        state = tuple(m["state"][field] for field in PAPERS[name].cell.State._fields)
+        out = reference.forward(
+            step, m["params"], m["x"], m["h"], state, over_time=over_time, **how
+        )
+        return [out.hs, out.h, *out.state]
+
+    if not gradient:
+        return outputs(g.moving), None
+    moving = jax.tree.map(lambda a: a.astype(complex), g.moving)
+
+    def derivative(array):
+        gradient = np.zeros(array.shape)
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            array[index] = kept + 1e-30j
+            loss = sum(np.sum(d * a) for d, a in zip(g.d_outs, outputs(moving), strict=True))
+            gradient[index] = loss.imag / 1e-30
+            array[index] = kept
+        return gradient
+
+    return outputs(g.moving), jax.tree.map(derivative, moving)
+
+
+def by_the_library(cell, moving, d_outs, keys, engine, **options):
+    """The same by `unroll`."""
+
+    def outputs(m):
+        initial = Carry(m["h"], cell.State(**m["state"]))
+        hs, final = unroll(
+            cell,
+            m["params"],
+            m["x"],
+            initial,
+            inputs=m["inputs"],
+            keys=keys,
+            engine=engine,
+            **options,
+        )
+        return [hs, final.h, *final.state]
+
+    outs, pull_back = jax.vjp(outputs, moving)
+    return outs, pull_back(d_outs)[0]
+
+
+def needs_keys(cell):
+    return jax.random.key(KEY) if cell.noise or type(cell).prepare is not Cell.prepare else None
+
+
+def compare_with_the_paper(name, got, wanted, dtype="float64"):
+    cell, _, features, _ = PAPERS[name]
+    for k, (one, other) in enumerate(zip(got, wanted, strict=True)):
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+        pairs = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
+        terms = recurrence_terms(
+            B, T, features, cell.hidden_size, len(cell.gates), gradient=bool(k)
+        )
+        for (path, a), b in pairs:
+            what = f"{('value', 'gradient')[k]} {jax.tree_util.keystr(path)}"
+            unused = what == "gradient ['h']" and not np.any(b)  # the cell has its own state
+            assert np.any(b) or unused, f"the case says nothing about {what}"
+            assert_close(a, b, reduction=terms, what=what, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("engine", "reverse"), [("scan", False), ("derived", True)], ids=["scan", "derived, reverse"]
+)
+@every_paper
+def test_a_paper_cell_agrees_with_its_paper(name, engine, reverse):
+    with jax.enable_x64(True):
+        cell = PAPERS[name].cell
+        keys = needs_keys(cell)
+        how = {"mask": MASK, "resets": RESETS, "reverse": reverse}
+        g = given(name, "float64", keys, RESETS)
+        run = jax.jit(functools.partial(by_the_library, cell, engine=ENGINES[engine], **how))
+        compare_with_the_paper(name, run(g.moving, g.d_outs, keys), by_the_paper(name, g, **how))
+
+
+@every_paper
+def test_a_paper_cell_is_mapped_over_its_parameters(name):
+    """By the setting of the derived engine that keeps a carry a chunk only."""
+    with jax.enable_x64(True):
+        cell = PAPERS[name].cell
+        keys = needs_keys(cell)
+        problems = [given(name, "float64", keys, RESETS, seed) for seed in range(2)]
+        stacked = jax.tree.map(lambda *a: np.stack(a), *(g.moving["params"] for g in problems))
+        rest = problems[0].moving
+        how = {"mask": MASK, "resets": RESETS}
+        run = functools.partial(by_the_library, cell, engine=ENGINES["chunks"], **how)
+
+        @jax.jit
+        @jax.vmap
+        def together(params):
+            return run({**rest, "params": params}, problems[0].d_outs, keys)
+
+        outs, gradients = together(stacked)
+        for k, g in enumerate(problems):
+            one = jax.tree.map(lambda a, k=k: a[k], (outs, gradients))
+            g = problems[0]._replace(moving={**rest, "params": g.moving["params"]})
+            compare_with_the_paper(name, one, by_the_paper(name, g, **how))
+
+
+@every_paper
+def test_a_paper_cell_in_bfloat16_and_at_extremes(name):
+    cell = PAPERS[name].cell
+    keys = needs_keys(cell)
+    how = {"mask": MASK, "resets": RESETS}
+    g = given(name, "float32", keys, RESETS)
+    options = {"engine": ENGINES["derived"], "precision": "bfloat16", **how}
+    run = jax.jit(functools.partial(by_the_library, cell, **options), compiler_options=OPTIMIZED)
+    moving, d_outs = jax.tree.map(jnp.float32, (g.moving, g.d_outs))
+    got = run(moving, d_outs, keys)
+    compare_with_the_paper(name, got, by_the_paper(name, g, **how), "float32")
+    moving["x"] = 100 * jnp.sign(moving["x"])
+    for path, a in jax.tree_util.tree_leaves_with_path(run(moving, d_outs, keys)):
+        assert np.all(np.isfinite(a)), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PAPERS if needs_keys(PAPERS[name].cell) is not None]
+)
+def test_a_paper_cell_evaluates_without_noise(name):
+    cell = PAPERS[name].cell
+    g = given(name, "float32", None, RESETS)
+    noise = {f"d_{n}": np.full((B, T, H), a.evaluation) for n, a in cell.noise.items()}
+    keep = {"keep": np.ones((B, T, 4 * H * H))} if name == "WeightDropLSTM" else {}
+    g = g._replace(over_time=noise | keep)
+    hs, _ = unroll(cell, jax.tree.map(jnp.float32, g.moving["params"]), jnp.float32(g.moving["x"]))
+    zeros = jax.tree.map(np.zeros_like, (g.moving["h"], g.moving["state"]))
+    g = g._replace(moving={**g.moving, "h": zeros[0], "state": zeros[1]})
+    assert_close(hs, by_the_paper(name, g, gradient=False)[0][0], reduction=100)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 import keyword
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
@@ -30,6 +30,9 @@ from lstmjax.traced import Size
 Initializer = Callable[..., Array]
 """``(key, shape, dtype) -> Array``, as in `jax.nn.initializers`."""
 
+Activation = Callable[[Array], Array]
+"""A function of each element, ``jnp.tanh`` say; a cell's hyper-parameter."""
+
 Params = dict[str, Any]
 """A cell's parameters: what `Cell.init` draws, a plain pytree of arrays."""
 
@@ -41,12 +44,9 @@ if TYPE_CHECKING:
     class Named:
         """Arrays by name: ``pre.f``, ``params.p_o``, ``noise.keep``, ``inputs.dt``."""
 
-        x: "Named"
-        h: "Named"
-
         def __getattr__(self, name: str) -> Array: ...
 
-        def __iter__(self) -> Iterable[Array]: ...
+        def __iter__(self) -> Iterator[Array]: ...
 else:
     Named = Any
 
@@ -70,8 +70,8 @@ class NoState(NamedTuple):
 class Parts(NamedTuple):
     """Pre-activations of a cell that declares ``parts_apart``: input part and recurrent part."""
 
-    x: Any
-    h: Any
+    x: Named
+    h: Named
 
 
 @functools.cache
@@ -86,13 +86,14 @@ def _record(what: str, fields: tuple[str, ...]) -> Callable[..., Named]:
     return type(base.__name__, (base,), {"__slots__": (), "__getattr__": missing})
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclasses.dataclass(frozen=True, repr=False)
 class Cell:
     """Base class of all cells: a frozen, hashable value whose fields are hyper-parameters.
 
     A subclass states its ``gates``, its ``State`` and its ``step``. It becomes a frozen
-    dataclass by itself: annotated attributes are hyper-parameters, plain ones declarations.
+    dataclass by itself: annotated attributes are hyper-parameters, by keyword; plain ones are
+    declarations.
 
     Declarations, each with a default; any of them may be a property:
         gates: names of the blocks of the pre-activation, in the order they are stored.
@@ -101,7 +102,8 @@ class Cell:
         unit_params: per-unit parameters (peepholes, say), name -> number or initializer;
             ``step`` sees them as ``params.<name>``, shape ``(1, H)``.
         step_params: parameters of any shape, name -> (shape, number or initializer), with ``"H"``
-            for the number of units in a shape; ``step`` sees them as ``params.<name>``.
+            for the number of units and ``"D"`` for that of features; ``step`` sees them as
+            ``params.<name>``.
         step_inputs: arrays of each step that no product sees, name -> numbers a row, ``"H"`` for
             one a unit, ``"D"`` for as many as features; ``step`` takes them as ``inputs.<name>``.
             One named ``x`` is the input itself, unless it is given.
@@ -112,6 +114,7 @@ class Cell:
         recurrent_gates: the gates that h_{t-1} has a product for; None is all, () saves it.
         bias_gates: the gates that have a bias; None is all.
         heads: blocks of a block-diagonal recurrent kernel; must divide ``hidden_size``.
+        output_size: numbers a row of h; as many as units by default.
 
     Hyper-parameters of every cell, by keyword:
         use_bias: False is ``bias_gates = ()``.
@@ -147,10 +150,15 @@ class Cell:
     bias_gates: ClassVar[tuple[str, ...] | None] = None
     heads = 1  # no ClassVar: a cell may make it a hyper-parameter, ``heads: int = 4``
 
+    @property
+    def output_size(self) -> int:
+        """Numbers a row of h, and rows of the recurrent kernel. Override for a projection, say."""
+        return self.hidden_size
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         try:
-            dataclasses.dataclass(frozen=True, repr=False)(cls)
+            dataclasses.dataclass(frozen=True, repr=False, kw_only=True)(cls)
         except ValueError as error:
             raise ContractError(
                 f"cell {cls.__name__}: {error}. A hyper-parameter must be hashable: make an array "
@@ -175,8 +183,7 @@ class Cell:
 
     def __repr__(self) -> str:
         named = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        base = {f.name for f in dataclasses.fields(Cell)} - {"hidden_size"}
-        shown = [f"{f.name}={v!r}" for f, v in named if f.name not in base or v != f.default]
+        shown = [f"{f.name}={getattr(v, '__name__', repr(v))}" for f, v in named if v != f.default]
         return f"{type(self).__name__}({', '.join(shown)})"
 
     # What a researcher writes
@@ -262,18 +269,16 @@ class Cell:
         if self.step_params:
             step_keys = jax.random.split(jax.random.fold_in(keys[3], 1), len(self.step_params))
             params["step"] = {
-                name: _draw(init, k, self._sizes(shape), dtype)
+                name: _draw(init, k, tuple(self.width(n, input_size) for n in shape), dtype)
                 for (name, (shape, init)), k in zip(
                     self.step_params.items(), step_keys, strict=True
                 )
             }
         return params
 
-    def _sizes(self, shape: Sequence[int | str]) -> tuple[int, ...]:
-        return tuple(n if isinstance(n, int) else self.hidden_size for n in shape)
-
     def _draw_recurrent(self, key: PRNGKeyArray, dtype: Any) -> Array:
         gates, block = len(self.recurrent), self.hidden_size // self.heads
+        rows = block if self.heads > 1 else self.output_size
         orthogonal, uniform = jax.nn.initializers.orthogonal(), jax.nn.initializers.uniform(2.0)
         init = self.recurrent_init or orthogonal
         if self.recurrent_init is None and block == 1:  # orthogonal numbers are 1 and -1
@@ -281,9 +286,9 @@ class Cell:
             def init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
                 return uniform(key, shape, dtype) - 1
 
-        draw = jax.vmap(lambda k: _draw(init, k, (block, block), dtype))
+        draw = jax.vmap(lambda k: _draw(init, k, (rows, block), dtype))
         blocks = draw(jax.random.split(key, gates * self.heads))
-        return jnp.moveaxis(blocks, 0, 1).reshape(block, gates * self.hidden_size)
+        return jnp.moveaxis(blocks, 0, 1).reshape(rows, gates * self.hidden_size)
 
     def initial_carry(
         self,
@@ -299,8 +304,9 @@ class Cell:
         that takes ``params`` makes the start a function of them (a learned one, say), and gets
         None where there are none, as in `lstmjax.layers`' shapes.
         """
+        h = jnp.zeros((batch_size, self.output_size), dtype)
         zeros = jnp.zeros((batch_size, self.hidden_size), dtype)
-        return Carry(zeros, self.State(*(zeros for _ in self.State._fields)))
+        return Carry(h, self.State(*(zeros for _ in self.State._fields)))
 
     # One step
 
@@ -309,9 +315,8 @@ class Cell:
     ) -> Carry:
         """One whole time step, products included.
 
-        A cell with more than one product a step (a projection, say) overrides this and, where
-        its parameters differ, `init`. The fused kernels, which are derived from ``step``, refuse
-        such a cell.
+        A cell with more than one product a step (a projection, say) overrides this. The fused
+        kernels, which are derived from ``step``, refuse such a cell.
 
         Args:
             params: what `init` drew, after `prepare`.
@@ -320,14 +325,18 @@ class Cell:
             dot: the matrix product ``(..., K) x (K, N)`` in the precision asked for.
             more: ``inputs`` and ``noise``, where the cell declares them; pass them on.
         """
-        return self.apply_step(self._pre(params, x, carry.h, dot, more), carry, params, **more)
+        pre = self.pre_activations(params, x, carry.h, dot, **more)
+        return self.apply_step(pre, carry, params, **more)
 
-    def _pre(self, params: Params, x: Array, h: Array, dot: Dot, more: Mapping[str, Named]) -> Any:
-        """The pre-activations by name, or both parts of them."""
+    def pre_activations(
+        self, params: Params, x: Float[Array, "B D"], h: Array, dot: Dot, **more: Named
+    ) -> Any:
+        """What ``step`` gets as ``pre``: the products and biases by name, or both parts of them."""
         from_x = dot(x, params["kernel"])
         from_h = None
         if self.recurrent:
-            seen = self.recur(h, more["noise"]) if recurs(self) else h
+            noise: Any = more.get("noise")
+            seen = self.recur(h, noise) if recurs(self) else h
             from_h = self.recurrent_product(params["recurrent_kernel"], seen, dot)
         bias = params.get("bias")
         if self.parts_apart:
@@ -454,7 +463,7 @@ class Cell:
         return _record("parameter", (*units, *others))(*units.values(), *others.values())
 
     def width(self, size: int | str | None, input_size: int) -> int:
-        """Numbers a row that a declaration means: ``"H"`` (or None) units, ``"D"`` features."""
+        """The number that a declaration means: ``"H"`` (or None) units, ``"D"`` features."""
         if isinstance(size, int):
             return size
         return input_size if size == "D" else self.hidden_size

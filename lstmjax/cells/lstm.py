@@ -1,12 +1,11 @@
 """The long short-term memory: the shortest complete example of a cell."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
-from jax.nn import sigmoid
+from jax.nn import sigmoid, tanh
 
-from lstmjax.cells.base import Cell
+from lstmjax.cells.base import Activation, Cell, Named
 
 
 class LSTM(Cell):
@@ -18,19 +17,19 @@ class LSTM(Cell):
         c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(g)
         h_t = σ(o) ⊙ tanh(c_t)
 
-    Parameters: ``kernel (D, 4H)``, ``recurrent_kernel (H, 4H)``, ``bias (4H,)``, the forget
-    gate's bias starting at 1 (Jozefowicz et al. 2015).
+    Parameters: ``kernel (D, 4H)``, ``recurrent_kernel (H, 4H)``, ``bias (4H,)``, that of the
+    forget gate starting at 1 (Jozefowicz et al. 2015).
 
     Example:
-        >>> import jax
         >>> from lstmjax.recurrence import unroll
-        >>> cell = LSTM(100)
-        >>> params = cell.init(jax.random.key(0), input_size=32)
-        >>> hs, final = unroll(cell, params, jax.numpy.ones((64, 500, 32)))
+        >>> params = LSTM(100).init(jax.random.key(0), input_size=32)
+        >>> hs, final = unroll(LSTM(100), params, jnp.ones((64, 500, 32)))
         >>> hs.shape, final.h.shape, final.state.c.shape
         ((64, 500, 100), (64, 100), (64, 100))
     """
 
+    activation: Activation = tanh
+    recurrent_activation: Activation = sigmoid
     gates = ("i", "f", "g", "o")
     bias_init = {"f": 1.0}
 
@@ -39,7 +38,8 @@ class LSTM(Cell):
 
         c: Array
 
-    def step(self, pre: Any, state: Any, params: Any) -> tuple[Array, Any]:
+    def step(self, pre: Named, state: State, params: Named) -> tuple[Array, State]:
         """The equations above."""
-        c = sigmoid(pre.f) * state.c + sigmoid(pre.i) * jnp.tanh(pre.g)
-        return sigmoid(pre.o) * jnp.tanh(c), self.State(c)
+        i, f, o = map(self.recurrent_activation, (pre.i, pre.f, pre.o))
+        c = f * state.c + i * self.activation(pre.g)
+        return o * self.activation(c), self.State(c)

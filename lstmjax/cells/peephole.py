@@ -1,12 +1,12 @@
 """The LSTM whose gates look at the cell state."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import sigmoid
 
-from lstmjax.cells.base import Cell
+from lstmjax.cells.base import Cell, Named
 
 
 class PeepholeLSTM(Cell):
@@ -36,7 +36,7 @@ class PeepholeLSTM(Cell):
 
         c: Array
 
-    def step(self, pre: Any, state: Any, params: Any) -> tuple[Array, Any]:
+    def step(self, pre: Named, state: State, params: Named) -> tuple[Array, State]:
         """The equations above."""
         i = sigmoid(pre.i + params.p_i * state.c)
         f = sigmoid(pre.f + params.p_f * state.c)
