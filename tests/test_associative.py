@@ -131,7 +131,7 @@ class Twice(Rotation):
 def test_other_steps_are_refused_by_name(cell):
     work = Workload("cpu", "float32", "float32", steps=7, batch=B, features=D)
     assert ENGINE.refusal(cell(H), work).startswith("its step is not affine in ")
-    with pytest.raises(ValueError, match="'associative' cannot run .* not affine in"):
+    with pytest.raises(ValueError, match=r"'associative' cannot run .* not affine in"):
         unroll(cell(H), *draw(cell(H)), engine="associative")
 
 

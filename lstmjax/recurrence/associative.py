@@ -263,12 +263,12 @@ class _Run:
                 if self.inputs.resets is not None:
                     before = select_rows(self.inputs.resets, self._all(self.start[leaf]), before)
                 self.before[leaf] = before
-        after = jax.tree.leaves(self.every_step(self.evaluate, self.carry({})))
+        new = jax.tree.leaves(self.every_step(self.evaluate, self.carry({})))
         solved_leaves = {leaf for stage in stages for leaf in stage.leaves}
-        for leaf, value in enumerate(after):
+        for leaf, value in enumerate(new):
             if leaf not in solved_leaves:
                 final[leaf] = self.last(leaf, value)
-        outs = jax.tree.unflatten(self.structure, after)
+        outs = jax.tree.unflatten(self.structure, new)
         outs = outs if self.how.states else outs._replace(state=None)
         return cleared(self.inputs.mask, outs), jax.tree.unflatten(self.structure, final)
 
