@@ -5,7 +5,7 @@ ARGS ?=
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb test test-aot test-newest bench lint format lock clean
+.PHONY: help demo imdb test test-random test-aot test-newest bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -19,6 +19,9 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 test: .venv/ready-test  ## all tests that this machine can run
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
+
+test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: an hour and a half
+	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)

@@ -249,10 +249,12 @@ def trace(function: Callable[..., PyTree], *args: PyTree, rows: PyTree = 0) -> P
         (3, 5)
     """
     axes = broadcast_prefix(rows, args)
-    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    with jax.disable_jit(False):  # products are found as calls
+        closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     structure = jax.tree.structure(out)
     if any(map(_opens, closed.jaxpr.eqns)):  # so that products are found wherever they are
-        closed = jax.make_jaxpr(lambda *leaves: _opened(closed, leaves))(*jax.tree.leaves(args))
+        with jax.disable_jit(False):
+            closed = jax.make_jaxpr(lambda *leaves: _opened(closed, leaves))(*jax.tree.leaves(args))
     return Program(closed, structure, axes)
 
 

@@ -314,7 +314,8 @@ class Backward:
             kept = [left[number][k] for number, k in self.recorded]
             return d_every[: count[0]], d_every[count[0] :], d_zeros, kept
 
-        self.closed = jax.make_jaxpr(run)(constants, arguments, outs)
+        with jax.disable_jit(False):  # products are found as calls
+            self.closed = jax.make_jaxpr(run)(constants, arguments, outs)
         self.pieces = self._find_pieces(sum(count[:2]), count[2])
 
     def moves_inputs(self, inputs: int) -> list[bool]:

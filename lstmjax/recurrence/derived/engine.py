@@ -179,6 +179,9 @@ class _Plan(NamedTuple):
     how: How
 
 
+Index = Any
+"""A place in time: traced, or where `jax.disable_jit` runs loops in Python an int."""
+
 _Given = tuple[Inputs, list[Array]]
 """The inputs, and the values that the step closes over."""
 
@@ -205,8 +208,8 @@ def _run_chunks(
     def shown(carry: Carry) -> Outputs:
         return carry if plan.how.states else carry._replace(state=None)
 
-    def run_chunk(k: Array, loop: Any) -> Any:
-        def keep(kept: Any, new: Carry, i: Array) -> Any:
+    def run_chunk(k: Index, loop: Any) -> Any:
+        def keep(kept: Any, new: Carry, i: Index) -> Any:
             (saved, outs), t = kept, k * size + i
             if every_step:
                 return _write(saved, new, t + 1), outs
@@ -238,7 +241,7 @@ def _run_chunks_back(
     rnn = _Recurrence(plan, given, wanted)
     size, count = plan.chunk, inputs.xs.shape[0] // plan.chunk
 
-    def run_chunk(j: Array, loop: _Gradients) -> _Gradients:
+    def run_chunk(j: Index, loop: _Gradients) -> _Gradients:
         k = first + last - 1 - j
         before, at = saved, k * size
         if plan.save == "chunks":
@@ -376,7 +379,7 @@ class _Recurrence:
         """Runs a step."""
         return Runner("last", sums, valid) if self.plan.mapped else AsTraced()
 
-    def drawn(self, k: Array) -> list[Array]:
+    def drawn(self, k: Index) -> list[Array]:
         """The noise of a chunk, ``(chunk, n, B)`` each."""
         noises = self.inputs.noises
         if noises is None:
@@ -385,16 +388,16 @@ class _Recurrence:
         drawn = noises.draw(self.plan.cell, self.xs.dtype, first, self.size)
         return [jnp.moveaxis(a, 1, -1) for a in jax.tree.leaves(drawn)]
 
-    def arguments(self, t: Array, carry: Carry, noise: list[Array]) -> list[Array]:
+    def arguments(self, t: Index, carry: Carry, noise: list[Array]) -> list[Array]:
         """Of step ``t``, rows last."""
         x, more = _at((self.xs, self.inputs.inputs), t)
         return [x.T, *jax.tree.leaves(carry), *(a.T for a in jax.tree.leaves(more)), *noise]
 
-    def begun(self, t: Array, carry: Carry) -> Carry:
+    def begun(self, t: Index, carry: Carry) -> Carry:
         """The carry that step ``t`` starts from, given that of the step before."""
         return carry if self.resets is None else _where(_at(self.resets, t), self.start, carry)
 
-    def step(self, t: Array, carry: Carry, noise: list[Array]) -> Carry:
+    def step(self, t: Index, carry: Carry, noise: list[Array]) -> Carry:
         """The carry after step ``t``."""
         runner = self.runner()
 
@@ -408,7 +411,7 @@ class _Recurrence:
 
     def walk(
         self,
-        k: Array,
+        k: Index,
         steps: int,
         carry: Carry,
         kept: Any,
@@ -417,7 +420,7 @@ class _Recurrence:
         """Run so many steps of chunk ``k``, and ``keep(kept, new carry, i)`` after the i-th."""
         noise = self.drawn(k)
 
-        def step(i: Array, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        def step(i: Index, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
             t = k * self.size + i
             carry = self.begun(t, loop[0])
             new = self.step(t, carry, _at(noise, i))
@@ -427,7 +430,7 @@ class _Recurrence:
 
         return lax.fori_loop(0, steps, step, (carry, kept))
 
-    def carries_before(self, k: Array, carry: Carry) -> Carry:
+    def carries_before(self, k: Index, carry: Carry) -> Carry:
         """The carries before all steps of a chunk, from the first of them."""
         kept = _write(_room(self.size, carry), carry, 0)
         steps = self.size - 1
@@ -467,12 +470,12 @@ class _Recurrence:
         return _Gradients(d_carry, start, constants, sums, xs, direct, rooms)
 
     def walk_back(
-        self, k: Array, loop: _Gradients, before: Carry, at: Any, d_outs: list[Any]
+        self, k: Index, loop: _Gradients, before: Carry, at: Any, d_outs: list[Any]
     ) -> _Gradients:
         """Run chunk ``k`` backward, the carries before its steps being those from ``at`` on."""
         noise = self.drawn(k)
 
-        def step(j: Array, loop: _Gradients) -> _Gradients:
+        def step(j: Index, loop: _Gradients) -> _Gradients:
             i = self.size - 1 - j
             t = k * self.size + i
             return self.step_back(t, i, loop, _at(before, at + i), _at(noise, i), d_outs)
@@ -499,8 +502,8 @@ class _Recurrence:
 
     def step_back(
         self,
-        t: Array,
-        i: Array,
+        t: Index,
+        i: Index,
         loop: _Gradients,
         carry: Carry,
         noise: list[Array],

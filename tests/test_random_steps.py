@@ -1,0 +1,117 @@
+"""Every engine against the plain scan on random steps, values and all gradients.
+
+``LSTMJAX_RANDOM_STEPS`` says on how many, 24 by default and the same ones every time; ``.ci/run``
+takes 200, ``make test-random`` 5,000.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+
+from lstmjax.recurrence import Derived, PallasGPU, Scan, Workload, unroll
+from lstmjax.recurrence.gpu.plain import plain_kernel
+from tests.random_steps import Flags, H, Random, cells, flags
+from tests.tolerances import assert_close, recurrence_terms
+
+B, T, D = 3, 4, 2
+EXAMPLES = int(os.environ.get("LSTMJAX_RANDOM_STEPS", "24"))
+SHARDS = range(4)  # so that several processes share the work
+often = settings(
+    max_examples=max(EXAMPLES // len(SHARDS), 1),
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+LENGTHS, RESETS = np.array([4, 2, 0]), np.zeros((B, T), bool)
+RESETS[[0, 1], [2, 1]] = True
+
+
+def problem(cell, how, dtype):
+    """Parameters, none of them zero, inputs, and the options of `unroll`."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    params = cell.init(jax.random.key(0), D, dtype)
+    params = jax.tree.map(lambda a: a + 0.3 * normal(*a.shape), params)
+    inputs = {"dt": normal(B, T), "drive": normal(B, T, H)} if cell.with_inputs else {}
+    options = {"reverse": how.reverse}
+    if how.lengths:
+        options["lengths"] = jnp.asarray(LENGTHS)
+    if how.resets:
+        options["resets"] = jnp.asarray(RESETS)
+    if cell.with_noise:
+        options["keys"] = jax.random.key(1)
+    return (params, normal(B, T, D), inputs), options
+
+
+def run(cell, engine, given, options, states):
+    """Value and gradients of all arguments."""
+
+    def value(params, x, inputs):
+        out = unroll(cell, params, x, inputs=inputs, engine=engine, return_states=states, **options)
+        leaves = jax.tree.leaves(out)
+        return sum(
+            (jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) * a**2).sum()
+            for a in leaves
+        )
+
+    return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(*given)
+
+
+def compare(got, wanted):
+    """By the rule of `tolerances`; the parameters of a step count as one array.
+
+    One of them is a single number, the sum of terms that may cancel: nothing says how large they
+    were, but the gradients of its neighbours.
+    """
+    terms = recurrence_terms(B, T, D, H, 3, gradient=True)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    (value, (params, *others)), (value_, (params_, *others_)) = jax.device_get((got, wanted))
+
+    def of_the_step(params):
+        own = jax.tree.leaves((params.pop("units"), params.pop("step")))
+        return np.concatenate([np.ravel(a) for a in own])
+
+    pairs = (
+        (value, of_the_step(params), params, others),
+        (value_, of_the_step(params_), params_, others_),
+    )
+    jax.tree.map(lambda a, b: assert_close(a, b, reduction=terms), *pairs)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_the_derived_engine_on_random_steps(shard):
+    @seed(shard)
+    @often
+    @given(cell=cells(), how=flags)
+    def agrees(cell: Random, how: Flags) -> None:
+        with jax.enable_x64(True):
+            given, options = problem(cell, how, jnp.float64)
+            engine = Derived(chunk=how.chunk, save=how.save)
+            got, wanted = (run(cell, e, given, options, states=True) for e in (engine, Scan()))
+            compare(got, wanted)
+
+    agrees()
+
+
+def test_the_gpu_kernel_on_random_steps():
+    @seed(0)
+    @often
+    @given(cell=cells(elementwise=True), how=flags)
+    def agrees(cell: Random, how: Flags) -> None:
+        engine = PallasGPU(interpret=plain_kernel)
+        work = Workload("gpu", "float32", "float32", T, B, D, training=cell.with_noise)
+        refusal = engine.refusal(cell, work)
+        assert refusal is None or "uses" in refusal, refusal
+        if refusal is None:
+            given, options = problem(cell, how, jnp.float32)
+            got, wanted = (run(cell, e, given, options, states=True) for e in (engine, Scan()))
+            compare(got, wanted)
+
+    agrees()
