@@ -16,6 +16,11 @@ A first run took 4.0 to 4.9 s from start to end there, most of it start-up and c
 while others slowed the machine down); a second one, its program compiled already, 3.4 to 4.0 s.
 """
 
+if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
+    from lstmjax.stopping import exit_on_signals
+
+    exit_on_signals()
+
 import dataclasses
 import pathlib
 import time
@@ -147,26 +152,26 @@ def main(config: Config) -> None:
     mesh = training.make_mesh(config.accelerator, rows=1)
     cell = load_cell(config.cell, config.hidden_size)
     name = training.run_name("cumsum", config.recipe, cell=config.cell, seed=config.seed)
-    run = training.RunFolder.open(name, training.as_dict(config), path=config.run_dir)
     model = nnx.eval_shape(lambda: make_model(config, cell))
-    print(summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32")))
-    outcome = compute(config, cell, mesh)
-    print_table(*outcome.example)
-    seconds = time.perf_counter() - started
-    test_loss, test_accuracy = map(float, outcome.test)
-    run.write_result(
-        config,
-        mesh,
-        {"test_accuracy": test_accuracy, "test_loss": test_loss},
-        parameters=count_parameters(model),
-        seconds=seconds,
-        data=f"{EVALUATION_SEQUENCES} fresh sequences",
-    )
-    print(
-        f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
-        f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
-    )
-    draw(config, run, *outcome.curves)
+    with training.RunFolder.open(name, training.as_dict(config), path=config.run_dir) as run:
+        print(summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32")))
+        outcome = compute(config, cell, mesh)
+        print_table(*outcome.example)
+        seconds = time.perf_counter() - started
+        test_loss, test_accuracy = map(float, outcome.test)
+        run.write_result(
+            config,
+            mesh,
+            {"test_accuracy": test_accuracy, "test_loss": test_loss},
+            parameters=count_parameters(model),
+            seconds=seconds,
+            data=f"{EVALUATION_SEQUENCES} fresh sequences",
+        )
+        print(
+            f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
+            f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
+        )
+        draw(config, run, *outcome.curves)
 
 
 def compute(config: Config, cell: Cell, mesh: Mesh) -> Outcome:

@@ -18,6 +18,11 @@ two CPU devices), this test accuracy:
 The README has the single runs.
 """
 
+if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
+    from lstmjax.stopping import exit_on_signals
+
+    exit_on_signals()
+
 import dataclasses
 import math
 import pathlib
@@ -28,7 +33,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lstmjax import training
+from lstmjax import stopping, training
 from lstmjax.cells import Cell, load_cell, source_digest
 from lstmjax.data import Batches, Dataset, bucket_boundaries, hold_out, load_demo, load_imdb
 from lstmjax.errors import UserError
@@ -89,6 +94,12 @@ class Config:
     """Where the run is written; without it, a new folder under runs/."""
     resume: bool = False
     """Go on with the run in --run-dir; without it, the newest of this recipe, data, cell, seed."""
+    resume_or_start: bool = False
+    """The same if there is such a run, else start it: for schedulers, which repeat a command."""
+    checkpoint_every: int = 0
+    """Save every so many steps, besides each epoch's end; 0: not."""
+    keep: int = 2
+    """How many checkpoints stay."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     optimizer: training.OptimizerConfig = dataclasses.field(
@@ -137,6 +148,7 @@ def check(config: Config) -> None:
             "num-layers": model.num_layers,
             "conv-width": model.conv_width,
             "conv-pool": model.conv_pool,
+            "keep": config.keep,
         }
     )
     require_share(
@@ -149,6 +161,8 @@ def check(config: Config) -> None:
         )
     if not model.pooling:
         raise UserError("--pooling needs at least one of last, mean, max")
+    if config.checkpoint_every < 0:
+        raise UserError(f"--checkpoint-every must be at least 0, got {config.checkpoint_every}")
     if model.conv_filters < 0:
         raise UserError(f"--conv-filters must be at least 0, got {model.conv_filters}")
     rate, clip = config.optimizer.learning_rate, config.optimizer.clip_norm
@@ -160,17 +174,26 @@ def check(config: Config) -> None:
         raise UserError(f"--epochs must be at most 10000, got {config.epochs}")
 
 
-def open_run(config: Config) -> training.RunFolder:
+def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     """The folder of this run: new, or with ``resume`` the one to go on with."""
     name = training.run_name(
         "imdb", config.recipe, config.data.data, cell=config.cell, seed=config.seed
     )
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
-    for here_only in ("run_dir", "resume", "accelerator"):
+    for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
+        del settings[here_only]
+    for here_only in ("checkpoint_every", "keep"):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
-    return training.RunFolder.open(name, settings, path=config.run_dir, resume=config.resume)
+    return training.RunFolder.open(
+        name,
+        {**settings, "data_sha256": data},
+        path=config.run_dir,
+        resume=config.resume or config.resume_or_start,
+        start=not config.resume,
+        environment={"accelerator": training.accelerator_name(mesh), "devices": mesh.size},
+    )
 
 
 def load(config: Config, split: Literal["train", "test"]) -> Dataset:
@@ -217,36 +240,44 @@ def main(config: Config) -> None:
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
     engine, reason = engine_for(config, cell, mesh)
-    run = open_run(config)
-    model = make_model(config, cell, mesh)
-    shape = (config.data.batch_size, config.data.max_length)
-    print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
-    print(
-        f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "
-        f"{len(train.shapes)} shape(s), each compiled once, {train.padding_share:.1%} padding; "
-        f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
-        f"run folder {run.path}"
-    )
-    started = time.perf_counter()
-    with training.counting_compilations() as made:
-        history = learn(config, model, train, evaluations, run, mesh)
-    seconds = time.perf_counter() - started
-    (name,) = evaluations
-    last = history[-1]
-    run.write_result(
-        config,
-        mesh,
-        {key: last[key] for key in (f"{name}_accuracy", f"{name}_loss")},
-        parameters=count_parameters(model),
-        seconds=seconds,
-        epoch_seconds=[record["seconds"] for record in history],
-        data=config.data.data,
-        epochs=history,
-    )
-    corpus = CORPUS[config.data.data]
+    with open_run(config, mesh, [b.fingerprint for b in (train, *evaluations.values())]) as run:
+        stopping.advise(f"go on: the same command with --resume --run-dir {run.path}")
+        model = make_model(config, cell, mesh)
+        shape = (config.data.batch_size, config.data.max_length)
+        print(summary(model, jax.ShapeDtypeStruct(shape, "int32")))
+        print(
+            f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "
+            f"{len(train.shapes)} shape(s), each compiled once, {train.padding_share:.1%} padding; "
+            f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
+            f"run folder {run.path}"
+        )
+        started = time.perf_counter()
+        with training.counting_compilations() as made:
+            history = learn(config, model, train, evaluations, run, mesh)
+        facts = {
+            "parameters": count_parameters(model),
+            "seconds": time.perf_counter() - started,
+            "epoch_seconds": [record["seconds"] for record in history],
+        }
+        (name,) = evaluations
+        report(config, run, mesh, history, name, facts)
+        print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
+
+
+def report(
+    config: Config,
+    run: training.RunFolder,
+    mesh: Mesh,
+    history: list[dict[str, Any]],
+    name: str,
+    facts: dict[str, Any],
+) -> None:
+    """Write the result, then all that may fail; ``name`` is the split that was evaluated."""
+    last, corpus = history[-1], CORPUS[config.data.data]
+    outcome = {key: last[key] for key in (f"{name}_accuracy", f"{name}_loss")}
+    run.write_result(config, mesh, outcome, **facts, data=config.data.data, epochs=history)
     run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
     print_table(history, name)
-    print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
     print(f"{corpus}, {name} accuracy {last[f'{name}_accuracy']:.2%}; everything in {run.path}")
 
 
@@ -298,7 +329,9 @@ def learn(
             mesh,
             epochs=config.epochs,
             seed=config.seed,
-            resume=config.resume,
+            resume=config.resume or config.resume_or_start,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep,
         )
     except training.Interrupted:
         print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")

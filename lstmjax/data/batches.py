@@ -1,5 +1,7 @@
 """Batches of few shapes with little padding, in an order that is a function of (seed, epoch)."""
 
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -103,6 +105,14 @@ class Batches:
         rows = self._plan(np.arange(len(self._lengths) - 1))
         steps = self.batch_size * sum(self._steps(batch) for batch in rows)
         return 1.0 - float(self._lengths.sum()) / steps
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows, their labels, and how they are cut and padded."""
+        key = hashlib.sha256(repr((self.batch_size, self.boundaries, self.padding)).encode())
+        for array in (self._ids, self._lengths, self._labels):
+            key.update(np.ascontiguousarray(array).tobytes())
+        return key.hexdigest()
 
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of one epoch in random order.
