@@ -60,10 +60,17 @@ def _only_writer(path: pathlib.Path) -> Iterator[IO[bytes]]:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
         with file:
             _flock(file.fileno(), fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    yield file
-                    return
+            if _is_at(file.fileno(), path):
+                yield file
+                return
+
+
+def _is_at(number: int, path: pathlib.Path) -> bool:
+    """Whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def publish_json(path: pathlib.Path, value: Any) -> None:
@@ -186,26 +193,26 @@ class Lock:
         self._file: IO[bytes] | None = None
 
     def take(self, wait: bool) -> None:
-        """Take the lock.
+        """Take the lock; the folder is made if it is missing.
 
         Raises:
             Busy: another process has it, and ``wait`` is false.
             OSError: the folder cannot be written.
         """
-        number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        file = os.fdopen(number, "r+b", buffering=0)
-        try:
-            _flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.fdopen(number, "r+b", buffering=0)
+            try:
+                _flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is_at(number, self._path):  # else who held it has removed the folder
+                    self._file = file
+            finally:
+                if self._file is None:
+                    file.close()
+        with contextlib.suppress(OSError):  # who holds it is only told
             file.truncate()
             file.write(f"{os.getpid()}\n".encode())
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # who holds it is only told
-                file.close()
-                raise
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
 
     def holder(self) -> str:
         """``"process 123"``, or ``"another process"`` where that is not known."""
