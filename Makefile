@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo imdb test test-aot bench lint format lock clean
+.PHONY: help demo imdb test long fuzz test-aot bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -17,6 +17,9 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 test: .venv/ready-test  ## all tests that this machine can run
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
+
+long: .venv/ready-test  ## what takes hours: a crash at every change of a file, long runs
+	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -rP tests/test_crashes.py tests/test_long.py $(ARGS)
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)

@@ -29,6 +29,7 @@ _NAME = "imdb_reviews/plain_text:1.0.0"
 _FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")
 _ENCODING = 1  # raise it when tokenize or the ids change: older caches are then ignored
 _SPLITS = ("train", "test")
+_WORK = ".lstmjax-preparing"
 
 
 class _Encoded(NamedTuple):
@@ -70,6 +71,8 @@ def load_imdb(
     root = home(folder)
     if not _is_prepared(root):
         _prepare(root, home(archive) if archive else None, progress)
+    elif (root / _WORK).exists():
+        _remove_leftovers(root)
     cache = _cache_file(root)
     loaded = _read_cache(cache, split) if cache else None
     if loaded is None:
@@ -116,7 +119,7 @@ def _prepare(
         _check_host()
     else:
         archives.check_archive(archive, progress, reviews)
-    work = root / ".lstmjax-preparing"
+    work = root / _WORK
     try:
         files.make_folder(root)
         with _only_one(work), stopping.removed_on_exit(work):
@@ -149,6 +152,15 @@ def _only_one(work: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what a process that was killed has left, unless the folder cannot be written."""
+    lock = files.Lock(root / _WORK)
+    with contextlib.suppress(OSError, files.Busy):
+        lock.take(wait=False)
+        shutil.rmtree(root / _WORK, ignore_errors=True)
+    lock.release()
 
 
 def _move(prepared: Path, root: Path) -> None:

@@ -130,8 +130,7 @@ class Checkpoints:
             return
         try:
             self._write(step, _leaves(jax.device_get(state)), position)
-            for old in self._steps()[: -self._keep]:
-                files.remove_tree(self._folder / str(old))
+            self._drop_old()
         except Exception as error:  # TensorStore has exceptions of many kinds
             kept = self.latest()
             raise StorageError(
@@ -175,7 +174,9 @@ class Checkpoints:
         steps = self._steps()
         for step in reversed(steps):
             try:
-                return self._read(step, like)
+                found = self._read(step, like)
+                self._drop_old()  # killed before it had done so
+                return found
             except Damaged as error:
                 print(f"checkpoint {self._folder / str(step)} is damaged: {error}", file=sys.stderr)
                 self._put_aside(step)
@@ -185,6 +186,10 @@ class Checkpoints:
                 "with another --run-dir"
             )
         return None
+
+    def _drop_old(self) -> None:
+        for old in self._steps()[: -self._keep]:
+            files.remove_tree(self._folder / str(old))
 
     def _put_aside(self, step: int) -> None:
         aside = self._folder / f"damaged-{step}"

@@ -121,6 +121,9 @@ def fit(
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
             checkpoints.wait()
+    except stopping.Stopping as told:  # while it compiled an evaluation, or the start
+        checkpoints.wait()
+        raise Interrupted(stop.signal) from told
     finally:
         checkpoints.close()
     return state, [dict(record) for record in at.history]
@@ -161,7 +164,7 @@ def evaluate(
     """Sums over every row of ``batches``, each row once.
 
     Raises:
-        Interrupted: a signal arrived.
+        Interrupted, Stopping: a signal arrived.
     """
     from tqdm import tqdm
 
@@ -173,10 +176,7 @@ def evaluate(
         for batch in bar:
             if stop is not None:
                 _raise_if(stop)
-            try:
-                pending.append(steps.evaluate(params, batch))
-            except stopping.Stopping:
-                break  # as the next line but two would: told while it compiles
+            pending.append(steps.evaluate(params, batch))
             while pending and pending[0].loss.is_ready():
                 total = _add(total, _on_host(pending.popleft()))
     for sums in pending:
