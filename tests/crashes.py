@@ -7,17 +7,72 @@ what a killed process, a torn write or a power cut would leave.
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import pathlib
+import random
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 
 import pytest
 
 SOURCE = pathlib.Path(__file__).with_name("faults.c")
+ROOT = SOURCE.parent.parent
 LONG = bool(os.environ.get("LSTMJAX_TEST_LONG"))
+PROGRAM = (sys.executable, str(ROOT / "experiments" / "imdb.py"))
+FLAGS = (
+    *("--data", "demo", "--recipe", "notebook", "--hidden-size", "2", "--embedding-size", "2"),
+    *("--max-length", "5", "--batch-size", "2000", "--epochs", "2", "--checkpoint-every", "3"),
+)
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """That of processes which share their compiled programs, over all workers of the tests."""
+    cache = tmp_path_factory.getbasetemp().parent / "shared-programs"
+    return {**os.environ, "LSTMJAX_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory, environment):
+    """A run without any fault: its folder and the changes that made it."""
+    from lstmjax.files import locked
+
+    folder = tmp_path_factory.getbasetemp().parent / "shared-run"
+    run, log = folder / "run", folder / "log"
+    folder.mkdir(exist_ok=True)
+    with locked(folder):
+        if not run.exists():
+            command = [*PROGRAM, *FLAGS, "--run-dir", str(run)]
+            subprocess.run(command, env=environment | faults(run, log=log), check=True)
+    return run, changes_in(log, run)
+
+
+def outcome(run):
+    """All that a run has found out; times and what names the run differ."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    result = json.loads((run / "result.json").read_text())
+    kept = [path for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
+    newest = max(kept, key=lambda p: int(p.name))
+    leaves = json.loads(json.loads((newest / "manifest.json").read_text())["content"])["leaves"]
+    return (
+        [{**json.loads(line), "seconds": 0} for line in lines],
+        [{**epoch, "seconds": 0} for epoch in result["epochs"]],
+        result["test_loss"],
+        leaves,
+        newest.name,
+        len(kept),
+        (run / "curves.png").stat().st_size > 0,
+    )
+
+
+def points(count, some, seed=0):
+    """All numbers of changes, or some of them, spread."""
+    chosen = sorted(random.Random(seed).sample(range(count), min(some, count)))
+    return list(range(count)) if LONG else chosen
 
 
 @functools.cache
@@ -32,9 +87,9 @@ def library():
 
 
 def faults(root, **settings):
-    """The environment of a process whose changes below ``root`` meet with faults."""
+    """For the environment of a process whose changes below ``root`` meet with faults."""
     settings = {f"FAULTS_{name.upper()}": str(value) for name, value in settings.items()}
-    return {**os.environ, "LD_PRELOAD": str(library()), "FAULTS_ROOT": str(root), **settings}
+    return {"LD_PRELOAD": str(library()), "FAULTS_ROOT": str(root), **settings}
 
 
 @dataclasses.dataclass(frozen=True)

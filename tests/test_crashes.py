@@ -14,19 +14,12 @@ import sys
 
 import jax
 import pytest
-from crashes import LONG, Disk, changes_in, faults
+from crashes import FLAGS, PROGRAM, Disk, changes_in, environment, faults, outcome, points, recorded
 from test_data_imdb import FEW, write_archive
 
 from lstmjax.data import archive as archives
 from lstmjax.data import imdb as data
 from lstmjax.data import load_imdb
-
-ROOT = pathlib.Path(__file__).parent.parent
-FLAGS = (
-    *("--data", "demo", "--recipe", "notebook", "--hidden-size", "2", "--embedding-size", "2"),
-    *("--max-length", "5", "--batch-size", "2000", "--epochs", "2", "--checkpoint-every", "3"),
-)
-PROGRAM = [sys.executable, str(ROOT / "experiments" / "imdb.py"), *FLAGS]
 
 
 @pytest.fixture(autouse=True)
@@ -37,49 +30,7 @@ def _as_for_users(monkeypatch, tmp_path):
         yield
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Compiled programs that all processes of this file share."""
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory, programs):
-    """A whole run: its folder and the changes that made it."""
-    folder = tmp_path_factory.mktemp("recorded")
-    run, log = folder / "run", folder / "log"
-    environment = {**faults(run, log=log), "LSTMJAX_CACHE_DIR": str(programs)}
-    done = subprocess.run(
-        [*PROGRAM, "--run-dir", str(run)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return run, changes_in(log, run)
-
-
-def outcome(run):
-    """All that a run has found out; times and what names the run differ."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    result = json.loads((run / "result.json").read_text())
-    newest = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    leaves = json.loads(json.loads((newest / "manifest.json").read_text())["content"])["leaves"]
-    return (
-        [{**json.loads(line), "seconds": 0} for line in lines],
-        [{**epoch, "seconds": 0} for epoch in result["epochs"]],
-        result["test_loss"],
-        leaves,
-        newest.name,
-        len(list((run / "checkpoints").iterdir())),
-        (run / "curves.png").stat().st_size > 0,
-    )
-
-
 LEFT = ("all", "torn", "synced", "names")
-
-
-def points(count, some, seed=0):
-    """All numbers of changes, or some of them, spread."""
-    chosen = sorted(random.Random(seed).sample(range(count), min(some, count)))
-    return list(range(count)) if LONG else chosen
 
 
 GO_ON = """
@@ -94,10 +45,9 @@ for run in runs:
 """
 
 
-def go_on(runs, programs):
+def go_on(runs, environment):
     """Resume all of these runs, in one other process."""
     code = GO_ON.format(count=len(FLAGS) + 1)
-    environment = {**os.environ, "LSTMJAX_CACHE_DIR": str(programs), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, *FLAGS, *map(str, runs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-2000:])
@@ -120,12 +70,12 @@ def crash_at(changes, number, left, path):
         disk.write(path, left)
 
 
-def test_whatever_a_crash_leaves_the_run_ends_the_same(recorded, programs, tmp_path):
+def test_whatever_a_crash_leaves_the_run_ends_the_same(recorded, environment, tmp_path):
     """A killed process, a write half done, and two kinds of power cut."""
     whole, changes = recorded
     wanted, seen, crashes = outcome(whole), set(), []
     for left in LEFT:
-        for number in points(len(changes), some=3, seed=len(left)):
+        for number in points(len(changes), some=2, seed=len(left)):
             run = tmp_path / f"{left}-{number}"
             crash_at(changes, number, left, run)
             if (content := everything_in(run)) in seen:  # a sync changes nothing for a process
@@ -134,23 +84,22 @@ def test_whatever_a_crash_leaves_the_run_ends_the_same(recorded, programs, tmp_p
                 crashes.append((run, number, left))
             seen.add(content)
     for some in (crashes[n : n + 100] for n in range(0, len(crashes), 100)):
-        go_on([run for run, *_ in some], programs)
+        go_on([run for run, *_ in some], environment)
         for run, number, left in some:
             assert outcome(run) == wanted, (left, number, changes[number - 1])
     print(f"{len(changes)} changes, {len(crashes)} different crashes")
 
 
-def test_a_process_killed_at_a_change_goes_on(recorded, programs, tmp_path):
+def test_a_process_killed_at_a_change_goes_on(recorded, environment, tmp_path):
     """The real thing, which ends with half of the last write done."""
     whole, changes = recorded
     wanted, run = outcome(whole), tmp_path / "run"
     for number in points(len(changes), some=1, seed=3):
         shutil.rmtree(run, ignore_errors=True)
-        command = [*PROGRAM, "--run-dir", str(run), "--resume-or-start"]
-        environment = {**faults(run, kill=number + 1), "LSTMJAX_CACHE_DIR": str(programs)}
-        killed = subprocess.run(command, env=environment, capture_output=True, timeout=100)
+        command = [*PROGRAM, *FLAGS, "--run-dir", str(run), "--resume-or-start"]
+        doomed = environment | faults(run, kill=number + 1)
+        killed = subprocess.run(command, env=doomed, capture_output=True, timeout=100)
         assert killed.returncode == -signal.SIGKILL, number
-        environment = {**os.environ, "LSTMJAX_CACHE_DIR": str(programs)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, (number, done.stderr)
         assert outcome(run) == wanted, number
@@ -166,13 +115,13 @@ for split in ("train", "test"):
 
 
 @pytest.mark.parametrize("left", LEFT)
-def test_whatever_a_crash_leaves_of_a_preparation(tmp_path, left, monkeypatch):
+def test_whatever_a_crash_leaves_of_a_preparation(tmp_path, left, environment, monkeypatch):
     root, log = tmp_path / "recorded", tmp_path / "log"
     root.mkdir()
     archive = write_archive(tmp_path / "small.tar.gz")
-    environment = {**faults(root, log=log), "LSTMJAX_CACHE_DIR": str(root / "cache")}
+    recording = environment | faults(root, log=log) | {"LSTMJAX_CACHE_DIR": str(root / "cache")}
     command = [sys.executable, "-c", PREPARE.format(few=FEW), str(root), str(archive)]
-    subprocess.run(command, env={**environment, "PYTHONPATH": str(ROOT)}, check=True, timeout=100)
+    subprocess.run(command, env=recording, check=True, timeout=100)
     changes = changes_in(log, root)
     monkeypatch.setattr(archives, "REVIEWS", FEW)
     monkeypatch.setattr(data, "_prepare", prepare_few)

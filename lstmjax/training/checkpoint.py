@@ -82,6 +82,7 @@ class Checkpoints:
         import orbax.checkpoint  # slow to import: not before something is saved or read
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # it reports each save at length
+        sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
         return orbax.checkpoint
 
     def _arrays(self) -> Any:
@@ -238,6 +239,12 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is being written; what has failed is not told here."""
         self._writer.shutdown()
+
+
+def _unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Pass over what TensorStore's threads raise when a write that has failed is given up."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        hook(unraisable)
 
 
 @jax.jit

@@ -425,8 +425,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def _holds_a_run(path: pathlib.Path) -> bool:
     """Whether more is there than a start that was cut short leaves."""
     try:
-        files.read_json(path / "config.json")
-        return True
+        if isinstance(files.read_json(path / "config.json"), dict):
+            return True
     except FileNotFoundError:
         pass
     except (OSError, ValueError):
