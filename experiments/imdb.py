@@ -100,6 +100,12 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    coordinator: str = ""
+    """Of a run in several processes, host:port of the first; Slurm and TPU slices need none."""
+    processes: int = 0
+    """How many processes there are, where --coordinator is given."""
+    process_id: int = -1
+    """Number of this process, from 0, where --coordinator is given."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     optimizer: training.OptimizerConfig = dataclasses.field(
@@ -182,7 +188,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
     for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
         del settings[here_only]
-    for here_only in ("checkpoint_every", "keep"):
+    for here_only in ("checkpoint_every", "keep", "coordinator", "processes", "process_id"):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
@@ -192,7 +198,11 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
         path=config.run_dir,
         resume=config.resume or config.resume_or_start,
         start=not config.resume,
-        environment={"accelerator": training.accelerator_name(mesh), "devices": mesh.size},
+        environment={
+            "accelerator": training.accelerator_name(mesh),
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+        },
     )
 
 
@@ -227,15 +237,16 @@ def make_batches(config: Config) -> tuple[Batches, dict[str, Batches]]:
     size = config.data.batch_size
     # Evaluating a few steps more of padding takes less time than compiling for every length.
     every_second = boundaries[::-2][::-1]
-    return (
-        Batches(train, size, boundaries=boundaries, padding=padding),
-        {name: Batches(held_out, 4 * size, boundaries=every_second, padding=padding)},
-    )
+    made = Batches(train, size, boundaries=boundaries, padding=padding)
+    evaluation = Batches(held_out, 4 * size, boundaries=every_second, padding=padding)
+    share = jax.process_index(), jax.process_count()
+    return made.share(*share), {name: evaluation.share(*share)}
 
 
 def main(config: Config) -> None:
     """Run the experiment."""
     check(config)
+    training.join(config.coordinator, config.processes, config.process_id)
     mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
@@ -304,7 +315,7 @@ def make_model(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
         rngs = nnx.Rngs(config.seed)
         return Classifier(cell, config.model, precision=config.precision, engine=engine, rngs=rngs)
 
-    with jax.default_device(mesh.devices.flat[0]):
+    with jax.default_device(training.local_device(mesh.devices.flat)):
         return jax.jit(draw, compiler_options=training.quick_compilation(mesh))()
 
 

@@ -1,5 +1,6 @@
 """Batches of few shapes with little padding, in an order that is a function of (seed, epoch)."""
 
+import copy
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,7 @@ class Batches:
         self.batch_size = batch_size
         self.boundaries = tuple(int(length) for length in boundaries)
         self.padding = padding
+        self._part = slice(None)
         self._check(len(dataset.sequences))
         ends = np.cumsum([len(row) for row in dataset.sequences])
         lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])
@@ -90,6 +92,20 @@ class Batches:
             raise UserError(f"padding is {self.padding!r}: choose right or left")
         if rows == 0:
             raise UserError("the data set has 0 rows: give at least one")
+
+    def share(self, part: int, parts: int) -> "Batches":
+        """The same batches, of which this process builds one of ``parts`` equal parts of the rows.
+
+        Raises:
+            UserError: the rows of a batch cannot be divided so.
+        """
+        if self.batch_size % parts:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of the {parts} processes"
+            )
+        shared, size = copy.copy(self), self.batch_size // parts
+        shared._part = slice(part * size, (part + 1) * size)
+        return shared
 
     def __len__(self) -> int:
         return -(-(len(self._lengths) - 1) // self.batch_size)
@@ -148,8 +164,9 @@ class Batches:
 
     def _batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         steps = self._steps(rows)
+        rows = rows[self._part]
         lengths = self._lengths[rows]
-        position = np.broadcast_to(np.arange(steps), (self.batch_size, steps))
+        position = np.broadcast_to(np.arange(steps), (len(rows), steps))
         if self.padding == "left":
             position = position - (steps - lengths)[:, None]
         inside = (position >= 0) & (position < lengths[:, None])

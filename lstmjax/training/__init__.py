@@ -4,6 +4,7 @@ from lstmjax.training.compilation import Compilations, counting_compilations, ke
 from lstmjax.training.devices import (
     Accelerator,
     accelerator_name,
+    local_device,
     make_mesh,
     quick_compilation,
     replicated,
@@ -11,6 +12,7 @@ from lstmjax.training.devices import (
     simple_kernels,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
+from lstmjax.training.processes import join
 from lstmjax.training.report import (
     RunFolder,
     as_dict,
@@ -39,7 +41,9 @@ __all__ = [
     "draw_curves",
     "evaluate",
     "fit",
+    "join",
     "keep_compiled",
+    "local_device",
     "make_mesh",
     "make_optimizer",
     "make_steps",

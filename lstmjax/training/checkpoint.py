@@ -24,6 +24,8 @@ import numpy as np
 
 from lstmjax import files
 from lstmjax.errors import StorageError, UserError, first_line, os_error, reason
+from lstmjax.training.devices import place
+from lstmjax.training.processes import arrays_from_first, from_first, is_first
 from lstmjax.training.step import Sums, TrainState
 
 MANIFEST = "manifest.json"
@@ -68,9 +70,12 @@ class Checkpoints:
         self, folder: pathlib.Path, keep: int = 2, before: Callable[[], None] = lambda: None
     ) -> None:
         self._folder, self._keep, self._before = folder, keep, before
+        self._active = is_first()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: list[Future[None]] = []
         try:
+            if not self._active:
+                return
             files.make_folder(folder)
             for path in folder.glob(f".*{files.TEMPORARY}"):  # of a process that was killed
                 shutil.rmtree(path, ignore_errors=True)
@@ -113,7 +118,7 @@ class Checkpoints:
             if writing.done():
                 writing.result()
         self._writing = busy
-        if not (skip and busy):
+        if self._active and not (skip and busy):
             self._writing.append(self._writer.submit(self._save, state, position))
 
     def wait(self) -> None:
@@ -167,11 +172,33 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, Position] | None:
         """The newest sound state, laid out over devices as ``like`` is; None if there is none.
 
+        The first process reads it and tells the others.
+
         Damaged checkpoints are put aside, and each is named on standard error.
 
         Raises:
             UserError: a checkpoint is of another model, cannot be read, or all are damaged.
         """
+        tree = jax.tree.structure(like)
+        arrays = [np.empty(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like)]
+
+        def read() -> dict[str, Any] | None:
+            found = self._newest_sound(like)
+            if found is None:
+                return None
+            arrays[:] = found[0]
+            return found[1]
+
+        place_in_data = from_first(read)
+        if place_in_data is None:
+            return None
+        placed = [
+            place(array, leaf.sharding)
+            for array, leaf in zip(arrays_from_first(arrays), jax.tree.leaves(like), strict=True)
+        ]
+        return jax.tree.unflatten(tree, placed), _position(place_in_data)
+
+    def _newest_sound(self, like: TrainState) -> tuple[list[np.ndarray], dict[str, Any]] | None:
         steps = self._steps()
         for step in reversed(steps):
             try:
@@ -201,7 +228,7 @@ class Checkpoints:
         except OSError as error:
             raise StorageError(f"cannot put {aside} aside: {reason(error)}") from error
 
-    def _read(self, step: int, like: TrainState) -> tuple[TrainState, Position]:
+    def _read(self, step: int, like: TrainState) -> tuple[list[np.ndarray], dict[str, Any]]:
         folder = self._folder / str(step)
         try:
             content = _read_manifest(folder)
@@ -209,7 +236,9 @@ class Checkpoints:
             for path in folder.rglob("*"):
                 if not os.access(path, os.R_OK):
                     raise PermissionError(13, "Permission denied", str(path))
-            position = _position(content, step)
+            if content["step"] != step:
+                raise Damaged(f"it is of step {content['step']}")
+            _position(content["position"])
             empty = [np.empty(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like)]
             arrays = self._arrays().restore(
                 (folder / "state").absolute(), args=self._orbax.args.StandardRestore(empty)
@@ -223,9 +252,7 @@ class Checkpoints:
         for array, (name, wanted) in zip(arrays, content["leaves"].items(), strict=True):
             if _describe(array) != wanted:
                 raise Damaged(f"{name} has another checksum")
-        shardings = [leaf.sharding for leaf in jax.tree.leaves(like)]
-        tree = jax.tree.structure(like)
-        return jax.tree.unflatten(tree, jax.device_put(arrays, shardings)), position
+        return [np.asarray(array) for array in arrays], content["position"]
 
     def _steps(self) -> list[int]:
         """Numbers of the steps that have a checkpoint, rising."""
@@ -234,7 +261,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Number of steps done in the newest checkpoint."""
-        return max(self._steps(), default=None)
+        return max(self._steps(), default=None) if self._active else None
 
     def close(self) -> None:
         """Wait for what is being written; what has failed is not told here."""
@@ -285,13 +312,11 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _position(content: Mapping[str, Any], step: int) -> Position:
-    if content["step"] != step:
-        raise Damaged(f"it is of step {content['step']}")
-    place = dict(content["position"])
+def _position(place_in_data: Mapping[str, Any]) -> Position:
+    fields = dict(place_in_data)
     for name in ("sums", "since"):
-        place[name] = Sums(*place[name])
-    return Position(**{**place, "history": tuple(place["history"])})
+        fields[name] = Sums(*fields[name])
+    return Position(**{**fields, "history": tuple(fields["history"])})
 
 
 def _compare(folder: pathlib.Path, saved: Mapping[str, Any], like: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,7 +15,8 @@ from lstmjax import stopping
 from lstmjax.data import Batch, Batches
 from lstmjax.errors import UserError
 from lstmjax.training.checkpoint import Checkpoints, Position, copied
-from lstmjax.training.devices import replicated, sharded
+from lstmjax.training.devices import place, replicated, sharded
+from lstmjax.training.processes import Agreement, any_told, meet
 from lstmjax.training.report import RunFolder
 from lstmjax.training.step import Steps, Sums, TrainState, training_key
 
@@ -53,7 +55,7 @@ def on_device(
         prepare: called with every batch that waits, each time another one has been used.
         ahead: how many wait.
     """
-    placed = (jax.device_put(batch, sharded(mesh)) for batch in batches)
+    placed = (place(batch, sharded(mesh)) for batch in batches)
     waiting = collections.deque(itertools.islice(placed, 1))
     while waiting:
         yield waiting.popleft()
@@ -111,9 +113,10 @@ def fit(
                 if at.batch < len(train):  # else it was stopped while it was evaluated
                     state, at = epoch_of.train(state, at, epochs)
                     checkpoints.save_later(copied(state), at)
-                if stop:
+                if any_told(stop):
                     checkpoints.wait()
-                    _raise_if(stop)
+                    meet()
+                    raise Interrupted(stop.signal or signal.SIGTERM)
                 record = _record(at, int(state.step), len(train))
                 for name, batches in evaluations.items():
                     sums = evaluate(steps, state.params, batches, mesh, name, stop)
@@ -205,7 +208,8 @@ class _Trainer:
         self._steps, self._batches, self._mesh, self._seed = steps, batches, mesh, seed
         self._run, self._checkpoints, self._stop = run, checkpoints, stop
         self._every = checkpoint_every
-        self._key = jax.device_put(training_key(seed), replicated(mesh))
+        self._key = jax.jit(lambda: training_key(seed), out_shardings=replicated(mesh))()
+        self._agree = Agreement(mesh, stop)
 
     def train(self, state: TrainState, at: Position, epochs: int) -> tuple[TrainState, Position]:
         """Train from ``at`` to the epoch's end, or to the step at which a signal was noticed."""
@@ -231,7 +235,9 @@ class _Trainer:
         with meter:
             order = self._batches.epoch(self._seed, at.epoch, start=at.batch)
             for batch in on_device(order, self._mesh, prepare):
-                if self._stop:
+                step, told = self._agree(state.step)
+                state = state._replace(step=step)
+                if told:
                     break
                 try:
                     state, sums = self._steps.train(state, batch, self._key)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lstmjax import files
 from lstmjax.errors import DISK_FAILS, StorageError, UserError, reason
 from lstmjax.training.devices import accelerator_name
+from lstmjax.training.processes import from_first
 
 MAX_METRICS_BYTES = 2**30
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -78,6 +79,8 @@ class RunFolder:
     ) -> "RunFolder":
         """The folder of a run: a new one, or with ``resume`` the one to go on with.
 
+        Of several processes the first opens it; to the others it does nothing.
+
         Args:
             name: what the run is called; gives the folder if there is no ``path``.
             config: what the run is asked for, as JSON-ready values.
@@ -90,10 +93,18 @@ class RunFolder:
             UserError: as `create` and `reopen`.
         """
         start = not resume if start is None else start
-        there = path or cls.newest(name)
-        if resume and not (start and not _holds_a_run(there)):
-            return cls.reopen(there, config, environment)
-        return cls.create(path or cls.free(name), config, environment)
+        opened: list[RunFolder] = []
+
+        def open_it() -> str:
+            there = path or cls.newest(name)
+            if resume and not (start and not _holds_a_run(there)):
+                opened.append(cls.reopen(there, config, environment))
+            else:
+                opened.append(cls.create(path or cls.free(name), config, environment))
+            return str(opened[0].path)
+
+        found = pathlib.Path(from_first(open_it))
+        return opened[0] if opened else _Elsewhere(found)
 
     @staticmethod
     def free(name: str) -> pathlib.Path:
@@ -347,6 +358,27 @@ class RunFolder:
             draw_curves(self.path / "curves.png", title, steps, epochs)
         except Exception as error:  # whatever Matplotlib stumbles over: the result is there
             print(f"no curves.png: {reason(error)}; the result is not affected", file=sys.stderr)
+
+
+class _Elsewhere(RunFolder):
+    """The run's folder to a process that leaves it to the first one."""
+
+    def write(self, name: str, value: Any) -> None:
+        pass
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def rewind(
+        self, step: int, history: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()
+    ) -> None:
+        pass
+
+    def draw_curves(self, title: str) -> None:
+        pass
 
 
 def prepare_drawing() -> None:

@@ -23,7 +23,14 @@ from lstmjax import stopping
 from lstmjax.data import Batch
 from lstmjax.layers import RowKeys, row_keys
 from lstmjax.recurrence import length_mask
-from lstmjax.training.devices import BATCH, quick_compilation, replicated, sharded, usable_cores
+from lstmjax.training.devices import (
+    BATCH,
+    place,
+    quick_compilation,
+    replicated,
+    sharded,
+    usable_cores,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +161,7 @@ def make_steps(
     train_calls = _Calls(train, lower_train)
     evaluate_calls = _Calls(evaluation, evaluation.lower)
     return Steps(
-        lambda: first_state(jax.device_put(params, replicated(mesh))),
+        lambda: first_state(place(jax.device_get(params), replicated(mesh))),
         train_calls,
         evaluate_calls,
         train_calls.prepare,
