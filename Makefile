@@ -21,6 +21,9 @@ test: .venv/ready-test  ## all tests that this machine can run
 long: .venv/ready-test  ## what takes hours: a crash at every change of a file, long runs
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -rP tests/test_crashes.py tests/test_long.py $(ARGS)
 
+fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases
+	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)
+
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lstmjax.errors import UserError
 
@@ -80,7 +80,7 @@ def local_device(devices: Iterable[Any]) -> Any:
     return next(device for device in devices if device.process_index == jax.process_index())
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
+def place(tree: Any, sharding: Sharding) -> Any:
     """Host arrays on the devices: this process's rows of them, or the whole if it is replicated."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
