@@ -264,7 +264,7 @@ def main(config: Config) -> None:
         )
         started = time.perf_counter()
         with training.counting_compilations() as made:
-            history = learn(config, model, train, evaluations, run, mesh)
+            history = learn(config, cell, model, train, evaluations, run, mesh)
         facts = {
             "parameters": count_parameters(model),
             "seconds": time.perf_counter() - started,
@@ -321,6 +321,7 @@ def make_model(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
 
 def learn(
     config: Config,
+    cell: Cell,
     model: Classifier,
     train: Batches,
     evaluations: dict[str, Batches],
@@ -332,7 +333,7 @@ def learn(
     masked = config.data.padding == "bucketed"
     steps = training.make_steps(model, optimizer, mesh, padding=train.padding, masked=masked)
     try:
-        _, history = training.fit(
+        return training.fit(
             steps,
             train,
             evaluations,
@@ -343,11 +344,13 @@ def learn(
             resume=config.resume or config.resume_or_start,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
-        )
+        )[1]
+    except training.NonFiniteLossError as error:
+        line = training.line_of_nan(cell)
+        raise UserError(f"{error}; not finite at {line}" if line else str(error)) from error
     except training.Interrupted:
         print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
         raise
-    return history
 
 
 def print_table(history: list[dict[str, Any]], name: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from experiments import cumsum, imdb
 from lstmjax.recurrence import ENGINES, Derived
-from lstmjax.training.command import run_command
+from lstmjax.training.command import as_user_error, run_command
 from lstmjax.training.devices import usable_cores
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -217,6 +217,13 @@ def test_an_exploding_run_names_step_and_epoch(error_of):
     )
     line = error_of(imdb, "--data", "demo", "--cell", "mine.py:Mine", *SMALL)
     assert re.search(r"gradient is nan at step 1 of epoch 1; no checkpoint was written yet", line)
+    assert line.endswith("mine.py:6: return h + jnp.log(-jnp.abs(h) - 1), state")
+
+
+def test_what_memory_there_is_too_little_of():
+    with pytest.raises(Exception, match=r"RESOURCE_EXHAUSTED|memory") as error:
+        jax.block_until_ready(jax.numpy.zeros(2**46))
+    assert "lower --batch-size first" in str(as_user_error(error.value))
 
 
 def test_a_cell_file_that_has_changed_is_not_resumed(run, error_of):

@@ -12,6 +12,7 @@ from lstmjax.training.devices import (
     simple_kernels,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
+from lstmjax.training.nans import line_of_nan
 from lstmjax.training.processes import join
 from lstmjax.training.report import (
     RunFolder,
@@ -43,6 +44,7 @@ __all__ = [
     "fit",
     "join",
     "keep_compiled",
+    "line_of_nan",
     "local_device",
     "make_mesh",
     "make_optimizer",
