@@ -100,6 +100,8 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    repeat: pathlib.Path | None = None
+    """Run again what this folder's run was asked for, and say whether the numbers are the same."""
     coordinator: str = ""
     """Of a run in several processes, host:port of the first; Slurm and TPU slices need none."""
     processes: int = 0
@@ -185,10 +187,18 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     name = training.run_name(
         "imdb", config.recipe, config.data.data, cell=config.cell, seed=config.seed
     )
+    cell_file = pathlib.Path(config.cell.rpartition(":")[0])  # of a user's cell
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
     for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
         del settings[here_only]
-    for here_only in ("checkpoint_every", "keep", "coordinator", "processes", "process_id"):
+    for here_only in (
+        "checkpoint_every",
+        "keep",
+        "coordinator",
+        "processes",
+        "process_id",
+        "repeat",
+    ):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
@@ -203,6 +213,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
             "devices": mesh.size,
             "processes": jax.process_count(),
         },
+        cell_source=cell_file.read_bytes() if cell_file.suffix else None,
     )
 
 
@@ -245,6 +256,8 @@ def make_batches(config: Config) -> tuple[Batches, dict[str, Batches]]:
 
 def main(config: Config) -> None:
     """Run the experiment."""
+    if config.repeat:
+        config = training.config_of(config.repeat, config)
     check(config)
     training.join(config.coordinator, config.processes, config.process_id)
     mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
@@ -272,6 +285,8 @@ def main(config: Config) -> None:
         }
         (name,) = evaluations
         report(config, run, mesh, history, name, facts)
+        if config.repeat:
+            print(training.compare(training.RunFolder(config.repeat), run))
         print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
 
 

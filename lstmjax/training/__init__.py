@@ -14,6 +14,7 @@ from lstmjax.training.devices import (
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
 from lstmjax.training.nans import line_of_nan
 from lstmjax.training.processes import join
+from lstmjax.training.repeat import compare, config_of
 from lstmjax.training.report import (
     RunFolder,
     as_dict,
@@ -38,6 +39,8 @@ __all__ = [
     "RunFolder",
     "accelerator_name",
     "as_dict",
+    "compare",
+    "config_of",
     "counting_compilations",
     "draw_curves",
     "evaluate",

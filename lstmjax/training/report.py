@@ -21,6 +21,8 @@ from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
 
 MAX_METRICS_BYTES = 2**30
+CELL = "cell.py"
+"""The run folder's copy of the file of a user's cell."""
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -76,6 +78,7 @@ class RunFolder:
         resume: bool = False,
         start: bool | None = None,
         environment: Mapping[str, Any] | None = None,
+        cell_source: bytes | None = None,
     ) -> "RunFolder":
         """The folder of a run: a new one, or with ``resume`` the one to go on with.
 
@@ -88,6 +91,7 @@ class RunFolder:
             resume: go on with the run in ``path``, else with the newest of this name.
             start: start one if there is none to go on with; by default the opposite of ``resume``.
             environment: what else the results depend on; a difference is told on resuming.
+            cell_source: content of the file of a user's cell, to be kept with the run.
 
         Raises:
             UserError: as `create` and `reopen`.
@@ -100,7 +104,7 @@ class RunFolder:
             if resume and not (start and not _holds_a_run(there)):
                 opened.append(cls.reopen(there, config, environment))
             else:
-                opened.append(cls.create(path or cls.free(name), config, environment))
+                opened.append(cls.create(path or cls.free(name), config, environment, cell_source))
             return str(opened[0].path)
 
         found = pathlib.Path(from_first(open_it))
@@ -143,6 +147,7 @@ class RunFolder:
         path: pathlib.Path,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
+        cell_source: bytes | None = None,
     ) -> "RunFolder":
         """A new run's folder, locked; what a start that was cut short left there does not count.
 
@@ -158,6 +163,8 @@ class RunFolder:
                     f"{path} is not empty: name another --run-dir, or resume the run that it holds"
                 )
             run.write("environment.json", _environment(environment))
+            if cell_source is not None:
+                files.publish(path / CELL, cell_source)
             run.write("config.json", config)  # last: it makes the folder a run
         except OSError as error:
             run.close()
@@ -184,7 +191,7 @@ class RunFolder:
         try:
             before = run.config()
             run._take_lock()
-            differing = _differences(before, json.loads(json.dumps(config)))
+            differing = differences(before, json.loads(json.dumps(config)))
             if differing:
                 raise UserError(
                     f"{path} was run with another config ({'; '.join(differing)}); "
@@ -228,7 +235,7 @@ class RunFolder:
 
     def _tell_changes(self, now: Mapping[str, Any]) -> None:
         """Announce on standard error what the results depend on and what has changed since."""
-        changed = _differences(self.environment(), json.loads(json.dumps(now)))
+        changed = differences(self.environment(), json.loads(json.dumps(now)))
         if changed:
             print(
                 f"going on in another environment ({'; '.join(changed)}): equal to rounding, no "
@@ -425,13 +432,14 @@ def as_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A phrase for every value that differs between two JSON values."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
         return [
             line
             for key in keys
-            for line in _differences(before.get(key), now.get(key), key.replace("_", "-"))
+            for line in differences(before.get(key), now.get(key), key.replace("_", "-"))
         ]
     return [] if before == now else [f"{name}: {_short(before)} there, {_short(now)} here"]
 
@@ -464,7 +472,7 @@ def _holds_a_run(path: pathlib.Path) -> bool:
     except (OSError, ValueError):
         if not (path / "config.json").is_file():
             return True
-    left = {files.LOCK, "config.json", "environment.json"}
+    left = {files.LOCK, "config.json", "environment.json", CELL}
     left |= {f".{name}{files.TEMPORARY}" for name in left}
     return path.exists() and any(entry.name not in left for entry in path.iterdir())
 
