@@ -30,12 +30,22 @@ import time
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from lstmjax import stopping, training
 from lstmjax.cells import Cell, load_cell, source_digest
-from lstmjax.data import Batches, Dataset, bucket_boundaries, hold_out, load_demo, load_imdb
+from lstmjax.data import (
+    Batches,
+    Dataset,
+    StreamedBatches,
+    bucket_boundaries,
+    hold_out,
+    load_demo,
+    load_imdb,
+    row_lengths,
+)
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
@@ -53,8 +63,9 @@ from lstmjax.training.command import (
 class DataConfig:
     """Reviews and how they are cut into batches."""
 
-    data: Literal["imdb", "demo"] = "imdb"
-    """imdb: by TFDS; demo: a small corpus of our own, made on the spot."""
+    data: Literal["imdb", "demo", "rows"] = "imdb"
+    """imdb: by TFDS; demo: a small corpus of our own, made on the spot; rows: what write_rows has
+    written to train and test in --data-dir, streamed from disk."""
     data_dir: pathlib.Path | None = None
     """TFDS folder to read, or to prepare into; without it TFDS_DATA_DIR, else TFDS' own."""
     archive: pathlib.Path | None = None
@@ -115,7 +126,11 @@ class Config:
     )
 
 
-CORPUS = {"imdb": "IMDB", "demo": "built-in DEMO corpus (not IMDB)"}
+CORPUS = {
+    "imdb": "IMDB",
+    "demo": "built-in DEMO corpus (not IMDB)",
+    "rows": "rows streamed from --data-dir (not IMDB)",
+}
 NOTEBOOK = Config()
 RECIPES = {
     "notebook": NOTEBOOK,
@@ -232,26 +247,44 @@ def load(config: Config, split: Literal["train", "test"]) -> Dataset:
 
 
 def make_batches(config: Config) -> tuple[Batches, dict[str, Batches]]:
-    """Batches to train on, and those to evaluate on by name."""
-    train = load(config, "train")
-    name, held_out = "test", None
-    if config.data.validation:
-        train, held_out = hold_out(train, config.data.validation)
-        name = "validation"
-    held_out = held_out or load(config, "test")
-    padding: Literal["left", "right"] = "left"
+    """Batches to train on, and those to evaluate on by name; of each this process's share."""
+    padding: Literal["left", "right"] = "right" if config.data.padding == "bucketed" else "left"
+    share, size = (jax.process_index(), jax.process_count()), config.data.batch_size
+
+    def cut(rows: Dataset | pathlib.Path, size: int, boundaries: tuple[int, ...]) -> Batches:
+        if isinstance(rows, Dataset):
+            return Batches(rows, size, boundaries=boundaries, padding=padding).share(*share)
+        limits: Any = {"boundaries": boundaries, "top_words": config.model.top_words}
+        return StreamedBatches(rows, size, padding=padding, **limits).share(*share)
+
+    name, train, held_out = sources(config)
     boundaries: tuple[int, ...] = (config.data.max_length,)
     if config.data.padding == "bucketed":
-        padding = "right"
-        lengths = [len(ids) for ids in train.sequences]
+        lengths = lengths_of(train, config.data.max_length)
         boundaries = bucket_boundaries(lengths, count=config.data.buckets)
-    size = config.data.batch_size
     # Evaluating a few steps more of padding takes less time than compiling for every length.
     every_second = boundaries[::-2][::-1]
-    made = Batches(train, size, boundaries=boundaries, padding=padding)
-    evaluation = Batches(held_out, 4 * size, boundaries=every_second, padding=padding)
-    share = jax.process_index(), jax.process_count()
-    return made.share(*share), {name: evaluation.share(*share)}
+    return cut(train, size, boundaries), {name: cut(held_out, 4 * size, every_second)}
+
+
+def sources(config: Config) -> tuple[str, Dataset | pathlib.Path, Dataset | pathlib.Path]:
+    """What to evaluate on is called, what to train on, and that to evaluate on."""
+    if config.data.data == "rows":
+        folder = config.data.data_dir
+        if folder is None or config.data.validation:
+            raise UserError("--data rows needs --data-dir, and cannot hold out --validation")
+        return "test", folder / "train", folder / "test"
+    train = load(config, "train")
+    if config.data.validation:
+        return "validation", *hold_out(train, config.data.validation)
+    return "test", train, load(config, "test")
+
+
+def lengths_of(rows: Dataset | pathlib.Path, longest: int) -> Any:
+    """The length of each row, at most ``longest``."""
+    if isinstance(rows, Dataset):
+        return [len(ids) for ids in rows.sequences]
+    return np.minimum(row_lengths(rows)[0], longest)
 
 
 def main(config: Config) -> None:

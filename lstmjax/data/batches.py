@@ -69,11 +69,7 @@ class Batches:
         boundaries: Sequence[int],
         padding: Literal["right", "left"] = "right",
     ) -> None:
-        self.batch_size = batch_size
-        self.boundaries = tuple(int(length) for length in boundaries)
-        self.padding = padding
-        self._part = slice(None)
-        self._check(len(dataset.sequences))
+        self._prepare(batch_size, boundaries, padding, len(dataset.sequences))
         ends = np.cumsum([len(row) for row in dataset.sequences])
         lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])
         self._ids = np.concatenate([*dataset.sequences, np.zeros(1, np.int32)])
@@ -81,6 +77,19 @@ class Batches:
         self._starts = np.append(ends - lengths, 0)
         self._lengths = np.append(lengths, 0).astype(np.int32)
         self._labels = np.append(dataset.labels, 0).astype(np.int32)
+
+    def _prepare(
+        self,
+        batch_size: int,
+        boundaries: Sequence[int],
+        padding: Literal["right", "left"],
+        rows: int,
+    ) -> None:
+        self.batch_size = batch_size
+        self.boundaries = tuple(int(length) for length in boundaries)
+        self.padding = padding
+        self._part = slice(None)
+        self._check(rows)
 
     def _check(self, rows: int) -> None:
         limits = (0, *self.boundaries)
@@ -125,8 +134,11 @@ class Batches:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the rows, their labels, and how they are cut and padded."""
+        return self._digest(self._ids, self._lengths, self._labels)
+
+    def _digest(self, *arrays: np.ndarray) -> str:
         key = hashlib.sha256(repr((self.batch_size, self.boundaries, self.padding)).encode())
-        for array in (self._ids, self._lengths, self._labels):
+        for array in arrays:
             key.update(np.ascontiguousarray(array).tobytes())
         return key.hexdigest()
 
@@ -145,11 +157,14 @@ class Batches:
             raise UserError(f"start is {start}: give the number of a batch, 0 or more")
         generator = _generator(seed, epoch)
         rows = self._plan(generator.permutation(len(self._lengths) - 1))
-        return map(self._batch, rows[generator.permutation(len(rows))][start:])
+        return self._batches(rows[generator.permutation(len(rows))][start:])
 
     def in_order(self) -> Iterator[Batch]:
         """Iterate over all rows once, bucket by bucket, each in the order of the data set."""
-        return map(self._batch, self._plan(np.arange(len(self._lengths) - 1)))
+        return self._batches(self._plan(np.arange(len(self._lengths) - 1)))
+
+    def _batches(self, plan: Int[np.ndarray, "batches batch"]) -> Iterator[Batch]:
+        return map(self._batch, plan)
 
     def _plan(self, order: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "batches batch"]:
         """Return the rows of each batch; -1 is a filler row."""
@@ -170,9 +185,15 @@ class Batches:
         if self.padding == "left":
             position = position - (steps - lengths)[:, None]
         inside = (position >= 0) & (position < lengths[:, None])
-        index = np.where(inside, self._starts[rows][:, None] + position, -1)
-        ids = np.where(inside, self._ids[index], np.int32(PAD))
+        ids = self._cut(rows, position, inside)
         return Batch(ids, lengths, self._labels[rows], (rows >= 0).astype(np.float32))
+
+    def _cut(
+        self, rows: Int[np.ndarray, " batch"], position: np.ndarray, inside: np.ndarray
+    ) -> Int32[np.ndarray, "batch steps"]:
+        """The ids of these rows, each at its place."""
+        index = np.where(inside, self._starts[rows][:, None] + position, -1)
+        return np.where(inside, self._ids[index], np.int32(PAD))
 
 
 def bucket_boundaries(
