@@ -18,8 +18,12 @@ test: .venv/ready-test  ## all tests that this machine can run
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
 
-long: .venv/ready-test  ## what takes hours: a crash at every change of a file, long runs
-	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -rP tests/test_crashes.py tests/test_long.py $(ARGS)
+# Machines are slow at that: one test at a time, then the page of what was found.
+long: .venv/ready-test  ## what takes hours: every crash, failing disks, long runs; writes docs/reliability.md
+	rm -f build/told.jsonl && mkdir -p build
+	LSTMJAX_TEST_LONG=1 LSTMJAX_TEST_REPORT=$(CURDIR)/build/told.jsonl $(RUN) -m pytest \
+		tests/test_crashes.py tests/test_faults.py tests/test_processes.py tests/test_long.py tests/test_fuzz.py $(ARGS)
+	$(RUN) tests/reliability.py build/told.jsonl
 
 fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)

@@ -14,7 +14,18 @@ import sys
 
 import jax
 import pytest
-from crashes import FLAGS, PROGRAM, Disk, changes_in, environment, faults, outcome, points, recorded
+from crashes import (
+    FLAGS,
+    PROGRAM,
+    Disk,
+    changes_in,
+    environment,
+    faults,
+    outcome,
+    points,
+    recorded,
+    tell,
+)
 from test_data_imdb import FEW, write_archive
 
 from lstmjax.data import archive as archives
@@ -30,14 +41,21 @@ def _as_for_users(monkeypatch, tmp_path):
         yield
 
 
-LEFT = ("all", "torn", "synced", "names")
+LEFT = {
+    "all": "`kill -9`",
+    "torn": "`kill -9`, half of the last write done",
+    "synced": "power cut, nothing survives that was not synced",
+    "names": "power cut, names survive, unsynced content is zeros",
+}
 
 
 GO_ON = """
 import functools, sys
 from experiments import imdb
 from lstmjax.training.command import run_command
+from lstmjax.training import report
 imdb.load_demo = functools.cache(imdb.load_demo)
+report.draw_curves = lambda path, *_: path.write_bytes(b"half a second is saved")
 flags, runs = sys.argv[1:{count}], sys.argv[{count}:]
 for run in runs:
     sys.argv = ["imdb.py", *flags, "--resume-or-start", "--run-dir", run]
@@ -87,14 +105,21 @@ def test_whatever_a_crash_leaves_the_run_ends_the_same(recorded, environment, tm
         go_on([run for run, *_ in some], environment)
         for run, number, left in some:
             assert outcome(run) == wanted, (left, number, changes[number - 1])
-    print(f"{len(changes)} changes, {len(crashes)} different crashes")
+    for left, fault in LEFT.items():
+        tell(
+            f"the run: {fault}",
+            f"rebuilt after each of {len(changes)} changes of a file, equal states once",
+            sum(crash[2] == left for crash in crashes),
+            "nothing: `--resume-or-start` goes on",
+        )
 
 
 def test_a_process_killed_at_a_change_goes_on(recorded, environment, tmp_path):
     """The real thing, which ends with half of the last write done."""
     whole, changes = recorded
     wanted, run = outcome(whole), tmp_path / "run"
-    for number in points(len(changes), some=1, seed=3):
+    numbers = points(len(changes), some=1, seed=3, many=40)
+    for number in numbers:
         shutil.rmtree(run, ignore_errors=True)
         command = [*PROGRAM, *FLAGS, "--run-dir", str(run), "--resume-or-start"]
         doomed = environment | faults(run, kill=number + 1)
@@ -103,6 +128,12 @@ def test_a_process_killed_at_a_change_goes_on(recorded, environment, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, (number, done.stderr)
         assert outcome(run) == wanted, number
+    tell(
+        "the run: `kill -9`, half of the last write done",
+        "a process of its own kills itself at a change, is started again",
+        len(numbers),
+        "nothing: `--resume-or-start` goes on",
+    )
 
 
 PREPARE = """
@@ -127,7 +158,8 @@ def test_whatever_a_crash_leaves_of_a_preparation(tmp_path, left, environment, m
     monkeypatch.setattr(data, "_prepare", prepare_few)
     monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(root / "cache"))
     wanted = load_imdb("train", data_dir=root / "data", progress=False)
-    for number in points(len(changes), some=4, seed=len(left)):
+    numbers = points(len(changes), some=4, seed=len(left))
+    for number in numbers:
         crashed = tmp_path / "crashed"
         shutil.rmtree(crashed, ignore_errors=True)
         crash_at(changes, number, left, crashed)
@@ -138,6 +170,10 @@ def test_whatever_a_crash_leaves_of_a_preparation(tmp_path, left, environment, m
         assert found.vocabulary == wanted.vocabulary
         assert [path.name for path in (crashed / "data").iterdir()] == ["imdb_reviews"]
         assert len(list((crashed / "cache").iterdir())) == 1
+    how = "rebuilt after each change of a file, loaded again"
+    tell(
+        f"preparing and encoding IMDB: {LEFT[left]}", how, len(numbers), "nothing: it begins again"
+    )
 
 
 _prepare = data._prepare

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from crashes import FLAGS, LONG, PROGRAM, ROOT, environment, faults, outcome, points, recorded
+from crashes import FLAGS, LONG, PROGRAM, ROOT, environment, faults, outcome, points, recorded, tell
 
 from lstmjax import training
 from lstmjax.errors import UserError
@@ -67,6 +67,7 @@ def test_a_signal_saves_when_nobody_reads_the_output(environment, tmp_path, numb
     steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert max(steps) >= 4
     assert not list((tmp_path / "run").rglob("*.tmp"))
+    tell(f"{number.name}, nobody reads the output", "pipe closed, signal sent", 1, "(nobody reads)")
 
 
 @pytest.mark.parametrize("where", ["head and full", "closed"])
@@ -76,12 +77,11 @@ def test_output_that_fails_stops_nothing(environment, whole, tmp_path, where):
     shell = f"set -o pipefail; {command} {ends}"
     subprocess.run(["bash", "-c", shell], env=environment, check=True, stdout=subprocess.DEVNULL)
     assert outcome(tmp_path / "run") == outcome(whole)
+    tell(f"output: {where}", f"`{ends}`", 1, "nothing: the run ends as it would have")
 
 
 def test_signals_while_importing(environment, tmp_path):
     """At several times from the first line of the program on: no traceback, the right status."""
-    code = "import runpy, sys; sys.argv = ['imdb.py', '--help']; sys.stdout.write('x'); "
-    code += f"sys.stdout.flush(); runpy.run_path({PROGRAM[1]!r}, run_name='__main__')"
     for number in (signal.SIGINT, signal.SIGTERM):
         process = subprocess.Popen(
             [sys.executable, "-v", PROGRAM[1], "--help"], env=environment, stderr=subprocess.PIPE
@@ -92,6 +92,8 @@ def test_signals_while_importing(environment, tmp_path):
         assert process.returncode == 128 + number
         assert b"Traceback" not in seen + rest
         assert f"stopped by {number.name}; nothing was begun".encode() in rest
+        words = f"stopped by {number.name}; nothing was begun"
+        tell(f"{number.name} while importing", "sent at an import", 1, words)
 
 
 # -- two in one place -----------------------------------------------------------------------------
@@ -110,6 +112,8 @@ def test_a_run_in_use_is_not_gone_on_with(environment, tmp_path):
     first.wait()
     os.close(reader)
     training.RunFolder.open("", config, path=tmp_path / "run", resume=True).close()
+    words = "... is in use by process N: wait for it, or stop it, or name another --run-dir"
+    tell("two runs in one folder", "resumed while it runs", 2, words)
 
 
 def test_of_many_that_start_at_once_each_gets_a_folder_of_its_own(tmp_path):
@@ -134,6 +138,7 @@ def test_of_many_that_start_at_once_each_gets_a_folder_of_its_own(tmp_path):
     folders = {process.communicate()[0].strip() for process in processes}
     assert len(folders) == 4
     assert "" not in folders
+    tell("runs started at once", "processes that want the same name", 4, "each its own folder")
 
 
 # -- a disk that fails ----------------------------------------------------------------------------
@@ -170,9 +175,9 @@ FAULTS = {
 
 def test_a_disk_that_fails(environment, whole, tmp_path):
     """At any change: one line, the right status; once it is mended, the run ends the same."""
-    cases, wanted = [], outcome(whole)
+    cases, wanted, example = [], outcome(whole), {}
     for name, (number, stays, words, status) in FAULTS.items():
-        for at in points(330, some=1, seed=number):
+        for at in points(330, some=1, seed=number, many=30):
             folder = str(tmp_path / f"{name}-{at}")
             flags = [*FLAGS, "--run-dir", folder, "--resume-or-start"]
             fault = {"FAULTS_FROM": str(at + 1), "FAULTS_ERRNO": str(number)}
@@ -198,6 +203,15 @@ def test_a_disk_that_fails(environment, whole, tmp_path):
             assert len(errors) == 1, (name, at, said)
             assert words in errors[0], (name, at, said)
             assert found == status or (status is None and found in (2, 74)), (name, at, said)
+            example[name] = f"exit {found}: `{errors[0].replace(str(tmp_path), '...')}`"
+    for name in FAULTS:
+        times = sum(case[0] == name for case in cases) // 2
+        tell(
+            f"{name}, then mended",
+            "a change of a file fails, or all from then on",
+            times,
+            example.get(name, ""),
+        )
 
 
 # -- odd surroundings -----------------------------------------------------------------------------
@@ -270,6 +284,8 @@ def test_a_start_that_was_cut_short_is_no_dead_end(tmp_path, name):
         training.RunFolder.open("n", {"a": 1}, path=tmp_path / "run", resume=True, start=True)
     with pytest.raises(UserError, match="is not empty"):
         training.RunFolder.open("n", {"a": 1}, path=tmp_path / "run")
+    words = "nothing to resume in ...: no readable config.json; start without --resume"
+    tell(f"config.json: {name}", "written", 1, words)
 
 
 def test_another_environment_is_announced(tmp_path, capsys):
@@ -326,4 +342,7 @@ def test_flipped_bits_are_noticed(environment, whole, tmp_path):
     wanted = f"{result['test_loss']} {[e['train_loss'] for e in result['epochs']]}"
     assert lines[1::2] == count * [wanted]
     assert "told" in lines[::2]
-    print(f"{lines.count('told')} of {count} noticed, the others changed no value")
+    told = lines.count("told")
+    how = f"random bits; {told} were noticed, the others changed no value"
+    words = "checkpoint ... is damaged: ... has another checksum; that before is taken"
+    tell("one bit of the newest checkpoint flipped", how, count, words)

@@ -5,7 +5,6 @@ A few cases of each here; ``make fuzz`` runs more than 100,000.
 
 import gzip
 import json
-import os
 import resource
 import shutil
 import time
@@ -13,6 +12,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crashes import LONG, tell
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data_imdb import FEW, prepare, raw_header, write_archive
@@ -25,12 +25,13 @@ from lstmjax.training import compilation
 from lstmjax.training.checkpoint import Checkpoints, Position
 from lstmjax.training.step import TrainState
 
-LONG = bool(os.environ.get("LSTMJAX_TEST_LONG"))
 MEMORY = 2**29
 """Bytes that all cases of a reader may add to the process, whatever its inputs announce."""
 
 
 def cases(few, many):
+    """How many inputs a reader is given."""
+    _CASES.append(many if LONG else few)
     return settings(
         max_examples=many if LONG else few,
         derandomize=not LONG,
@@ -38,6 +39,9 @@ def cases(few, many):
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+_CASES: list[int] = []
 
 
 @st.composite
@@ -289,6 +293,13 @@ def test_nothing_was_written_elsewhere(place):
     wanted = {"small.tar.gz", "data", "damaged.tar.gz", "made.tar.gz", "hurt", "cache", "hurt.npz"}
     wanted |= {"run", "metrics", "programs", "checkpoints", "hurt-checkpoints"}
     assert made <= wanted
+
+
+def test_the_number_of_cases():
+    """The last test: all before it have passed where they ran in this process."""
+    assert sum(_CASES) >= 100_000 or not LONG
+    words = "exit 2 and one line, or the right value"
+    tell("hostile input to nine readers", "hypothesis: damaged and made-up", sum(_CASES), words)
 
 
 def test_a_folder_is_locked_by_one(tmp_path):

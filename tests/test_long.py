@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from crashes import LONG
+from crashes import LONG, tell
 from test_training import batches, make_mesh, make_steps, new_run
 
 from lstmjax import training
@@ -57,12 +57,14 @@ def test_nothing_grows(tmp_path):
     assert not programs
     times, used, handles, threads = map(np.array, zip(*marks, strict=True))
     later = slice(len(marks) // 5, None)
-    print(f"memory {used[later].min() / 2**20:.0f} to {used[later].max() / 2**20:.0f} MiB")
-    print(f"file handles {handles[later].min()} to {handles[later].max()}, {threads=}")
     assert used[-1] - used[len(marks) // 5] < 2**25
-    assert handles[-1] <= handles[later].min() + 8
-    assert threads[-1] <= threads[later].min() + 2
+    half = len(marks) // 2  # while a checkpoint is written, there are some more
+    assert handles[half:].min() <= handles[2:half].min() + 2
+    assert threads[half:].min() <= threads[2:half].min() + 1
     tenths = np.diff(times[::2])
-    print(f"first tenth {tenths[1]:.2f} s, last {tenths[-1]:.2f} s of {STEPS} steps")
+    how = f"{used[later].min() / 2**20:.0f} to {used[later].max() / 2**20:.0f} MiB, "
+    how += f"{handles[later].min()} to {handles[later].max()} file handles, second tenth "
+    how += f"{tenths[1]:.2f} s, last {tenths[-1]:.2f} s"
+    tell(f"a run of {STEPS:,} steps", how, 1, "nothing")
     if LONG:
         assert tenths[-1] < 1.1 * tenths[1]  # the very first one compiles

@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from crashes import LONG, PROGRAM, environment
+from crashes import LONG, PROGRAM, environment, made_once, tell
 
 from lstmjax import training
 from lstmjax.errors import UserError
@@ -24,7 +24,7 @@ def start(environment, count, folder, *flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    own = {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "PYTHONFAULTHANDLER": "0"}
+    own = {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"}
     processes = []
     for number in range(count):
         command = [*PROGRAM, *FLAGS, *flags, "--run-dir", str(folder)]
@@ -51,11 +51,15 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def alone(environment, tmp_path_factory):
     """The same run in one process."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    (process,) = start(environment, 1, folder)
-    outputs([process])
-    assert process.returncode == 0
-    return folder
+    folder = tmp_path_factory.getbasetemp().parent / "shared-alone"
+
+    def make():
+        (process,) = start(environment, 1, folder / "run")
+        outputs([process])
+        assert process.returncode == 0
+
+    made_once(folder, make)
+    return folder / "run"
 
 
 def read_until(process, text):
@@ -85,6 +89,8 @@ def test_a_signal_to_one_saves_and_fewer_processes_go_on(environment, alone, tmp
     (process,) = start(environment, 1, tmp_path / "run", "--resume")
     ((_, errors),) = outputs([process])
     assert process.returncode == 0, errors
+    words = "exit 143: stopped and saved; go on: the same command with --resume"
+    tell("of two processes, one gets SIGTERM", "the run then goes on in one", 1, words)
     assert "devices: 4 there, 2 here; processes: 2 there, 1 here" in errors
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=TOLERANCE)
 
@@ -98,8 +104,9 @@ def test_when_one_is_killed_the_others_stop(environment, alone, tmp_path, killed
     out = outputs(processes)
     assert processes[1 - killed].returncode == 75, out
     last = out[1 - killed][1].strip().splitlines()[-1]
-    assert last.startswith("error: another process of this run is gone")
+    assert last.startswith("error: another process of this run is gone or did not come")
     assert any((tmp_path / "run" / "checkpoints").iterdir())
+    tell(f"of two processes, number {killed} is killed", "`kill -9`", 1, f"exit 75: `{last}`")
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,15 @@ def join(coordinator: str = "", processes: int = 0, process_id: int = -1) -> Non
     where: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT}
     if any(given):
         where |= {"coordinator_address": coordinator, "num_processes": processes}
-        where |= {"process_id": process_id, "initialization_timeout": 60}
+        where |= {"process_id": process_id}
+    _speak_at_the_end()
     try:
         jax.distributed.initialize(**where)
     except Exception as error:
         raise PeerError(
             f"the processes of this run do not find each other ({first_line(error)[:200]}): start "
-            "all of them within a minute, with the same --coordinator"
+            "all of them within five minutes, with the same --coordinator"
         ) from error
-    _speak_at_the_end()
     if jax.process_index():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the first one speaks for all
         os.environ["TQDM_DISABLE"] = "1"
@@ -76,8 +76,8 @@ def _speak_at_the_end() -> None:
 
     def last_words(number: int) -> None:
         stopping.say(
-            "\nerror: another process of this run is gone, so this one stops: start all of them "
-            "again with --resume\n"
+            "\nerror: another process of this run is gone or did not come, so this one stops: "
+            "start all of them again with --resume\n"
         )
         os._exit(PeerError.status)
 
