@@ -37,8 +37,8 @@ class Model:
     parameters: int
 
 
-# 197e12 bfloat16 operations a second, 1,600 Gbit/s between chips: v5e; 40 % of the first is assumed,
-# as are the latencies.
+# 197e12 bfloat16 operations a second, 1,600 Gbit/s between chips: v5e; 40 % of the first is
+# assumed, as are the latencies.
 V5E = Device(0.4 * 197e12, 3e-6, 200e9, 1e-6)
 DEFAULT = Model(features=128, hidden=100, steps=222, parameters=1_396_505)
 
