@@ -32,14 +32,14 @@ FLAGS = (
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """That of processes which share their compiled programs, over all workers of the tests."""
-    cache = tmp_path_factory.getbasetemp().parent / "shared-programs"
+    cache = shared(tmp_path_factory) / "programs"
     return {**os.environ, "LSTMJAX_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory, environment):
     """A run without any fault: its folder and the changes that made it."""
-    folder = tmp_path_factory.getbasetemp().parent / "shared-run"
+    folder = shared(tmp_path_factory) / "recorded"
     run, log = folder / "run", folder / "log"
 
     def make():
@@ -48,6 +48,12 @@ def recorded(tmp_path_factory, environment):
 
     made_once(folder, make)
     return run, changes_in(log, run)
+
+
+def shared(tmp_path_factory):
+    """A folder of this call of pytest, the same for all of its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
 
 
 def made_once(folder, make):

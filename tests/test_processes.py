@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from crashes import LONG, PROGRAM, environment, made_once, tell
+from crashes import LONG, PROGRAM, environment, made_once, shared, tell
 
 from lstmjax import training
 from lstmjax.errors import UserError
@@ -51,7 +51,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def alone(environment, tmp_path_factory):
     """The same run in one process."""
-    folder = tmp_path_factory.getbasetemp().parent / "shared-alone"
+    folder = shared(tmp_path_factory) / "alone"
 
     def make():
         (process,) = start(environment, 1, folder / "run")
