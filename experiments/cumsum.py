@@ -34,7 +34,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from lstmjax import training
+from lstmjax import stopping, training
 from lstmjax.cells import Cell, load_cell
 from lstmjax.data import sample_cumsum
 from lstmjax.errors import UserError
@@ -147,6 +147,7 @@ def losses(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 def main(config: Config) -> None:
     """Run the experiment."""
+    stopping.advise("start it again: it takes seconds")
     started = time.perf_counter()
     check(config)
     mesh = training.make_mesh(config.accelerator, rows=1)

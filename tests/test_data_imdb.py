@@ -554,6 +554,9 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
+        def do_HEAD(self):  # as some proxies
+            self.send_error(405)
+
     (tmp_path / "served").mkdir()
     archive = write_archive(tmp_path / "served" / "aclImdb_v1.tar.gz")
     handler = functools.partial(Quiet, directory=tmp_path / "served")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from crashes import FLAGS, LONG, PROGRAM, ROOT, environment, faults, outcome, points, recorded, tell
@@ -94,6 +95,46 @@ def test_signals_while_importing(environment, tmp_path):
         assert f"stopped by {number.name}; nothing was begun".encode() in rest
         words = f"stopped by {number.name}; nothing was begun"
         tell(f"{number.name} while importing", "sent at an import", 1, words)
+
+
+def test_a_signal_while_it_compiles(environment, tmp_path):
+    """The bar of the first epoch is there before its first step is compiled."""
+    cold = {**environment, "LSTMJAX_CACHE_DIR": str(tmp_path / "cache")}
+    command = [*PROGRAM, "--data", "demo", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=cold, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    read_until(process.stderr.fileno(), b"epoch 1/3")
+    begun = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    took = time.perf_counter() - begun
+    assert process.returncode == 143
+    assert b"stopped and saved; go on: the same command with --resume" in out
+    assert took < 5 or not LONG
+    tell("SIGTERM while compiling", f"at the first bar, took {took:.1f} s", 1, "stopped and saved")
+
+
+PREPARE = """
+import os, signal, sys, threading
+from lstmjax import stopping
+stopping.exit_on_signals()
+from lstmjax.data import archive, imdb
+archive.check_archive = lambda *_: None
+def forever(folder, *_):
+    (folder / "half").mkdir(parents=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait()
+imdb._run_tfds = forever
+imdb.load_imdb("train", data_dir=sys.argv[1], archive="a", progress=False)
+"""
+
+
+def test_a_signal_while_it_prepares_data(environment, tmp_path):
+    command = [sys.executable, "-c", PREPARE, str(tmp_path / "data")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143
+    assert done.stderr.strip() == "stopped by SIGTERM; nothing was begun"
+    assert list((tmp_path / "data").iterdir()) == []
+    tell("SIGTERM while preparing data", "sent by itself", 1, done.stderr.strip())
 
 
 # -- two in one place -----------------------------------------------------------------------------
