@@ -5,7 +5,7 @@ ARGS ?=
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb test test-random test-aot test-newest bench lint format lock clean
+.PHONY: help demo imdb test test-random long fuzz test-aot test-newest bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -22,6 +22,16 @@ test: .venv/ready-test  ## all tests that this machine can run
 
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: an hour and a half
 	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)
+
+# Machines are slow at that: one test at a time, then the page of what was found.
+long: .venv/ready-test  ## what takes hours: every crash, failing disks, long runs; writes docs/reliability.md
+	rm -f build/told.jsonl && mkdir -p build
+	LSTMJAX_TEST_LONG=1 LSTMJAX_TEST_REPORT=$(CURDIR)/build/told.jsonl $(RUN) -m pytest \
+		tests/test_crashes.py tests/test_faults.py tests/test_processes.py tests/test_long.py tests/test_fuzz.py $(ARGS)
+	$(RUN) tests/reliability.py build/told.jsonl
+
+fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases
+	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)

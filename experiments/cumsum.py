@@ -16,6 +16,11 @@ A first run took 4.0 to 4.9 s from start to end there, most of it start-up and c
 while others slowed the machine down); a second one, its program compiled already, 3.4 to 4.0 s.
 """
 
+if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
+    from lstmjax.stopping import exit_on_signals
+
+    exit_on_signals()
+
 import dataclasses
 import pathlib
 import time
@@ -29,7 +34,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, PyTree
 
-from lstmjax import training
+from lstmjax import stopping, training
 from lstmjax.cells import Cell, load_cell
 from lstmjax.data import sample_cumsum
 from lstmjax.errors import UserError
@@ -145,6 +150,7 @@ def losses(logits: Array, labels: Array) -> tuple[Array, Array]:
 
 def main(config: Config) -> None:
     """Run the experiment."""
+    stopping.advise("start it again: it takes seconds")
     started = time.perf_counter()
     check(config)
     mesh = training.make_mesh(config.accelerator, rows=1)
@@ -152,25 +158,25 @@ def main(config: Config) -> None:
     name = training.run_name("cumsum", config.recipe, cell=config.cell, seed=config.seed)
     model = nnx.eval_shape(lambda: make_model(config, cell))
     table = summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32"))
-    run = training.RunFolder.open(name, training.as_dict(config), path=config.run_dir)
-    print(table)
-    outcome = compute(config, cell, mesh)
-    print_table(*outcome.example)
-    seconds = time.perf_counter() - started
-    test_loss, test_accuracy = map(float, outcome.test)
-    run.write_result(
-        config,
-        mesh,
-        {"test_accuracy": test_accuracy, "test_loss": test_loss},
-        parameters=count_parameters(model),
-        seconds=seconds,
-        data=f"{EVALUATION_SEQUENCES} fresh sequences",
-    )
-    print(
-        f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
-        f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
-    )
-    draw(config, run, *outcome.curves)
+    with training.RunFolder.open(name, training.as_dict(config), path=config.run_dir) as run:
+        print(table)
+        outcome = compute(config, cell, mesh)
+        print_table(*outcome.example)
+        seconds = time.perf_counter() - started
+        test_loss, test_accuracy = map(float, outcome.test)
+        run.write_result(
+            config,
+            mesh,
+            {"test_accuracy": test_accuracy, "test_loss": test_loss},
+            parameters=count_parameters(model),
+            seconds=seconds,
+            data=f"{EVALUATION_SEQUENCES} fresh sequences",
+        )
+        print(
+            f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
+            f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
+        )
+        draw(config, run, *outcome.curves)
 
 
 def compute(config: Config, cell: Cell, mesh: Mesh) -> Outcome:

@@ -18,6 +18,11 @@ two CPU devices), this test accuracy:
 The README has the single runs.
 """
 
+if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
+    from lstmjax.stopping import exit_on_signals
+
+    exit_on_signals()
+
 import dataclasses
 import math
 import pathlib
@@ -25,12 +30,22 @@ import time
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lstmjax import training
+from lstmjax import stopping, training
 from lstmjax.cells import Cell, load_cell, source_digest
-from lstmjax.data import Batches, Dataset, bucket_boundaries, hold_out, load_demo, load_imdb
+from lstmjax.data import (
+    Batches,
+    Dataset,
+    StreamedBatches,
+    bucket_boundaries,
+    hold_out,
+    load_demo,
+    load_imdb,
+    row_lengths,
+)
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
@@ -48,8 +63,9 @@ from lstmjax.training.command import (
 class DataConfig:
     """Reviews and how they are cut into batches."""
 
-    data: Literal["imdb", "demo"] = "imdb"
-    """imdb: by TFDS; demo: a small corpus of our own, made on the spot."""
+    data: Literal["imdb", "demo", "rows"] = "imdb"
+    """imdb: by TFDS; demo: a small corpus of our own, made on the spot; rows: what write_rows has
+    written to train and test in --data-dir, streamed from disk."""
     data_dir: pathlib.Path | None = None
     """TFDS folder to read, or to prepare into; without it TFDS_DATA_DIR, else TFDS' own."""
     archive: pathlib.Path | None = None
@@ -89,6 +105,20 @@ class Config:
     """Where the run is written; without it, a new folder under runs/."""
     resume: bool = False
     """Go on with the run in --run-dir; without it, the newest of this recipe, data, cell, seed."""
+    resume_or_start: bool = False
+    """The same if there is such a run, else start it: for schedulers, which repeat a command."""
+    checkpoint_every: int = 0
+    """Save every so many steps, besides each epoch's end; 0: not."""
+    keep: int = 2
+    """How many checkpoints stay."""
+    repeat: pathlib.Path | None = None
+    """Run again what this folder's run was asked for, and say whether the numbers are the same."""
+    coordinator: str = ""
+    """Of a run in several processes, host:port of the first; Slurm and TPU slices need none."""
+    processes: int = 0
+    """How many processes there are, where --coordinator is given."""
+    process_id: int = -1
+    """Number of this process, from 0, where --coordinator is given."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     optimizer: training.OptimizerConfig = dataclasses.field(
@@ -96,7 +126,11 @@ class Config:
     )
 
 
-CORPUS = {"imdb": "IMDB", "demo": "built-in DEMO corpus (not IMDB)"}
+CORPUS = {
+    "imdb": "IMDB",
+    "demo": "built-in DEMO corpus (not IMDB)",
+    "rows": "rows streamed from --data-dir (not IMDB)",
+}
 NOTEBOOK = Config()
 RECIPES = {
     "notebook": NOTEBOOK,
@@ -137,6 +171,7 @@ def check(config: Config) -> None:
             "num-layers": model.num_layers,
             "conv-width": model.conv_width,
             "conv-pool": model.conv_pool,
+            "keep": config.keep,
         }
     )
     require_share(
@@ -149,6 +184,8 @@ def check(config: Config) -> None:
         )
     if not model.pooling:
         raise UserError("--pooling needs at least one of last, mean, max")
+    if config.checkpoint_every < 0:
+        raise UserError(f"--checkpoint-every must be at least 0, got {config.checkpoint_every}")
     if model.conv_filters < 0:
         raise UserError(f"--conv-filters must be at least 0, got {model.conv_filters}")
     rate, clip = config.optimizer.learning_rate, config.optimizer.clip_norm
@@ -160,17 +197,39 @@ def check(config: Config) -> None:
         raise UserError(f"--epochs must be at most 10000, got {config.epochs}")
 
 
-def open_run(config: Config) -> training.RunFolder:
+def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     """The folder of this run: new, or with ``resume`` the one to go on with."""
     name = training.run_name(
         "imdb", config.recipe, config.data.data, cell=config.cell, seed=config.seed
     )
+    cell_file = pathlib.Path(config.cell.rpartition(":")[0])  # of a user's cell
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
-    for here_only in ("run_dir", "resume", "accelerator"):
+    for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
+        del settings[here_only]
+    for here_only in (
+        "checkpoint_every",
+        "keep",
+        "coordinator",
+        "processes",
+        "process_id",
+        "repeat",
+    ):
         del settings[here_only]
     for here_only in ("data_dir", "archive"):
         del settings["data"][here_only]
-    return training.RunFolder.open(name, settings, path=config.run_dir, resume=config.resume)
+    return training.RunFolder.open(
+        name,
+        {**settings, "data_sha256": data},
+        path=config.run_dir,
+        resume=config.resume or config.resume_or_start,
+        start=not config.resume,
+        environment={
+            "accelerator": training.accelerator_name(mesh),
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+        },
+        cell_source=cell_file.read_bytes() if cell_file.suffix else None,
+    )
 
 
 def load(config: Config, split: Literal["train", "test"]) -> Dataset:
@@ -188,31 +247,52 @@ def load(config: Config, split: Literal["train", "test"]) -> Dataset:
 
 
 def make_batches(config: Config) -> tuple[Batches, dict[str, Batches]]:
-    """Batches to train on, and those to evaluate on by name."""
-    train = load(config, "train")
-    name, held_out = "test", None
-    if config.data.validation:
-        train, held_out = hold_out(train, config.data.validation)
-        name = "validation"
-    held_out = held_out or load(config, "test")
-    padding: Literal["left", "right"] = "left"
+    """Batches to train on, and those to evaluate on by name; of each this process's share."""
+    padding: Literal["left", "right"] = "right" if config.data.padding == "bucketed" else "left"
+    share, size = (jax.process_index(), jax.process_count()), config.data.batch_size
+
+    def cut(rows: Dataset | pathlib.Path, size: int, boundaries: tuple[int, ...]) -> Batches:
+        if isinstance(rows, Dataset):
+            return Batches(rows, size, boundaries=boundaries, padding=padding).share(*share)
+        limits: Any = {"boundaries": boundaries, "top_words": config.model.top_words}
+        return StreamedBatches(rows, size, padding=padding, **limits).share(*share)
+
+    name, train, held_out = sources(config)
     boundaries: tuple[int, ...] = (config.data.max_length,)
     if config.data.padding == "bucketed":
-        padding = "right"
-        lengths = [len(ids) for ids in train.sequences]
+        lengths = lengths_of(train, config.data.max_length)
         boundaries = bucket_boundaries(lengths, count=config.data.buckets)
-    size = config.data.batch_size
     # Evaluating a few steps more of padding takes less time than compiling for every length.
     every_second = boundaries[::-2][::-1]
-    return (
-        Batches(train, size, boundaries=boundaries, padding=padding),
-        {name: Batches(held_out, 4 * size, boundaries=every_second, padding=padding)},
-    )
+    return cut(train, size, boundaries), {name: cut(held_out, 4 * size, every_second)}
+
+
+def sources(config: Config) -> tuple[str, Dataset | pathlib.Path, Dataset | pathlib.Path]:
+    """What to evaluate on is called, what to train on, and that to evaluate on."""
+    if config.data.data == "rows":
+        folder = config.data.data_dir
+        if folder is None or config.data.validation:
+            raise UserError("--data rows needs --data-dir, and cannot hold out --validation")
+        return "test", folder / "train", folder / "test"
+    train = load(config, "train")
+    if config.data.validation:
+        return "validation", *hold_out(train, config.data.validation)
+    return "test", train, load(config, "test")
+
+
+def lengths_of(rows: Dataset | pathlib.Path, longest: int) -> Any:
+    """The length of each row, at most ``longest``."""
+    if isinstance(rows, Dataset):
+        return [len(ids) for ids in rows.sequences]
+    return np.minimum(row_lengths(rows)[0], longest)
 
 
 def main(config: Config) -> None:
     """Run the experiment."""
+    if config.repeat:
+        config = training.config_of(config.repeat, config)
     check(config)
+    training.join(config.coordinator, config.processes, config.process_id)
     mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
@@ -220,34 +300,44 @@ def main(config: Config) -> None:
     model = make_model(config, cell, mesh)
     shape = (config.data.batch_size, config.data.max_length)
     table = summary(model, jax.ShapeDtypeStruct(shape, "int32"))
-    run = open_run(config)
-    print(table)
-    print(
-        f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "
-        f"{len(train.shapes)} shape(s), each compiled once, {train.padding_share:.1%} padding; "
-        f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
-        f"run folder {run.path}"
-    )
-    started = time.perf_counter()
-    with training.counting_compilations() as made:
-        history = learn(config, model, train, evaluations, run, mesh)
-    seconds = time.perf_counter() - started
-    (name,) = evaluations
-    last = history[-1]
-    run.write_result(
-        config,
-        mesh,
-        {key: last[key] for key in (f"{name}_accuracy", f"{name}_loss")},
-        parameters=count_parameters(model),
-        seconds=seconds,
-        epoch_seconds=[record["seconds"] for record in history],
-        data=config.data.data,
-        epochs=history,
-    )
-    corpus = CORPUS[config.data.data]
+    with open_run(config, mesh, [b.fingerprint for b in (train, *evaluations.values())]) as run:
+        stopping.advise(f"go on: the same command with --resume --run-dir {run.path}")
+        print(table)
+        print(
+            f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "
+            f"{len(train.shapes)} shape(s), each compiled once, {train.padding_share:.1%} padding; "
+            f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
+            f"run folder {run.path}"
+        )
+        started = time.perf_counter()
+        with training.counting_compilations() as made:
+            history = learn(config, cell, model, train, evaluations, run, mesh)
+        facts = {
+            "parameters": count_parameters(model),
+            "seconds": time.perf_counter() - started,
+            "epoch_seconds": [record["seconds"] for record in history],
+        }
+        (name,) = evaluations
+        report(config, run, mesh, history, name, facts)
+        if config.repeat:
+            print(training.compare(training.RunFolder(config.repeat), run))
+        print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
+
+
+def report(
+    config: Config,
+    run: training.RunFolder,
+    mesh: Mesh,
+    history: list[dict[str, Any]],
+    name: str,
+    facts: dict[str, Any],
+) -> None:
+    """Write the result, then all that may fail; ``name`` is the split that was evaluated."""
+    last, corpus = history[-1], CORPUS[config.data.data]
+    outcome = {key: last[key] for key in (f"{name}_accuracy", f"{name}_loss")}
+    run.write_result(config, mesh, outcome, **facts, data=config.data.data, epochs=history)
     run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
     print_table(history, name)
-    print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
     print(f"{corpus}, {name} accuracy {last[f'{name}_accuracy']:.2%}; everything in {run.path}")
 
 
@@ -275,12 +365,13 @@ def make_model(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
         rngs = nnx.Rngs(config.seed)
         return Classifier(cell, config.model, precision=config.precision, engine=engine, rngs=rngs)
 
-    with jax.default_device(mesh.devices.flat[0]):
+    with jax.default_device(training.local_device(mesh.devices.flat)):
         return jax.jit(draw, compiler_options=training.quick_compilation(mesh))()
 
 
 def learn(
     config: Config,
+    cell: Cell,
     model: Classifier,
     train: Batches,
     evaluations: dict[str, Batches],
@@ -292,7 +383,7 @@ def learn(
     masked = config.data.padding == "bucketed"
     steps = training.make_steps(model, optimizer, mesh, padding=train.padding, masked=masked)
     try:
-        _, history = training.fit(
+        return training.fit(
             steps,
             train,
             evaluations,
@@ -300,12 +391,16 @@ def learn(
             mesh,
             epochs=config.epochs,
             seed=config.seed,
-            resume=config.resume,
-        )
+            resume=config.resume or config.resume_or_start,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep,
+        )[1]
+    except training.NonFiniteLossError as error:
+        line = training.line_of_nan(cell)
+        raise UserError(f"{error}; not finite at {line}" if line else str(error)) from error
     except training.Interrupted:
         print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
         raise
-    return history
 
 
 def print_table(history: list[dict[str, Any]], name: str) -> None:

@@ -3,10 +3,26 @@
 import os
 from pathlib import Path
 
+from lstmjax.errors import UserError
+
 
 def cache_folder() -> Path:
-    """``LSTMJAX_CACHE_DIR``, else ``$XDG_CACHE_HOME/lstmjax``, else ``~/.cache/lstmjax``."""
-    folder = os.environ.get("LSTMJAX_CACHE_DIR")
-    if folder is None:
-        folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lstmjax")
-    return Path(folder).expanduser()
+    """``LSTMJAX_CACHE_DIR``, else ``$XDG_CACHE_HOME/lstmjax``, else ``~/.cache/lstmjax``.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    folder = os.environ.get("LSTMJAX_CACHE_DIR")  # empty counts as not set, as for XDG's
+    return home(folder or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "lstmjax"))
+
+
+def home(folder: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` and ``~user`` replaced.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{os.fspath(folder)!r} has no home folder: give the whole path") from error

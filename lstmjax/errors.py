@@ -1,27 +1,45 @@
 """Errors that a person can put right: one clear line, with the line of their own program."""
 
+import errno
 import os
+import re
 import sysconfig
 from collections.abc import Iterable
 from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(k) + os.sep for k in ("stdlib", "purelib", "platlib")})
+DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE)
+"""What is no mistake in a path: it is full, broken or gone."""
 
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can put right.
 
     The message is one line: what is wrong, with the value in it, and what to do about it.
-    The experiments print it as ``error: <message>`` and exit with status 2.
+    The experiments print it as ``error: <message>`` and exit with `status`.
     """
+
+    status = 2
 
 
 class ContractError(UserError, TypeError, ValueError):
     """A cell, or what a recurrence is called with, does not fit the contract."""
 
 
-def first_line(error: Exception) -> str:
+class StorageError(UserError):
+    """A disk or a file system that fails: full, broken, not to be written. EX_IOERR."""
+
+    status = 74
+
+
+class PeerError(UserError):
+    """Another process of this run, or its device, is gone: start all again. EX_TEMPFAIL."""
+
+    status = 75
+
+
+def first_line(error: BaseException) -> str:
     """What another library's exception says, as far as it fits a line of ours."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
@@ -56,3 +74,36 @@ def _lines(raised: Any) -> Iterable[tuple[str, int]]:
 
 def _installed(file: str) -> bool:
     return file.startswith((_PACKAGE, *_LIBRARIES, "<"))
+
+
+def reason(error: BaseException) -> str:
+    """The operating system's own words, where an exception has them; else its first line.
+
+    >>> reason(OSError(28, "No space left on device"))
+    'No space left on device'
+    >>> reason(ValueError("DATA_LOSS: Failed to write 9 bytes [os_error_code='28']"))
+    'No space left on device'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = os_error(error)
+    return os.strerror(number) if number else f"{type(error).__name__}: {first_line(error)}"[:300]
+
+
+def os_error(error: BaseException) -> int | None:
+    """The number of the operating system's error behind an exception, TensorStore's too."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else None
+
+
+def printable(text: str) -> str:
+    r"""The text on one line, whatever would move a cursor or turn a direction escaped.
+
+    >>> print(printable("red \x1b[31m"))
+    red \x1b[31m
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

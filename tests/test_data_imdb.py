@@ -1,4 +1,5 @@
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lstmjax import files
 from lstmjax.cache import cache_folder
 from lstmjax.data import archive as archives
 from lstmjax.data import imdb, load_imdb
@@ -40,6 +42,7 @@ def no_network_and_a_cache_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr(archives, "REVIEWS", FEW)  # of what is prepared, not of what is required
 
 
 def members():
@@ -90,7 +93,7 @@ def prepared(prepared_once, tmp_path):
     return tmp_path / "data"
 
 
-def files(folder):
+def files_in(folder):
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for path in folder.rglob("*")
@@ -143,11 +146,11 @@ def test_importing_is_cheap():
 def test_reading_needs_no_archive_and_writes_nothing(prepared, tmp_path):
     for folder in [prepared, *prepared.rglob("*")]:
         folder.chmod(0o555 if folder.is_dir() else 0o444)
-    before = files(tmp_path)
+    before = files_in(tmp_path)
     try:
         load_imdb("train", data_dir=prepared, progress=False)
         load_imdb("test", data_dir=prepared, archive=tmp_path / "absent", progress=False)
-        assert files(tmp_path) == before
+        assert files_in(tmp_path) == before
     finally:
         for folder in [prepared, *prepared.rglob("*")]:
             folder.chmod(folder.stat().st_mode | stat.S_IWUSR)
@@ -212,6 +215,43 @@ def test_two_at_once(prepared, tmp_path, monkeypatch):
     prepare(tmp_path / "shared", write_archive(tmp_path / "small.tar.gz"))
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["imdb_reviews"]
     assert len(load_imdb("train", data_dir=tmp_path / "shared", progress=False).sequences) == 12
+
+
+def test_the_second_waits_for_the_first(prepared, tmp_path, monkeypatch, capsys):
+    """Another process holds the lock, and prepares meanwhile."""
+    root = tmp_path / "shared"
+    files.make_folder(root)
+    other = files.Lock(root / ".lstmjax-preparing")
+    other.take(wait=False)
+    take = files.Lock.take
+
+    def taking(lock, wait):
+        if wait:
+            shutil.copytree(prepared, root, dirs_exist_ok=True)
+            shutil.rmtree(root / ".lstmjax-preparing")
+            other.release()
+        take(lock, wait)
+
+    monkeypatch.setattr(files.Lock, "take", taking)
+    monkeypatch.setattr(imdb, "_run_tfds", None)
+    prepare(root, write_archive(tmp_path / "small.tar.gz"))
+    assert f"waiting for process {os.getpid()}, which prepares IMDB in" in capsys.readouterr().err
+    assert [path.name for path in root.iterdir()] == ["imdb_reviews"]
+
+
+def test_what_a_killed_preparation_has_left_is_removed(tmp_path):
+    root = tmp_path / "data"
+    for left in (".lstmjax-preparing-x1", ".lstmjax-preparing/data/imdb_reviews"):
+        (root / left).mkdir(parents=True)
+        (root / left / "half").write_bytes(b"x")
+    prepare(root, write_archive(tmp_path / "small.tar.gz"))
+    assert [path.name for path in root.iterdir()] == ["imdb_reviews"]
+
+
+def test_a_prepared_folder_of_another_size_is_not_taken_for_imdb(prepared, monkeypatch):
+    monkeypatch.setattr(archives, "REVIEWS", {**FEW, "test/pos": 6})
+    with pytest.raises(UserError, match=r"test has 10 reviews of 11.*delete that folder"):
+        load_imdb("train", data_dir=prepared, progress=False)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -279,7 +319,7 @@ HOSTILE = {
 def test_hostile_archives(name, tmp_path):
     extra, match = HOSTILE[name]
     archive = write_archive(tmp_path / "hostile.tar.gz", extra)
-    before = files(tmp_path.parent)
+    before = files_in(tmp_path.parent)
     with pytest.raises(UserError, match=match) as error:
         prepare(tmp_path / "data", archive)
     message = one_line(error)
@@ -287,8 +327,76 @@ def test_hostile_archives(name, tmp_path):
     assert hashlib.sha256(archive.read_bytes()).hexdigest() in message
     assert "84,125,825 bytes" in message
     assert archives.ORIGINAL_SHA256 in message
-    assert files(tmp_path.parent) == before
+    assert files_in(tmp_path.parent) == before
     assert not Path("/lstmjax-absolute/escaped.txt").exists()
+
+
+def raw_header(name, size, kind=b"0"):
+    """A header that says more than tarfile would write."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = (
+        b"%06o\0 " % tarfile.calc_chksums(bytes(block[:148] + b" " * 8 + block[156:]))[0]
+    )
+    return bytes(block)
+
+
+def many_members():
+    header = raw_header("aclImdb/x", 0)
+    return header * 2001
+
+
+def pax_chain():
+    record = b"15 comment=xxxx\n"
+    return (raw_header("p", len(record), b"x") + record.ljust(512, b"\0")) * 3000
+
+
+ENDLESS = {
+    "2^62 bytes": (lambda: raw_header("aclImdb/a", 2**62), "is to have 4,611,686,018,427,387,904"),
+    "a long name": (lambda: raw_header("n", 3 * 10**8, b"L"), "a header of 300,000,000 bytes"),
+    "a large pax header": (lambda: raw_header("n", 60_000, b"x"), "a header of 60,000 bytes"),
+    "an unknown kind": (lambda: raw_header("n", 2**40, b"?"), "is to have|a header of|link or a"),
+    "many members": (many_members, "more than 2,000 members"),
+    "pax headers in a chain": (pax_chain, "RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_archives_that_would_take_for_ever(name, tmp_path, monkeypatch):
+    make, match = ENDLESS[name]
+    monkeypatch.setattr(archives, "MAX_MEMBERS", 2000)
+    archive = tmp_path / "endless.tar.gz"
+    archive.write_bytes(gzip.compress(make() + bytes(10_240), 1))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=match) as error:
+        archives.check_archive(archive, False, FEW)
+    assert time.perf_counter() - start < 5
+    assert len(one_line(error)) < 1000
+
+
+def test_a_pipe_and_a_device_are_no_archives(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="not a regular file"):
+            archives.check_archive(path, False, FEW)
+
+
+def test_a_huge_archive_is_not_read(tmp_path):
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**31)  # takes no room
+    with pytest.raises(UserError, match="2,147,483,648 bytes, more than"):
+        archives.check_archive(tmp_path / "huge", False, FEW)
+
+
+@pytest.mark.parametrize("left", [600, 10_240, 20_000])
+def test_a_tar_cut_inside_a_whole_gzip(left, tmp_path):
+    archive = write_archive(tmp_path / "cut.tar.gz")
+    whole = gzip.decompress(archive.read_bytes()).rstrip(b"\0")
+    archive.write_bytes(gzip.compress(whole[:-left] if left > 600 else whole))
+    with pytest.raises(UserError, match=r"Error|wrong number of reviews"):
+        prepare(tmp_path / "data", archive)
 
 
 @pytest.mark.parametrize("left", [0.2, 0.9, 0.999])
@@ -312,7 +420,8 @@ def test_a_flipped_bit(tmp_path):
 
 
 def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch):
-    archive = write_archive(tmp_path / "bomb.tar.gz", lambda tar: add(tar, "big", "x" * 3_000_000))
+    big = [lambda tar, name=name: add(tar, name, "x" * 1_500_000) for name in "ab"]
+    archive = write_archive(tmp_path / "bomb.tar.gz", *big)
     monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 2_000_000)
     with pytest.raises(UserError, match="larger than 2,000,000 bytes"):
         prepare(tmp_path / "data", archive)
@@ -445,12 +554,16 @@ def server(tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
+        def do_HEAD(self):  # as some proxies
+            self.send_error(405)
+
     (tmp_path / "served").mkdir()
     archive = write_archive(tmp_path / "served" / "aclImdb_v1.tar.gz")
     handler = functools.partial(Quiet, directory=tmp_path / "served")
     monkeypatch.undo()  # let urlopen through
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(archives, "REVIEWS", FEW)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -556,6 +669,39 @@ def test_a_damaged_cache_is_rebuilt(prepared, tmp_path):
         for a, b in zip(first.sequences, again.sequences, strict=True):
             np.testing.assert_array_equal(a, b, err_msg=name)
         assert cache_files(tmp_path) == [path], name
+
+
+def test_what_killed_writers_have_left_in_the_cache_is_removed(prepared, tmp_path):
+    (tmp_path / "cache").mkdir()
+    for name in ("tmpabc.tmp", ".imdb-0.npz.tmp"):
+        (tmp_path / "cache" / name).write_bytes(b"half")
+    load_imdb("train", data_dir=prepared, progress=False)
+    assert len(cache_files(tmp_path)) == 1
+
+
+def test_a_cache_that_announces_more_than_it_holds_is_not_unpacked(prepared, tmp_path):
+    load_imdb("train", data_dir=prepared, progress=False)
+    (path,) = cache_files(tmp_path)
+    np.savez_compressed(path, words=np.zeros(10**8, np.uint8))
+    with path.open("rb") as raw, pytest.raises(ValueError, match="announces more"):
+        imdb._refuse_bomb(raw)
+    assert imdb._read_cache(path, "train") is None
+
+
+def test_an_empty_cache_variable_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "lstmjax"
+
+
+def test_a_home_that_is_none(prepared, monkeypatch):
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", "~nosuchuser/c")
+    with pytest.raises(UserError, match="'~nosuchuser/c' has no home folder"):
+        cache_folder()
+    with pytest.warns(UserWarning, match="there is no home folder"):
+        assert len(load_imdb("train", data_dir=prepared, progress=False).sequences) == 12
+    with pytest.raises(UserError, match="'~nosuchuser/d' has no home folder"):
+        load_imdb("train", data_dir="~nosuchuser/d")
 
 
 def test_a_cache_with_pickled_objects_is_not_opened(prepared, tmp_path):

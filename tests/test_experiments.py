@@ -15,7 +15,7 @@ import pytest
 
 from experiments import cumsum, imdb
 from lstmjax.recurrence import ENGINES, Derived
-from lstmjax.training.command import run_command
+from lstmjax.training.command import as_user_error, run_command
 from lstmjax.training.devices import usable_cores
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -225,6 +225,41 @@ def test_an_exploding_run_names_step_and_epoch(error_of):
     )
     line = error_of(imdb, "--data", "demo", "--cell", "mine.py:Mine", *SMALL)
     assert re.search(r"gradient is nan at step 1 of epoch 1; no checkpoint was written yet", line)
+    assert line.endswith("mine.py:6: return h + jnp.log(-jnp.abs(h) - 1), state")
+
+
+def test_a_run_is_repeated_from_its_folder_alone(run, capsys):
+    text = "from lstmjax.cells import LSTM\nclass Mine(LSTM):\n    bias_init = {'f': 2.0}\n"
+    pathlib.Path("mine.py").write_text(text)
+    arguments = ("--data", "demo", "--cell", "mine.py:Mine", "--epochs", 1, "--seed", 5, *SMALL)
+    run(imdb, *arguments, "--run-dir", "a")
+    pathlib.Path("mine.py").unlink()
+    capsys.readouterr()
+    run(imdb, "--repeat", "a", "--run-dir", "b")
+    assert "repeated a: the same numbers, bit for bit" in capsys.readouterr().out
+    assert result("b")["config"]["seed"] == 5
+    found = result("b")
+    found["test_loss"] += 1
+    pathlib.Path("b/result.json").write_text(json.dumps(found))
+    environment = json.loads(pathlib.Path("b/environment.json").read_text())
+    environment["versions"]["jax"] = "0.1.2"
+    pathlib.Path("b/environment.json").write_text(json.dumps(environment))
+    with pytest.raises(SystemExit) as stop:
+        run(imdb, "--repeat", "b", "--run-dir", "c")
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: b is not repeated: test-loss: [\d.]+ there, 0[\d.]+ here", line)
+    assert "Different are: jax: 0.1.2 there" in line
+
+
+def test_nothing_to_repeat(error_of):
+    assert "nothing to resume in none" in error_of(imdb, "--repeat", "none")
+
+
+def test_what_memory_there_is_too_little_of():
+    with pytest.raises(Exception, match=r"RESOURCE_EXHAUSTED|memory") as error:
+        jax.block_until_ready(jax.numpy.zeros(2**46))
+    assert "lower --batch-size first" in str(as_user_error(error.value))
 
 
 def test_a_cell_file_that_has_changed_is_not_resumed(run, error_of):

@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lstmjax import training
+from lstmjax import stopping, training
 from lstmjax.cells import LSTM
 from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
@@ -322,23 +321,27 @@ def test_one_cycle_ends_near_zero():
 # -- the loop -------------------------------------------------------------------------------------
 
 
-def new_run(path):
-    return training.RunFolder.create(path, {"seed": 0})
+def new_run(path, config={"seed": 0}):  # noqa: B006
+    """A run's folder, not locked."""
+    run = training.RunFolder.create(path, config)
+    run.close()
+    return run
 
 
-def fit(path, steps=None, resume=False, epochs=3, rows=30):
+def fit(path, steps=None, resume=False, epochs=3, rows=30, **options):
     mesh = make_mesh(2)
-    run = training.RunFolder(path) if resume else new_run(path)
-    return training.fit(
-        steps or make_steps(mesh),
-        batches(),
-        {"test": batches(rows, seed=1)},
-        run,
-        mesh,
-        epochs=epochs,
-        seed=0,
-        resume=resume,
-    )
+    with training.RunFolder(path) if resume else new_run(path) as run:
+        return training.fit(
+            steps or make_steps(mesh),
+            batches(),
+            {"test": batches(rows, seed=1)},
+            run,
+            mesh,
+            epochs=epochs,
+            seed=0,
+            resume=resume,
+            **options,
+        )
 
 
 def at_step(steps, number, action):
@@ -507,8 +510,8 @@ def test_a_prepared_shape_is_not_compiled_by_the_call():
 class Slow:
     """A function of (params, batch), its compilation ended by ``go``."""
 
-    def __init__(self, error=None):
-        self.go, self.lowered, self.error = threading.Event(), [], error
+    def __init__(self):
+        self.go, self.lowered, self.error = threading.Event(), [], None
 
     def __call__(self, params, batch):
         return params
@@ -531,22 +534,25 @@ def test_no_more_is_compiled_ahead_than_there_are_cores(monkeypatch):
     monkeypatch.setattr(step, "usable_cores", lambda: 2)
     slow = Slow()
     calls = step._Calls(slow, slow.lower)
+    slow.go.set()
     calls(jnp.ones(3), of_length(1))
+    slow.go.clear()
     for steps in (1, 2, 3, 4):
         calls.prepare(of_length(steps))
-    assert slow.lowered == [(2, 2), (2, 3)]
+    assert slow.lowered == [(2, 1), (2, 2), (2, 3)]
     slow.go.set()
     calls(jnp.ones(3), of_length(2))
     calls(jnp.ones(3), of_length(3))
     calls.prepare(of_length(4))
-    assert slow.lowered == [(2, 2), (2, 3), (2, 4)]
+    assert slow.lowered == [(2, 1), (2, 2), (2, 3), (2, 4)]
 
 
 def test_a_compilation_that_fails_is_told_by_the_call():
-    slow = Slow(ValueError("no room"))
+    slow = Slow()
     slow.go.set()
     calls = step._Calls(slow, slow.lower)
     calls(jnp.ones(3), of_length(1))
+    slow.error = ValueError("no room")
     calls.prepare(of_length(2))
     with pytest.raises(ValueError, match="no room"):
         calls(jnp.ones(3), of_length(2))
@@ -620,17 +626,32 @@ def test_a_non_finite_loss_names_step_and_epoch(tmp_path, number, kept):
     assert saved == ([] if number == 3 else [7])
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_used(tmp_path):
-    whole, _ = fit(tmp_path / "run")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    for file in (checkpoints / "21").rglob("*"):
+def cut_in_half(folder):
+    for file in folder.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/21 cannot be read.*delete that folder"):
-        fit(tmp_path / "run", resume=True)
-    shutil.rmtree(checkpoints / "21")
-    again, _ = fit(tmp_path / "run", resume=True)
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_said(tmp_path, capsys):
+    whole, _ = fit(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    cut_in_half(checkpoints / "21")
+    capsys.readouterr()
+    again, history = fit(tmp_path / "run", resume=True)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
+    assert [record["epoch"] for record in history] == [1, 2, 3]
+    assert re.search(r"checkpoints/21 is damaged: .*\n", capsys.readouterr().err)
+    assert {p.name for p in checkpoints.iterdir()} == {"14", "21", "damaged-21"}
+
+
+def test_without_a_sound_checkpoint_nothing_is_overwritten(tmp_path):
+    fit(tmp_path / "run")
+    for number in (14, 21):
+        cut_in_half(tmp_path / "run" / "checkpoints" / str(number))
+    with pytest.raises(UserError, match=r"no checkpoint in .* is sound"):
+        fit(tmp_path / "run", resume=True)
+    left = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"damaged-14", "damaged-21"}
 
 
 @pytest.mark.parametrize(("pooling", "padding"), [(("last",), "right"), (("mean", "max"), "left")])
@@ -659,12 +680,14 @@ def test_evaluation_sees_every_row_once_and_no_padding(pooling, padding):
 # -- compiled programs ----------------------------------------------------------------------------
 
 
-def test_a_folder_that_cannot_hold_programs_is_named_and_not_used(tmp_path, capsys):
+def test_a_folder_that_cannot_hold_programs_is_named_and_not_used(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert not compilation._ready(tmp_path / "file" / "programs")
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "file"))
+    assert compilation._folder() is None
     line = capsys.readouterr().err
     assert re.fullmatch(r"compiled programs are not kept: .*file/programs'\n", line)
-    assert compilation._ready(tmp_path / "new" / "programs")
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "new"))
+    assert compilation._folder() == tmp_path / "new" / "programs"
     assert (tmp_path / "new" / "programs").stat().st_mode & 0o777 == 0o700
 
 
@@ -675,8 +698,22 @@ def test_of_too_many_programs_the_oldest_go(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(size))
         os.utime(path, (age, age))
-    assert compilation._ready(tmp_path)
-    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["b", "d", "e"]
+    compilation._make_ready(tmp_path)
+    left = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
+    assert left == ["b", "d", "e", "sums.json"]
+
+
+def test_a_program_that_has_changed_since_it_was_seen_is_deleted(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"program")
+    compilation._make_ready(tmp_path)
+    (tmp_path / "a").write_bytes(b"progrbm")
+    (tmp_path / "c").write_bytes(b"new")
+    compilation._make_ready(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c", "sums.json"]
+    (tmp_path / "sums.json").write_bytes(b"nonsense")
+    compilation._make_ready(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c", "sums.json"]
 
 
 # -- the run folder -------------------------------------------------------------------------------
@@ -690,12 +727,12 @@ def test_run_folder_refuses_to_overwrite(tmp_path):
 
 def test_run_folder_names_what_differs_on_resume(tmp_path):
     before = {"seed": 0, "data": {"batch_size": 8, "max_length": 5}}
-    training.RunFolder.create(tmp_path / "run", before)
+    new_run(tmp_path / "run", before)
     now = {"seed": 0, "data": {"batch_size": 16, "max_length": 5}}
     with pytest.raises(UserError, match=r"batch-size: 8 there, 16 here") as error:
         training.RunFolder.reopen(tmp_path / "run", now)
     assert "max-length" not in str(error.value)
-    training.RunFolder.reopen(tmp_path / "run", before)
+    training.RunFolder.reopen(tmp_path / "run", before).close()
     with pytest.raises(UserError, match="nothing to resume"):
         training.RunFolder.reopen(tmp_path / "other", before)
 
@@ -708,11 +745,60 @@ def test_a_torn_last_line_of_the_metrics_is_passed_over(tmp_path):
     assert run.records() == [{"kind": "step", "step": 1, "epoch": 1}]
 
 
-def test_a_damaged_line_of_the_metrics_is_named(tmp_path):
+DAMAGED_LINES = {
+    "nonsense": b"nonsense",
+    "zeros": bytes(60),
+    "other letters": b'{"kind": "step", "step": 2, "epoch": 1, "loss": "\xff"}',
+    "null": b"null",
+    "null inside": b'{"kind": "step", "step": 2, "epoch": 1, "loss": null}',
+    "not a number": b'{"kind": "step", "step": 2, "epoch": 1, "loss": NaN}',
+    "nested": b"[" * 100_000,
+    "a list": b"[1]",
+    "no step": b'{"kind": "step", "step": "2", "epoch": 1}',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_LINES)
+def test_a_damaged_line_of_the_metrics_is_passed_over(tmp_path, name):
     run = new_run(tmp_path / "run")
-    (run.path / "metrics.jsonl").write_text("nonsense\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
-        run.records()
+    lines = [b'{"kind": "step", "step": 1, "epoch": 1}', DAMAGED_LINES[name]]
+    (run.path / "metrics.jsonl").write_bytes(b"\n".join([*lines, lines[0]]) + b"\n")
+    assert run.records() == 2 * [{"kind": "step", "step": 1, "epoch": 1}]
+
+
+def damage_metrics(path, how):
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b'"epoch": 1, "step": 7, "train' in lines[1]
+    if how == "missing":
+        del lines[1:3]
+    elif how == "doubled":
+        lines[1:1] = lines[:3]
+    elif how == "zeros":
+        lines[-1] = bytes(len(lines[-1]))
+    elif how == "cut":
+        lines[-1] = lines[-1][:20]
+    elif how == "gone":
+        return path.unlink()
+    path.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("how", "lost"), [("missing", 1), ("doubled", 0), ("zeros", 0), ("cut", 0), ("gone", 5)]
+)
+def test_damaged_metrics_cost_points_of_the_curve_and_nothing_else(tmp_path, how, lost, capsys):
+    _, history = fit(tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text()
+    damage_metrics(metrics, how)
+    capsys.readouterr()
+    _, again = fit(tmp_path / "run", resume=True)
+    assert [{**r, "seconds": 0} for r in again] == [{**r, "seconds": 0} for r in history]
+    told = re.findall(r"metrics.jsonl lacks (\d) of its lines", capsys.readouterr().err)
+    assert told == ([str(lost)] if lost else [])
+    kept = set(metrics.read_text().splitlines())
+    assert len(set(whole.splitlines()) - kept) == lost
+    if not lost:
+        assert metrics.read_text() == whole
 
 
 def test_run_folder_states_versions(tmp_path):
@@ -748,18 +834,40 @@ def test_what_waits_is_prepared_whenever_a_batch_has_been_used():
     assert seen == []
 
 
-def test_a_second_signal_acts_as_it_would_have(tmp_path):
+@contextlib.contextmanager
+def interrupted_by_exception():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been ignored
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_twice(state, sums):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    return state, sums
+
+
+def test_two_signals_at_once_are_one(tmp_path):
+    whole, _ = fit(tmp_path / "whole")
+    with interrupted_by_exception(), pytest.raises(training.Interrupted) as stop:
+        fit(tmp_path / "run", at_step(make_steps(make_mesh(2)), 3, interrupt_twice))
+    assert stop.value.signal == signal.SIGINT
+    resumed, _ = fit(tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(resumed), jax.device_get(whole))
+
+
+def test_a_later_signal_acts_as_it_would_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "TOGETHER", -1.0)
+
     def interrupt_twice(state, sums):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         return state, sums
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may have been ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            fit(tmp_path / "run", at_step(make_steps(make_mesh(2)), 3, interrupt_twice))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interrupted_by_exception(), pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "run", at_step(make_steps(make_mesh(2)), 3, interrupt_twice))
 
 
 def test_batches_put_on_device_keep_order_and_sharding():

@@ -4,16 +4,20 @@ from lstmjax.data.batches import Batch, Batches, bucket_boundaries, hold_out
 from lstmjax.data.cumsum import sample_cumsum
 from lstmjax.data.demo import load_demo
 from lstmjax.data.imdb import load_imdb
+from lstmjax.data.stream import StreamedBatches, row_lengths, write_rows
 from lstmjax.data.vocabulary import Dataset, Vocabulary
 
 __all__ = [
     "Batch",
     "Batches",
     "Dataset",
+    "StreamedBatches",
     "Vocabulary",
     "bucket_boundaries",
     "hold_out",
     "load_demo",
     "load_imdb",
+    "row_lengths",
     "sample_cumsum",
+    "write_rows",
 ]

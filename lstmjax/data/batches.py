@@ -1,5 +1,8 @@
 """Batches of few shapes with little padding, in an order that is a function of (seed, epoch)."""
 
+import copy
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -71,10 +74,7 @@ class Batches:
         num_classes: int = 2,
         top_words: int | None = None,
     ) -> None:
-        self.batch_size = batch_size
-        self.boundaries = tuple(int(length) for length in boundaries)
-        self.padding = padding
-        self._check(len(dataset.sequences))
+        self._prepare(batch_size, boundaries, padding, len(dataset.sequences))
         check_rows(dataset, num_classes, top_words)
         ends = np.cumsum([len(row) for row in dataset.sequences])
         lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])
@@ -83,6 +83,19 @@ class Batches:
         self._starts = np.append(ends - lengths, 0)
         self._lengths = np.append(lengths, 0).astype(np.int32)
         self._labels = np.append(dataset.labels, 0).astype(np.int32)
+
+    def _prepare(
+        self,
+        batch_size: int,
+        boundaries: Sequence[int],
+        padding: Literal["right", "left"],
+        rows: int,
+    ) -> None:
+        self.batch_size = batch_size
+        self.boundaries = tuple(int(length) for length in boundaries)
+        self.padding = padding
+        self._part = slice(None)
+        self._check(rows)
 
     def _check(self, rows: int) -> None:
         limits = (0, *self.boundaries)
@@ -94,6 +107,20 @@ class Batches:
             raise UserError(f"padding is {self.padding!r}: choose right or left")
         if rows == 0:
             raise UserError("the data set has 0 rows: give at least one")
+
+    def share(self, part: int, parts: int) -> "Batches":
+        """The same batches, of which this process builds one of ``parts`` equal parts of the rows.
+
+        Raises:
+            UserError: the rows of a batch cannot be divided so.
+        """
+        if self.batch_size % parts:
+            raise UserError(
+                f"batch_size {self.batch_size} is not a multiple of the {parts} processes"
+            )
+        shared, size = copy.copy(self), self.batch_size // parts
+        shared._part = slice(part * size, (part + 1) * size)
+        return shared
 
     def __len__(self) -> int:
         return -(-(len(self._lengths) - 1) // self.batch_size)
@@ -110,6 +137,17 @@ class Batches:
         steps = self.batch_size * sum(self._steps(batch) for batch in rows)
         return 1.0 - float(self._lengths.sum()) / steps
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the rows, their labels, and how they are cut and padded."""
+        return self._digest(self._ids, self._lengths, self._labels)
+
+    def _digest(self, *arrays: np.ndarray) -> str:
+        key = hashlib.sha256(repr((self.batch_size, self.boundaries, self.padding)).encode())
+        for array in arrays:
+            key.update(np.ascontiguousarray(array).tobytes())
+        return key.hexdigest()
+
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of one epoch in random order.
 
@@ -125,11 +163,14 @@ class Batches:
             raise UserError(f"start is {start}: give the number of a batch, 0 or more")
         generator = _generator(seed, epoch)
         rows = self._plan(generator.permutation(len(self._lengths) - 1))
-        return map(self._batch, rows[generator.permutation(len(rows))][start:])
+        return self._batches(rows[generator.permutation(len(rows))][start:])
 
     def in_order(self) -> Iterator[Batch]:
         """Iterate over all rows once, bucket by bucket, each in the order of the data set."""
-        return map(self._batch, self._plan(np.arange(len(self._lengths) - 1)))
+        return self._batches(self._plan(np.arange(len(self._lengths) - 1)))
+
+    def _batches(self, plan: Int[np.ndarray, "batches batch"]) -> Iterator[Batch]:
+        return map(self._batch, plan)
 
     def _plan(self, order: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "batches batch"]:
         """Return the rows of each batch; -1 is a filler row."""
@@ -144,14 +185,21 @@ class Batches:
 
     def _batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         steps = self._steps(rows)
+        rows = rows[self._part]
         lengths = self._lengths[rows]
-        position = np.broadcast_to(np.arange(steps), (self.batch_size, steps))
+        position = np.broadcast_to(np.arange(steps), (len(rows), steps))
         if self.padding == "left":
             position = position - (steps - lengths)[:, None]
         inside = (position >= 0) & (position < lengths[:, None])
-        index = np.where(inside, self._starts[rows][:, None] + position, -1)
-        ids = np.where(inside, self._ids[index], np.int32(PAD))
+        ids = self._cut(rows, position, inside)
         return Batch(ids, lengths, self._labels[rows], (rows >= 0).astype(np.float32))
+
+    def _cut(
+        self, rows: Int[np.ndarray, " batch"], position: np.ndarray, inside: np.ndarray
+    ) -> Int32[np.ndarray, "batch steps"]:
+        """The ids of these rows, each at its place."""
+        index = np.where(inside, self._starts[rows][:, None] + position, -1)
+        return np.where(inside, self._ids[index], np.int32(PAD))
 
 
 def bucket_boundaries(

@@ -4,27 +4,32 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
+import shutil
+import stat
+import sys
 import threading
 import urllib.request
 import warnings
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from lstmjax.cache import cache_folder
+from lstmjax import files, stopping
+from lstmjax.cache import cache_folder, home
 from lstmjax.data import archive as archives
-from lstmjax.data.vocabulary import UNKNOWN, Dataset, Vocabulary, check_limits
-from lstmjax.errors import UserError
+from lstmjax.data.vocabulary import FIRST_WORD, UNKNOWN, Dataset, Vocabulary, check_limits
+from lstmjax.errors import DISK_FAILS, StorageError, UserError
 
 URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 _NAME = "imdb_reviews/plain_text:1.0.0"
 _FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")
 _ENCODING = 1  # raise it when tokenize or the ids change: older caches are then ignored
 _SPLITS = ("train", "test")
+_WORK = ".lstmjax-preparing"
 
 
 class _Encoded(NamedTuple):
@@ -63,11 +68,13 @@ def load_imdb(
         raise UserError(f"there is no split {split!r}: choose train or test")
     check_limits(top_words, max_length)
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    root = Path(folder).expanduser()
+    root = home(folder)
     if not _is_prepared(root):
-        _prepare(root, Path(archive).expanduser() if archive else None, progress)
+        _prepare(root, home(archive) if archive else None, progress)
+    elif (root / _WORK).exists():
+        _remove_leftovers(root)
     cache = _cache_file(root)
-    loaded = _read_cache(cache, split)
+    loaded = _read_cache(cache, split) if cache else None
     if loaded is None:
         splits, vocabulary = _encode(root, progress)
         _write_cache(cache, splits, vocabulary)
@@ -112,32 +119,70 @@ def _prepare(
         _check_host()
     else:
         archives.check_archive(archive, progress, reviews)
+    work = root / _WORK
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".lstmjax-preparing-") as temporary:
-            _run_tfds(Path(temporary), archive, progress)
-            (root / _FOLDER).parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(root)
+        with _only_one(work), stopping.removed_on_exit(work):
             try:
-                os.rename(Path(temporary, _FOLDER), root / _FOLDER)
-            except OSError:
-                if not _is_prepared(root):  # else another process has been faster
-                    raise
+                if not _is_prepared(root):  # else the one that was waited for has done it
+                    for left in (*root.glob(".lstmjax-preparing-*"), work / "data"):
+                        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+                    _run_tfds(work / "data", archive, progress)
+                    _move(work / "data", root)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        raise UserError(
+        kind = StorageError if error.errno in DISK_FAILS else UserError
+        raise kind(
             f"cannot prepare IMDB in {root}: {error}; give a folder with room that can be written "
             "with --data-dir"
         ) from error
 
 
-def _check_host(seconds: float = 5.0) -> None:
+@contextlib.contextmanager
+def _only_one(work: Path) -> Iterator[None]:
+    """Hold the lock of the folder in which one process prepares at a time."""
+    lock = files.Lock(work)
+    try:
+        lock.take(wait=False)
+    except files.Busy:
+        print(f"waiting for {lock.holder()}, which prepares IMDB in {work.parent}", file=sys.stderr)
+        lock.take(wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what a process that was killed has left, unless the folder cannot be written."""
+    lock = files.Lock(root / _WORK)
+    with contextlib.suppress(OSError, files.Busy):
+        lock.take(wait=False)
+        shutil.rmtree(root / _WORK, ignore_errors=True)
+    lock.release()
+
+
+def _move(prepared: Path, root: Path) -> None:
+    files.sync_tree(prepared)
+    files.make_folder((root / _FOLDER).parent)
+    try:
+        os.rename(prepared / _FOLDER, root / _FOLDER)
+    except OSError:
+        if not _is_prepared(root):  # else another process has been faster
+            raise
+    files.sync_folder((root / _FOLDER).parent)
+
+
+def _check_host(seconds: float = 20.0) -> None:
     """Find out in seconds what TFDS would find out in minutes: that there is no network."""
     problem = f"no answer within {seconds:g} s"
 
     def ask() -> None:
         nonlocal problem
         try:
-            request = urllib.request.Request(URL, method="HEAD")
-            urllib.request.urlopen(request, timeout=seconds).close()
+            # GET, unread: there are proxies that refuse HEAD.
+            urllib.request.urlopen(URL, timeout=seconds).close()
             problem = ""
         except Exception as error:
             problem = str(error)
@@ -201,6 +246,7 @@ def _read_texts(root: Path, split: str, progress: bool) -> tuple[list[str], np.n
     labels: list[int] = []
     try:
         source = tfds.builder(_NAME, data_dir=root).as_data_source(split)
+        _check_rows(split, len(source))
         with tqdm(
             total=len(source), desc=f"Reading {split}", unit=" reviews", disable=not progress
         ) as bar:
@@ -215,6 +261,12 @@ def _read_texts(root: Path, split: str, progress: bool) -> tuple[list[str], np.n
             "folder to prepare it again, or give another with --data-dir"
         ) from error
     return texts, np.array(labels, np.int32)
+
+
+def _check_rows(split: str, rows: int) -> None:
+    wanted = archives.REVIEWS[f"{split}/neg"] + archives.REVIEWS[f"{split}/pos"]
+    if rows != wanted:
+        raise ValueError(f"{split} has {rows:,} reviews of {wanted:,}")
 
 
 def _encode(root: Path, progress: bool) -> tuple[dict[str, _Encoded], Vocabulary]:
@@ -233,49 +285,73 @@ def _encode(root: Path, progress: bool) -> tuple[dict[str, _Encoded], Vocabulary
     return splits, vocabulary
 
 
-def _cache_file(root: Path) -> Path:
-    """Return the file that holds the encoding of what is in ``root``, named by its content."""
+def _cache_file(root: Path) -> Path | None:
+    """The file for the encoding of what is in ``root``, named by its content; None: no home."""
     key = hashlib.sha256(f"{_NAME} {_ENCODING}".encode())
     for split in _SPLITS:
         for path in _record_files(root, split):
             with path.open("rb") as file:
                 key.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return cache_folder() / f"imdb-{key.hexdigest()[:16]}.npz"
+    try:
+        return cache_folder() / f"imdb-{key.hexdigest()[:16]}.npz"
+    except UserError:
+        return None
 
 
 def _read_cache(path: Path, split: str) -> tuple[_Encoded, Vocabulary] | None:
     try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            encoded = _Encoded(*(file[f"{split}_{field}"] for field in _Encoded._fields))
-            words = file["words"].tobytes().decode().split("\n")
-        if (
-            encoded.offsets[-1] == len(encoded.ids)
-            and len(encoded.labels) == len(encoded.offsets) - 1
-        ):
-            return encoded, Vocabulary(tuple(words))
+        with path.open("rb") as raw:
+            _refuse_bomb(raw)
+            with np.load(raw, allow_pickle=False) as file:
+                encoded = _Encoded(*(file[f"{split}_{field}"] for field in _Encoded._fields))
+                words = file["words"].tobytes().decode().split("\n")
+        _check_encoded(encoded, len(words))
+        _check_rows(split, len(encoded.labels))
+        return encoded, Vocabulary(tuple(words))
     except Exception:  # absent, or damaged in whatever way: it is rebuilt
-        pass
-    return None
+        return None
 
 
-def _write_cache(path: Path, splits: Mapping[str, _Encoded], vocabulary: Vocabulary) -> None:
+def _refuse_bomb(raw: IO[bytes]) -> None:
+    """Raise ValueError if a zip file announces more than it holds."""
+    found = os.fstat(raw.fileno())
+    with zipfile.ZipFile(raw) as packed:
+        announced = sum(member.file_size for member in packed.infolist())
+    if not stat.S_ISREG(found.st_mode) or announced > found.st_size:
+        raise ValueError("it announces more than it holds")
+    raw.seek(0)
+
+
+def _check_encoded(encoded: _Encoded, words: int) -> None:
+    """Raise ValueError unless the arrays are what `_encode` could have made."""
+    ids, offsets, labels = encoded
+    fits = (
+        (ids.dtype, offsets.dtype, labels.dtype) == (np.int32, np.int64, np.int32)
+        and ids.ndim == offsets.ndim == labels.ndim == 1
+        and len(labels) == len(offsets) - 1
+        and (offsets[0], offsets[-1]) == (0, len(ids))
+        and (np.diff(offsets) > 0).all()
+        and 0 <= ids.min() <= ids.max() < words + FIRST_WORD
+        and np.isin(labels, (0, 1)).all()
+    )
+    if not fits:
+        raise ValueError("it does not fit together")
+
+
+def _write_cache(path: Path | None, splits: Mapping[str, _Encoded], vocabulary: Vocabulary) -> None:
     arrays = {
         f"{split}_{name}": array
         for split, encoded in splits.items()
         for name, array in encoded._asdict().items()
     }
     words = np.frombuffer("\n".join(vocabulary.words).encode(), np.uint8)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            np.savez(file, words=words, **arrays)
-        os.replace(temporary, path)
+        if path is None:
+            raise FileNotFoundError("there is no home folder; set LSTMJAX_CACHE_DIR")
+        files.make_folder(path.parent)
+        files.sweep(path.parent, "tmp*.tmp", ".*.npz.tmp")
+        files.publish(path, lambda file: np.savez(file, words=words, **arrays))
     except OSError as error:
         warnings.warn(
             f"cannot write the cache {path} ({error}): the next run encodes again", stacklevel=3
         )
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from lstmjax.training.compilation import Compilations, counting_compilations, ke
 from lstmjax.training.devices import (
     Accelerator,
     accelerator_name,
+    local_device,
     make_mesh,
     quick_compilation,
     replicated,
@@ -11,6 +12,9 @@ from lstmjax.training.devices import (
     simple_kernels,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
+from lstmjax.training.nans import line_of_nan
+from lstmjax.training.processes import join
+from lstmjax.training.repeat import compare, config_of
 from lstmjax.training.report import (
     RunFolder,
     as_dict,
@@ -35,11 +39,16 @@ __all__ = [
     "RunFolder",
     "accelerator_name",
     "as_dict",
+    "compare",
+    "config_of",
     "counting_compilations",
     "draw_curves",
     "evaluate",
     "fit",
+    "join",
     "keep_compiled",
+    "line_of_nan",
+    "local_device",
     "make_mesh",
     "make_optimizer",
     "make_steps",

@@ -1,146 +1,335 @@
-"""Checkpoints by Orbax: the train state and the place in the data, enough to go on bit for bit."""
+"""Checkpoints by Orbax: the train state and the place in the data, enough to go on bit for bit.
 
-import contextlib
+A checkpoint is written under a temporary name, with a checksum of every array and of the place,
+synced to the disk, and only then renamed: what has a name is whole. What is read is compared with
+its checksums; a damaged checkpoint is put aside, and the one before it is taken.
+"""
+
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Iterator
-from types import FrameType
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from lstmjax.errors import UserError
+from lstmjax import files
+from lstmjax.errors import StorageError, UserError, first_line, os_error, reason
+from lstmjax.training.devices import place
+from lstmjax.training.processes import arrays_from_first, from_first, is_first
 from lstmjax.training.step import Sums, TrainState
+
+MANIFEST = "manifest.json"
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
     """Where in the run a state stands: ``batch`` batches of ``epoch`` are done.
 
-    ``sums`` and ``seconds`` are the epoch's totals so far.
+    Attributes:
+        epoch: number of the epoch, from 0.
+        batch: batches of it that are done.
+        sums: the epoch's totals so far.
+        since: the totals since the last line of ``metrics.jsonl``.
+        seconds: time that the epoch has taken so far.
+        history: the records of the epochs before.
     """
 
     epoch: int = 0
     batch: int = 0
     sums: Sums = dataclasses.field(default_factory=Sums)
+    since: Sums = dataclasses.field(default_factory=Sums)
     seconds: float = 0.0
+    history: tuple[Mapping[str, Any], ...] = ()
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written."""
 
 
 class Checkpoints:
-    """The two newest checkpoints in a folder, written as a whole or not at all."""
+    """The newest checkpoints in a folder, written as a whole or not at all.
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    Args:
+        folder: made if it is missing.
+        keep: how many stay.
+        before: called before each is published: makes safe what must not be older than it.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, keep: int = 2, before: Callable[[], None] = lambda: None
+    ) -> None:
+        self._folder, self._keep, self._before = folder, keep, before
+        self._active = is_first()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: list[Future[None]] = []
+        try:
+            if not self._active:
+                return
+            files.make_folder(folder)
+            for path in folder.glob(f".*{files.TEMPORARY}"):  # of a process that was killed
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {folder}: {reason(error)}") from error
 
     @functools.cached_property
     def _orbax(self) -> Any:
         import orbax.checkpoint  # slow to import: not before something is saved or read
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # it reports each save at length
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # it reports each save at length
+        sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
         return orbax.checkpoint
 
-    @functools.cached_property
-    def _manager(self) -> Any:
-        options = self._orbax.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False
+    def _arrays(self) -> Any:
+        # One process has all there is to save: the state is the same on every device.
+        alone = self._orbax.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
-        return self._orbax.CheckpointManager(self._folder.absolute(), options=options)
+        handler = self._orbax.StandardCheckpointHandler(multiprocessing_options=alone)
+        return self._orbax.Checkpointer(handler, multiprocessing_options=alone)
 
     def save(self, state: TrainState, position: Position) -> None:
-        """Write ``state``; nothing happens if this step is already there."""
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        leaves = jax.device_get(jax.tree.leaves(state))  # Orbax would compile a cut of each array
-        self._manager.save(
-            step,
-            args=self._orbax.args.Composite(
-                state=self._orbax.args.StandardSave(leaves),
-                position=self._orbax.args.JsonSave(dataclasses.asdict(position)),
-            ),
-        )
-
-    def restore(self, like: TrainState) -> tuple[TrainState, Position] | None:
-        """The newest state, laid out over devices as ``like`` is, or None if there is none.
+        """Write ``state`` and wait until it is safe; nothing happens if this step is there.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            StorageError: it cannot be written.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        leaves, tree = jax.tree.flatten(like)
+        self.save_later(state, position)
+        self.wait()
+
+    def save_later(self, state: TrainState, position: Position, skip: bool = False) -> None:
+        """Write ``state`` in a thread; with ``skip`` only if nothing waits to be written.
+
+        Raises:
+            StorageError: one before could not be written.
+        """
+        busy = [writing for writing in self._writing if not writing.done()]
+        for writing in self._writing:
+            if writing.done():
+                writing.result()
+        self._writing = busy
+        if self._active and not (skip and busy):
+            self._writing.append(self._writer.submit(self._save, state, position))
+
+    def wait(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        while self._writing:
+            self._writing.pop(0).result()
+
+    def _save(self, state: TrainState, position: Position) -> None:
+        step = int(state.step)
+        if step in self._steps():
+            return
         try:
-            saved = self._manager.restore(
-                step,
-                args=self._orbax.args.Composite(
-                    state=self._orbax.args.StandardRestore(leaves),
-                    position=self._orbax.args.JsonRestore(),
-                ),
-            )
-            place: dict[str, Any] = dict(saved["position"])
-            place["sums"] = Sums(*place["sums"])
-            return jax.tree.unflatten(tree, saved["state"]), Position(**place)
-        except Exception as error:  # whatever a damaged file makes the readers stumble over
-            raise UserError(
-                f"the checkpoint {self._folder / str(step)} cannot be read "
-                f"({type(error).__name__}); delete that folder to go on from the one before"
+            self._write(step, _leaves(jax.device_get(state)), position)
+            self._drop_old()
+        except Exception as error:  # TensorStore has exceptions of many kinds
+            kept = self.latest()
+            raise StorageError(
+                f"the checkpoint of step {step} cannot be written to {self._folder}: "
+                f"{reason(error)}; "
+                + ("no other is there" if kept is None else f"that of step {kept} is kept")
+                + ". Mend that, then go on: the same command with --resume"
             ) from error
+
+    def _write(self, step: int, leaves: dict[str, np.ndarray], position: Position) -> None:
+        temporary = self._folder / f".{step}{files.TEMPORARY}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        arrays = [*leaves.values()]
+        self._arrays().save(
+            (temporary / "state").absolute(), args=self._orbax.args.StandardSave(arrays)
+        )
+        content = {
+            "format": _FORMAT,
+            "step": step,
+            "position": dataclasses.asdict(position),
+            "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+        }
+        text = json.dumps(content)
+        files.publish_json(
+            temporary / MANIFEST, {"sha256": _digest(text.encode()), "content": text}
+        )
+        files.sync_tree(temporary)
+        self._before()
+        os.rename(temporary, self._folder / str(step))
+        files.sync_folder(self._folder)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, Position] | None:
+        """The newest sound state, laid out over devices as ``like`` is; None if there is none.
+
+        The first process reads it and tells the others.
+
+        Damaged checkpoints are put aside, and each is named on standard error.
+
+        Raises:
+            UserError: a checkpoint is of another model, cannot be read, or all are damaged.
+        """
+        tree = jax.tree.structure(like)
+        arrays = [np.empty(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like)]
+
+        def read() -> dict[str, Any] | None:
+            found = self._newest_sound(like)
+            if found is None:
+                return None
+            arrays[:] = found[0]
+            return found[1]
+
+        place_in_data = from_first(read)
+        if place_in_data is None:
+            return None
+        placed = [
+            place(array, leaf.sharding)
+            for array, leaf in zip(arrays_from_first(arrays), jax.tree.leaves(like), strict=True)
+        ]
+        return jax.tree.unflatten(tree, placed), _position(place_in_data)
+
+    def _newest_sound(self, like: TrainState) -> tuple[list[np.ndarray], dict[str, Any]] | None:
+        steps = self._steps()
+        for step in reversed(steps):
+            try:
+                found = self._read(step, like)
+                self._drop_old()  # killed before it had done so
+                return found
+            except Damaged as error:
+                print(f"checkpoint {self._folder / str(step)} is damaged: {error}", file=sys.stderr)
+                self._put_aside(step)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._folder} is sound: put a copy of it back, or start anew "
+                "with another --run-dir"
+            )
+        return None
+
+    def _drop_old(self) -> None:
+        for old in self._steps()[: -self._keep]:
+            files.remove_tree(self._folder / str(old))
+
+    def _put_aside(self, step: int) -> None:
+        aside = self._folder / f"damaged-{step}"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self._folder / str(step), aside)
+            files.sync_folder(self._folder)
+        except OSError as error:
+            raise StorageError(f"cannot put {aside} aside: {reason(error)}") from error
+
+    def _read(self, step: int, like: TrainState) -> tuple[list[np.ndarray], dict[str, Any]]:
+        folder = self._folder / str(step)
+        try:
+            content = _read_manifest(folder)
+            _compare(folder, content["leaves"], _leaves(like))
+            for path in folder.rglob("*"):
+                if not os.access(path, os.R_OK):
+                    raise PermissionError(13, "Permission denied", str(path))
+            if content["step"] != step:
+                raise Damaged(f"it is of step {content['step']}")
+            _position(content["position"])
+            empty = [np.empty(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like)]
+            arrays = self._arrays().restore(
+                (folder / "state").absolute(), args=self._orbax.args.StandardRestore(empty)
+            )
+        except (UserError, Damaged):
+            raise
+        except Exception as error:  # whatever a damaged file makes the readers stumble over
+            if os_error(error) in (1, 13):
+                raise StorageError(f"cannot read {folder}: {reason(error)}") from error
+            raise Damaged(reason(error)) from error
+        for array, (name, wanted) in zip(arrays, content["leaves"].items(), strict=True):
+            if _describe(array) != wanted:
+                raise Damaged(f"{name} has another checksum")
+        return [np.asarray(array) for array in arrays], content["position"]
+
+    def _steps(self) -> list[int]:
+        """Numbers of the steps that have a checkpoint, rising."""
+        names = [path.name for path in self._folder.iterdir()]
+        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
     def latest(self) -> int | None:
         """Number of steps done in the newest checkpoint."""
-        if not any(self._folder.iterdir()):
-            return None
-        step = self._manager.latest_step()
-        return None if step is None else int(step)
+        return max(self._steps(), default=None) if self._active else None
 
     def close(self) -> None:
-        """Let go of the folder."""
-        if "_manager" in self.__dict__:
-            self._manager.close()
+        """Wait for what is being written; what has failed is not told here."""
+        self._writer.shutdown()
 
 
-class Interruption:
-    """Remembers that SIGINT or SIGTERM arrived; its number is in ``signal``, else 0."""
+def _unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Pass over what TensorStore's threads raise when a write that has failed is given up."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        hook(unraisable)
 
-    def __init__(self) -> None:
-        self.signal = 0
 
-    def __bool__(self) -> bool:
-        return self.signal != 0
+@jax.jit
+def copied(state: TrainState) -> TrainState:
+    """The state in buffers of its own, for the next step takes those of the state itself."""
+    return jax.tree.map(jnp.copy, state)
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator["Interruption"]:
-        """Catch both signals inside the block, so that the step in flight can finish.
 
-        A second one acts as it would have without the block. Signals reach only the main thread:
-        in another one nothing is caught.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before: dict[int, Any] = {}
+def _leaves(state: TrainState) -> dict[str, Any]:
+    """The arrays of a state by name."""
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
-        def remember(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            # Reentrant, unlike print.
-            os.write(2, b"\nstopping after this step; once more to stop without saving\n")
-            put_back()
 
-        def put_back() -> None:
-            for number, handler in before.items():
-                if handler is not None:  # None: installed by another language than Python
-                    signal.signal(number, handler)
+def _describe(leaf: np.ndarray) -> dict[str, Any]:
+    leaf = np.asarray(leaf)
+    content = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return {"shape": [*leaf.shape], "dtype": str(leaf.dtype), "sha256": _digest(content)}
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, remember)
-        try:
-            yield self
-        finally:
-            put_back()
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        sealed = files.read_json(folder / MANIFEST)
+        text = sealed["content"]
+        if sealed["sha256"] != _digest(text.encode()):
+            raise ValueError("it has another checksum")
+        content = files.parse_json(text)
+        if content["format"] != _FORMAT:
+            raise UserError(
+                f"{folder} was written by another version of lstmjax: go on with that one"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise Damaged(f"{MANIFEST}: {first_line(error)}") from error
+    return content
+
+
+def _position(place_in_data: Mapping[str, Any]) -> Position:
+    fields = dict(place_in_data)
+    for name in ("sums", "since"):
+        fields[name] = Sums(*fields[name])
+    return Position(**{**fields, "history": tuple(fields["history"])})
+
+
+def _compare(folder: pathlib.Path, saved: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless a sound checkpoint is of this model and optimizer."""
+
+    def line(shape: Sequence[int], dtype: Any) -> str:
+        return f"{dtype}{[*shape]}"
+
+    there = {name: line(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()}
+    here = {name: line(leaf.shape, leaf.dtype) for name, leaf in like.items()}
+    for name in [*here, *there]:
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"{folder} is of another model or optimizer: {name} is {there.get(name, 'missing')}"
+                f" there and {here.get(name, 'missing')} here; resume with the same settings"
+            )

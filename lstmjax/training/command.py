@@ -1,14 +1,20 @@
 """What the command line of every experiment shares."""
 
 import argparse
+import contextlib
+import io
 import math
+import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Any, TypeVar
 
-from lstmjax.errors import UserError
+import jax
+
+from lstmjax import stopping
+from lstmjax.errors import PeerError, StorageError, UserError, first_line, printable, reason
 from lstmjax.training.compilation import keep_compiled
 from lstmjax.training.devices import keep_freed_memory
 from lstmjax.training.loop import Interrupted
@@ -22,40 +28,110 @@ def run_command(
     """Parse the command line and run ``main(config)``.
 
     The flags are the fields of the config dataclass; ``--recipe`` chooses the config that gives
-    their defaults. Compiled programs are kept for the next run. A `UserError` is printed as one
-    line and exits with 2; a run stopped by a signal exits with 128 + its number, as shells expect.
+    their defaults. Compiled programs are kept for the next run. An error is printed as one line;
+    docs/reliability.md lists the exit codes. Output that cannot be written stops nothing.
     """
+    _keep_output()
+    _widen_terminal()
+    config = _parse(recipes, description)
+    jax.config.update("jax_enable_x64", False)  # float32 is the default, whatever JAX was told
+    keep_freed_memory()
+    try:
+        with keep_compiled():
+            main(config)
+    except Interrupted as stop:
+        stopping.leave(128 + stop.signal)
+    except Exception as error:
+        problem = as_user_error(error)
+        if problem is None:
+            raise
+        print(f"error: {printable(str(problem))}", file=sys.stderr)
+        stopping.leave(problem.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        stopping.leave(128 + signal.SIGINT)
+
+
+def _parse(recipes: Mapping[str, ConfigT], description: str) -> ConfigT:
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", choices=recipes, default="default")
     known = [a for a in sys.argv[1:] if a not in ("-h", "--help")]
     default = recipes[first.parse_known_args(known)[0].recipe]
-    config = tyro.cli(
+    return tyro.cli(
         tyro.conf.OmitArgPrefixes[type(default)],  # type: ignore[misc]
         default=default,
         description=description,
     )
-    keep_compiled()
-    keep_freed_memory()
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        main(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Interrupted as stop:
-        raise SystemExit(128 + stop.signal) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGINT) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Leave by an exception, so that what is half done is cleaned up on the way out."""
-    raise SystemExit(128 + number)
+def as_user_error(error: Exception) -> UserError | None:
+    """What an exception means to the person at the keyboard; None: it is a fault of the program."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(
+            f"the locale cannot express {error.object!r}: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return StorageError(
+            f"{where}{reason(error)}; mend that, then go on: the same command with --resume"
+        )
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return UserError(
+            f"out of memory ({first_line(error)[:200]}): lower --batch-size first, then "
+            "--max-length or --hidden-size"
+        )
+    if isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in _LOST):
+        return PeerError(
+            f"another process of this run is gone ({first_line(error)[:200]}): start all of them "
+            "again with --resume"
+        )
+    return None
+
+
+_LOST = ("Connection closed", "Connection reset", "UNAVAILABLE", "Gloo", "heartbeat", "ABORTED")
+
+
+class _Unbreakable:
+    """A stream that swallows what cannot be written: a full disk, a reader that is gone."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _keep_output() -> None:
+    """Let output fail without an exception, and no file take the place of a closed stream."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+        setattr(sys, name, _Unbreakable(stream))
+
+
+def _widen_terminal(least: int = 40) -> None:
+    """In fewer columns the help takes gigabytes to lay out."""
+    if shutil.get_terminal_size().columns < least:
+        os.environ["COLUMNS"] = str(least)
 
 
 def require_seed(seed: int) -> None:

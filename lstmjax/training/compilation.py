@@ -3,53 +3,118 @@
 import collections
 import contextlib
 import dataclasses
+import glob
+import hashlib
 import pathlib
+import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from lstmjax import files
 from lstmjax.cache import cache_folder
+from lstmjax.errors import UserError
 
+SUMS = "sums.json"
+_UNREADABLE = "Error reading persistent compilation cache entry for "
 MAX_BYTES = 2**28
 """What the folder of compiled programs may hold when a run starts; a run adds one or two MB."""
 
 
-def keep_compiled() -> None:
-    """Let JAX keep compiled programs on disk and take them from there; call it before the first.
+@contextlib.contextmanager
+def keep_compiled() -> Iterator[None]:
+    """Let JAX keep compiled programs on disk and take them from there; enter it before the first.
 
     They lie in ``programs`` in `cache_folder`, each named by program, compiler options, versions
-    and machine. Only their owner may write there, for they are executed. Whoever has set
-    ``JAX_COMPILATION_CACHE_DIR``, or ``JAX_ENABLE_COMPILATION_CACHE=0``, has it that way instead.
+    and machine. Only their owner may write there, for they are executed; each must still have the
+    checksum that it was seen with. Whoever has set ``JAX_COMPILATION_CACHE_DIR``, or
+    ``JAX_ENABLE_COMPILATION_CACHE=0``, has it that way instead.
     """
     config: Any = jax.config
     if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+        yield
         return
-    folder = cache_folder() / "programs"
-    if _ready(folder):
-        config.update("jax_compilation_cache_dir", str(folder))
-        config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    folder = _folder()
+    if folder is None:
+        yield
+        return
+    config.update("jax_compilation_cache_dir", str(folder))
+    config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with _damaged_are_deleted(folder):
+        yield
+    with contextlib.suppress(OSError):
+        _check_sums(folder)
 
 
-def _ready(folder: pathlib.Path) -> bool:
-    """Whether the folder can be used, made and tidied up; if not, a line on stderr says why."""
+def _folder() -> pathlib.Path | None:
+    """Where programs are kept, made and tidied up; if there is no place, stderr says why."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        _drop_oldest(folder)
-    except OSError as error:
+        folder = cache_folder() / "programs"
+        _make_ready(folder)
+        return folder
+    except (OSError, UserError) as error:
         print(f"compiled programs are not kept: {error}", file=sys.stderr)
-        return False
-    return True
+        return None
+
+
+def _make_ready(folder: pathlib.Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    _drop_oldest(folder)
+    _check_sums(folder)
+
+
+def _check_sums(folder: pathlib.Path) -> None:
+    """Delete programs that are not what they were when first seen; note those seen now."""
+    try:
+        seen = files.read_json(folder / SUMS)
+        seen = seen if isinstance(seen, dict) else {}
+    except (OSError, ValueError):
+        seen = {}
+    sums = {}
+    for path in folder.iterdir():
+        if not path.is_file() or path.name == SUMS or path.name.startswith("."):
+            continue
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if seen.get(path.name, found) == found:
+                sums[path.name] = found
+            else:
+                path.unlink(missing_ok=True)
+    if sums != seen:
+        files.publish_json(folder / SUMS, sums)
+
+
+@contextlib.contextmanager
+def _damaged_are_deleted(folder: pathlib.Path) -> Iterator[None]:
+    """Delete each program that JAX warns of not being able to read, so that it is kept anew."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", _UNREADABLE)
+        show = warnings.showwarning
+
+        def delete_or_show(message: Any, *details: Any) -> None:
+            found = re.match(_UNREADABLE + "'(.*?)'", str(message))
+            if not found:
+                show(message, *details)
+                return
+            for path in folder.glob(f"{glob.escape(found[1])}-*"):
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            print(f"a damaged program was deleted and is compiled anew: {found[1]}")
+
+        warnings.showwarning = delete_or_show  # type: ignore[assignment]
+        yield
 
 
 def _drop_oldest(folder: pathlib.Path) -> None:
     """Delete what was written first until ``MAX_BYTES`` are left, and files left empty."""
-    files = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
-    excess = sum(stat.st_size for _, stat in files) - MAX_BYTES
-    for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
+    found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+    excess = sum(stat.st_size for _, stat in found) - MAX_BYTES
+    for path, stat in sorted(found, key=lambda file: file[1].st_mtime_ns):
         if excess > 0 or stat.st_size == 0:  # empty: its writer was killed
             path.unlink(missing_ok=True)  # another process may have been faster
             excess -= stat.st_size

@@ -5,11 +5,12 @@ import ctypes
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from lstmjax.errors import UserError
 
@@ -39,7 +40,7 @@ def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mes
         rows: take as many devices as divide this number of rows; all by default.
 
     Raises:
-        UserError: no such accelerator here.
+        UserError: no such accelerator here, or rows that the processes cannot share.
     """
     if accelerator in ("auto", "cpu"):
         _one_cpu_device_per_core()
@@ -53,13 +54,39 @@ def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mes
             f"no {what} here; this JAX finds: {', '.join(_platforms())}. "
             f"Choose one of them with --accelerator, or get {what}: {_INSTALL[accelerator]}"
         ) from error
-    count = len(found)
-    while rows is not None and rows % count:
-        count -= 1
-    chosen = found[:count]
+    chosen = _dividing(found, rows)
     if chosen[0].platform != jax.default_backend():  # engines are chosen for the default device
-        jax.config.update("jax_default_device", chosen[0])
+        jax.config.update("jax_default_device", local_device(chosen))
     return jax.make_mesh((len(chosen),), (BATCH,), devices=chosen, axis_types=(AxisType.Auto,))
+
+
+def _dividing(found: Sequence[Any], rows: int | None) -> list[Any]:
+    """As many of the devices as divide the rows, the same number of each process."""
+    by_process: dict[int, list[Any]] = {}
+    for device in found:
+        by_process.setdefault(device.process_index, []).append(device)
+    several, each = len(by_process), min(map(len, by_process.values()))
+    if rows is not None and rows % several:
+        raise UserError(
+            f"--batch-size {rows} is not a multiple of the {several} processes: choose one"
+        )
+    while rows is not None and rows % (several * each):
+        each -= 1
+    return [device for process in sorted(by_process) for device in by_process[process][:each]]
+
+
+def local_device(devices: Iterable[Any]) -> Any:
+    """The first of the devices that this process has."""
+    return next(device for device in devices if device.process_index == jax.process_index())
+
+
+def place(tree: Any, sharding: Sharding) -> Any:
+    """Host arrays on the devices: this process's rows of them, or the whole if it is replicated."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree
+    )
 
 
 def sharded(mesh: Mesh) -> NamedSharding:
@@ -162,6 +189,8 @@ def _quotas(folder: pathlib.Path) -> Iterator[float]:
 
 
 def _one_cpu_device_per_core() -> None:
+    if os.environ.get("JAX_NUM_CPU_DEVICES"):
+        return  # that many
     with contextlib.suppress(RuntimeError):  # JAX is already running: take the devices it has
         jax.config.update("jax_num_cpu_devices", usable_cores())
 

@@ -8,15 +8,21 @@ import json
 import os
 import pathlib
 import platform
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from lstmjax.errors import UserError
+from lstmjax import files
+from lstmjax.errors import DISK_FAILS, StorageError, UserError, reason
 from lstmjax.training.devices import accelerator_name
+from lstmjax.training.processes import from_first
 
+MAX_METRICS_BYTES = 2**30
+CELL = "cell.py"
+"""The run folder's copy of the file of a user's cell."""
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -47,8 +53,10 @@ class RunFolder:
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     run = RunFolder.create(pathlib.Path(folder) / "a", {"seed": 0})
+        >>> with (
+        ...     tempfile.TemporaryDirectory() as folder,
+        ...     RunFolder.create(pathlib.Path(folder) / "a", {"seed": 0}) as run,
+        ... ):
         ...     run.log({"kind": "step", "step": 10, "epoch": 1, "loss": 0.5})
         ...     run.records()
         [{'kind': 'step', 'step': 10, 'epoch': 1, 'loss': 0.5}]
@@ -58,6 +66,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
+        self._lock = files.Lock(path)
 
     @classmethod
     def open(
@@ -67,26 +76,57 @@ class RunFolder:
         *,
         path: pathlib.Path | None = None,
         resume: bool = False,
+        start: bool | None = None,
+        environment: Mapping[str, Any] | None = None,
+        cell_source: bytes | None = None,
     ) -> "RunFolder":
         """The folder of a run: a new one, or with ``resume`` the one to go on with.
+
+        Of several processes the first opens it; to the others it does nothing.
 
         Args:
             name: what the run is called; gives the folder if there is no ``path``.
             config: what the run is asked for, as JSON-ready values.
             path: the folder.
             resume: go on with the run in ``path``, else with the newest of this name.
+            start: start one if there is none to go on with; by default the opposite of ``resume``.
+            environment: what else the results depend on; a difference is told on resuming.
+            cell_source: content of the file of a user's cell, to be kept with the run.
 
         Raises:
             UserError: as `create` and `reopen`.
         """
-        if resume:
-            return cls.reopen(path or cls.newest(name), config)
-        return cls.create(path or cls.free(name), config)
+        start = not resume if start is None else start
+        opened: list[RunFolder] = []
+
+        def open_it() -> str:
+            there = path or cls.newest(name)
+            if resume and not (start and not _holds_a_run(there)):
+                opened.append(cls.reopen(there, config, environment))
+            else:
+                opened.append(cls.create(path or cls.free(name), config, environment, cell_source))
+            return str(opened[0].path)
+
+        found = pathlib.Path(from_first(open_it))
+        return opened[0] if opened else _Elsewhere(found)
 
     @staticmethod
     def free(name: str) -> pathlib.Path:
-        """``runs/<name>``, numbered from 2 on where earlier runs are in the way."""
-        return RunFolder._numbered(name)[-1]
+        """``runs/<name>``, numbered from 2 on where earlier runs are in the way; made here.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        folder = RunFolder._numbered(name)[-1]
+        try:
+            files.make_folder(folder.parent)
+            while True:
+                with contextlib.suppress(FileExistsError):  # another run was faster
+                    folder.mkdir()
+                    return folder
+                folder = RunFolder._numbered(name)[-1]
+        except OSError as error:
+            raise _cannot_write(f"the run folder {folder}", error) from error
 
     @staticmethod
     def newest(name: str) -> pathlib.Path:
@@ -97,54 +137,131 @@ class RunFolder:
     @staticmethod
     def _numbered(name: str) -> list[pathlib.Path]:
         folders = [pathlib.Path("runs") / name]
-        while folders[-1].exists():
+        while os.path.lexists(folders[-1]):
             folders.append(pathlib.Path("runs") / f"{name}-{len(folders) + 1}")
         return folders
 
     @classmethod
-    def create(cls, path: pathlib.Path, config: Mapping[str, Any]) -> "RunFolder":
-        """A new run's folder.
+    def create(
+        cls,
+        path: pathlib.Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any] | None = None,
+        cell_source: bytes | None = None,
+    ) -> "RunFolder":
+        """A new run's folder, locked; what a start that was cut short left there does not count.
 
         Raises:
-            UserError: the folder is not empty, or cannot be written.
+            UserError: the folder is in use or not empty, or cannot be written.
         """
-        machine = {"machine": platform.machine(), "cores": os.cpu_count()}
         run = cls(path)
         try:
-            if path.exists() and any(path.iterdir()):
+            files.make_folder(path)
+            run._take_lock()
+            if _holds_a_run(path):
                 raise UserError(
                     f"{path} is not empty: name another --run-dir, or resume the run that it holds"
                 )
-            path.mkdir(parents=True, exist_ok=True)
-            run.write("config.json", config)
-            run.write("environment.json", {"versions": versions(), **machine})
+            run.write("environment.json", _environment(environment))
+            if cell_source is not None:
+                files.publish(path / CELL, cell_source)
+            run.write("config.json", config)  # last: it makes the folder a run
         except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {path}: {error.strerror}; name another --run-dir"
-            ) from error
+            run.close()
+            raise _cannot_write(f"the run folder {path}", error) from error
+        except BaseException:
+            run.close()
+            raise
         return run
 
     @classmethod
-    def reopen(cls, path: pathlib.Path, config: Mapping[str, Any]) -> "RunFolder":
-        """The folder of a run to go on with.
+    def reopen(
+        cls,
+        path: pathlib.Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any] | None = None,
+    ) -> "RunFolder":
+        """The folder of a run to go on with, locked.
 
         Raises:
-            UserError: there is no run, or it had another config; the message names the fields.
+            UserError: there is no run, or it had another config; the message names the fields. Or
+                the folder is in use, or cannot be written.
+        """
+        run = cls(path)
+        try:
+            before = run.config()
+            run._take_lock()
+            differing = differences(before, json.loads(json.dumps(config)))
+            if differing:
+                raise UserError(
+                    f"{path} was run with another config ({'; '.join(differing)}); "
+                    "resume with the same settings, or start anew with another --run-dir"
+                )
+            run._tell_changes(_environment(environment))
+        except OSError as error:
+            run.close()
+            raise _cannot_write(f"the run folder {path}", error) from error
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def config(self) -> Any:
+        """What the run in this folder was asked for.
+
+        Raises:
+            UserError: there is none.
         """
         try:
-            before = json.loads((path / "config.json").read_text())
+            config = files.read_json(self.path / "config.json")
+            if not isinstance(config, dict):
+                raise ValueError("no object")
+            return config
         except (OSError, ValueError) as error:
+            remedy = "start without --resume"
+            if _holds_a_run(self.path):
+                remedy = "put a copy of config.json back, or start anew with another --run-dir"
             raise UserError(
-                f"nothing to resume in {path}: no readable config.json; start without --resume"
+                f"nothing to resume in {self.path}: no readable config.json; {remedy}"
             ) from error
-        now = json.loads(json.dumps(config))
-        differing = _differences(before, now)
-        if differing:
-            raise UserError(
-                f"{path} was run with another config ({'; '.join(differing)}); "
-                "resume with the same settings, or start anew with another --run-dir"
+
+    def environment(self) -> dict[str, Any]:
+        """What ``environment.json`` says, nothing if it cannot be read."""
+        with contextlib.suppress(OSError, ValueError):
+            found = files.read_json(self.path / "environment.json")
+            if isinstance(found, dict):
+                return found
+        return {}
+
+    def _tell_changes(self, now: Mapping[str, Any]) -> None:
+        """Announce on standard error what the results depend on and what has changed since."""
+        changed = differences(self.environment(), json.loads(json.dumps(now)))
+        if changed:
+            print(
+                f"going on in another environment ({'; '.join(changed)}): equal to rounding, no "
+                "longer bit for bit",
+                file=sys.stderr,
             )
-        return cls(path)
+            self.write("environment.json", now)
+
+    def _take_lock(self) -> None:
+        try:
+            self._lock.take(wait=False)
+        except files.Busy as error:
+            raise UserError(
+                f"{self.path} is in use by {self._lock.holder()}: wait for it, or stop it, or name "
+                "another --run-dir"
+            ) from error
+
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def write_result(
         self, config: Any, mesh: Mesh, outcome: Mapping[str, Any], **facts: Any
@@ -167,54 +284,108 @@ class RunFolder:
         self.write("result.json", {**outcome, **facts, **common})
 
     def write(self, name: str, value: Any) -> None:
-        """Write ``value`` as JSON, as a whole or not at all."""
-        self._replace(name, json.dumps(value, indent=2, default=str, allow_nan=False) + "\n")
-
-    def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-
-    def records(self) -> list[dict[str, Any]]:
-        """All whole lines of ``metrics.jsonl``.
+        """Write ``value`` as JSON, as a whole or not at all.
 
         Raises:
-            UserError: a line is not a record.
+            StorageError: it cannot be written.
         """
-        if not self._metrics.exists():
-            return []
-        lines = self._metrics.read_text().splitlines(keepends=True)
         try:
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
-            if not all({"kind", "step", "epoch"} <= set(record) for record in records):
-                raise ValueError
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{self._metrics} is damaged: a line is no record; delete that line"
-            ) from error
-        return records
+            files.publish_json(self.path / name, value)
+        except OSError as error:
+            raise _cannot_write(f"{self.path / name}", error) from error
 
-    def rewind(self, step: int, epoch: int) -> list[dict[str, Any]]:
-        """Drop what was logged after ``step`` or in later epochs; returns the epochs' records."""
-        kept = [
-            r
-            for r in self.records()
-            if (r["epoch"] < epoch if r["kind"] == "epoch" else r["step"] <= step)
-        ]
-        self._replace(self._metrics.name, "".join(json.dumps(record) + "\n" for record in kept))
-        return [record for record in kept if record["kind"] == "epoch"]
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise _cannot_write(str(self._metrics), error) from error
+
+    def sync(self) -> None:
+        """Let the metrics outlive a power cut."""
+        if self._metrics.exists():
+            with self._metrics.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records in ``metrics.jsonl``, in its order; what is none is passed over."""
+        try:
+            lines = files.read_bytes(self._metrics, MAX_METRICS_BYTES).split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise StorageError(f"cannot read {self._metrics}: {reason(error)}") from error
+        except ValueError as error:
+            raise UserError(f"{self._metrics} is {error}: move it elsewhere") from error
+        return [record for line in lines if (record := _record(line)) is not None]
+
+    def rewind(
+        self, step: int, history: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()
+    ) -> None:
+        """Put ``metrics.jsonl`` back to what it was after ``step`` steps.
+
+        Lines that are missing, doubled or damaged are told on standard error.
+
+        Args:
+            step: lines of later steps go.
+            history: the records of the epochs before; they replace those in the file.
+            steps: where there was a line; a line for another step goes, too.
+        """
+        found = self.records()
+        lines = {r["step"]: r for r in reversed(found) if r["kind"] == "step"}
+        kept = [lines[n] for n in steps if n <= step and n in lines]
+        lost = sum(n <= step for n in steps) - len(kept)
+        if lost:
+            print(
+                f"{self._metrics} lacks {lost} of its lines: curves.png will lack them, nothing "
+                "else does",
+                file=sys.stderr,
+            )
+        whole = sorted([*kept, *history], key=lambda r: (r["step"], r["kind"] == "epoch"))
+        text = "".join(json.dumps(record) + "\n" for record in whole)
+        try:
+            files.publish(self._metrics, text.encode())
+        except OSError as error:
+            raise _cannot_write(str(self._metrics), error) from error
 
     def draw_curves(self, title: str) -> None:
-        """Draw ``curves.png``: training loss by step, accuracy by epoch."""
-        records = self.records()
-        steps = [r for r in records if r["kind"] == "step"]
-        epochs = [r for r in records if r["kind"] == "epoch"]
-        draw_curves(self.path / "curves.png", title, steps, epochs)
+        """Draw ``curves.png``: training loss by step, accuracy by epoch.
+
+        A failure is told on standard error and costs nothing else.
+        """
+        try:
+            records = self.records()
+            steps = [r for r in records if r["kind"] == "step"]
+            epochs = [r for r in records if r["kind"] == "epoch"]
+            draw_curves(self.path / "curves.png", title, steps, epochs)
+        except Exception as error:  # whatever Matplotlib stumbles over: the result is there
+            print(f"no curves.png: {reason(error)}; the result is not affected", file=sys.stderr)
+
+
+class _Elsewhere(RunFolder):
+    """The run's folder to a process that leaves it to the first one."""
+
+    def write(self, name: str, value: Any) -> None:
+        pass
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def rewind(
+        self, step: int, history: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()
+    ) -> None:
+        pass
+
+    def draw_curves(self, title: str) -> None:
+        pass
 
 
 def prepare_drawing() -> None:
@@ -253,7 +424,7 @@ def draw_curves(
     for axes in (left, right):
         axes.grid(alpha=0.3)
     right.legend()
-    figure.savefig(path, dpi=120)
+    files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -261,12 +432,60 @@ def as_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """A phrase for every value that differs between two JSON values."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
         return [
             line
             for key in keys
-            for line in _differences(before.get(key), now.get(key), key.replace("_", "-"))
+            for line in differences(before.get(key), now.get(key), key.replace("_", "-"))
         ]
-    return [] if before == now else [f"{name}: {before} there, {now} here"]
+    return [] if before == now else [f"{name}: {_short(before)} there, {_short(now)} here"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What one line of the metrics records, None if it is damaged."""
+    try:
+        record = files.parse_json(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and record.get("kind") in ("step", "epoch")
+    if not whole or not all(type(record.get(name)) is int for name in ("step", "epoch")):
+        return None
+    numbers = {key: value for key, value in record.items() if key != "kind"}
+    return record if all(type(v) in (int, float) for v in numbers.values()) else None
+
+
+def _holds_a_run(path: pathlib.Path) -> bool:
+    """Whether more is there than a start that was cut short leaves."""
+    try:
+        if isinstance(files.read_json(path / "config.json"), dict):
+            return True
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
+        if not (path / "config.json").is_file():
+            return True
+    left = {files.LOCK, "config.json", "environment.json", CELL}
+    left |= {f".{name}{files.TEMPORARY}" for name in left}
+    return path.exists() and any(entry.name not in left for entry in path.iterdir())
+
+
+def _environment(more: Mapping[str, Any] | None) -> dict[str, Any]:
+    machine = {"machine": platform.machine(), "cores": os.cpu_count()}
+    return {"versions": versions(), **machine, **(more or {})}
+
+
+def _cannot_write(what: str, error: OSError) -> UserError:
+    if error.errno not in DISK_FAILS:
+        return UserError(f"cannot write {what}: {reason(error)}; name another --run-dir")
+    return StorageError(
+        f"cannot write {what}: {reason(error)}; mend that, then go on: the same command with "
+        "--resume"
+    )

@@ -20,10 +20,18 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
+from lstmjax import stopping
 from lstmjax.data import Batch
 from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.noise import Keys, as_keys
-from lstmjax.training.devices import BATCH, quick_compilation, replicated, sharded, usable_cores
+from lstmjax.training.devices import (
+    BATCH,
+    place,
+    quick_compilation,
+    replicated,
+    sharded,
+    usable_cores,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +168,7 @@ def make_steps(
     train_calls = _Calls(train, lower_train)
     evaluate_calls = _Calls(evaluation, evaluation.lower)
     return Steps(
-        lambda: first_state(jax.device_put(params, replicated(mesh))),
+        lambda: first_state(place(jax.device_get(params), replicated(mesh))),
         train_calls,
         evaluate_calls,
         train_calls.prepare,
@@ -170,6 +178,8 @@ def make_steps(
 
 class _Calls:
     """Calls of a function whose second argument is a batch, few at once, compiled ahead of use.
+
+    Compilation is always in another thread, so that a signal is heard meanwhile.
 
     A call waits for the result of ``IN_FLIGHT`` calls ago before it begins: with 32 programs
     waiting for one of several CPU devices, XLA stops for good, as handing it another one blocks a
@@ -185,17 +195,17 @@ class _Calls:
         self._call, self._lower = call, lower
         self._under_way: collections.deque[Any] = collections.deque()
         self._others: list[Any] = []
-        self._made: dict[tuple[int, ...], Future[Any] | None] = {}
+        self._made: dict[tuple[int, ...], Future[Any]] = {}
         self._cores = usable_cores()
         self._threads = ThreadPoolExecutor(self._cores, thread_name_prefix="compile")
 
     def __call__(self, first: Any, batch: Batch, *more: Any) -> Any:
-        making = self._made.setdefault(batch.ids.shape, None)
-        if making is not None:
-            making.result()
+        self._others = self._others or [jax.tree.map(_shape, a) for a in (first, *more)]
+        if batch.ids.shape not in self._made:
+            self._make(batch)
+        stopping.wait_for(self._made[batch.ids.shape])
         if len(self._under_way) == IN_FLIGHT:
             jax.block_until_ready(self._under_way.popleft())
-        self._others = self._others or [jax.tree.map(_shape, a) for a in (first, *more)]
         result = self._call(first, batch, *more)
         self._under_way.append(jax.tree.leaves(result)[-1])  # of the sums, which nothing donates
         return result
@@ -207,12 +217,14 @@ class _Calls:
         """
         if not self._others or batch.ids.shape in self._made:
             return
-        making = sum(made is not None and not made.done() for made in self._made.values())
-        if making < self._cores:
-            # Traced here, under the caller's settings of JAX, which are a thread's own.
-            first, *more = self._others
-            lowered = self._lower(first, batch, *more)
-            self._made[batch.ids.shape] = self._threads.submit(lowered.compile)
+        if sum(not made.done() for made in self._made.values()) < self._cores:
+            self._make(batch)
+
+    def _make(self, batch: Batch) -> None:
+        # Traced here, under the caller's settings of JAX, which are a thread's own.
+        first, *more = self._others
+        lowered = self._lower(first, batch, *more)
+        self._made[batch.ids.shape] = self._threads.submit(lowered.compile)
 
 
 def _shape(a: Any) -> Any:

@@ -1,0 +1,247 @@
+"""Files that outlive a crash: published whole and synced, locked by one process at a time.
+
+A rename publishes: what it publishes is on the disk before, file and folder, and the rename itself
+is before `publish` returns. A lock is the operating system's (``flock``), so it ends with the
+process that holds it, however that ends.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+LOCK = ".lock"
+TEMPORARY = ".tmp"
+MAX_JSON_BYTES = 2**24
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
+def publish(path: pathlib.Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
+    """Write a file as a whole or not at all; once this returns, a power cut cannot undo it.
+
+    Two processes may publish the same file at once: one after the other does.
+
+    Args:
+        path: the file; its folder exists.
+        content: what to write, or what writes it to an open file.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    with _only_writer(temporary) as file:
+        try:
+            file.truncate()
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _only_writer(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """The file, open to write and locked; whoever waited for its lock may find it renamed."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        with file:
+            _flock(file.fileno(), fcntl.LOCK_EX)
+            if _is_at(file.fileno(), path):
+                yield file
+                return
+
+
+def _is_at(number: int, path: pathlib.Path) -> bool:
+    """Whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(number), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def publish_json(path: pathlib.Path, value: Any) -> None:
+    """`publish` a value as JSON.
+
+    Raises:
+        OSError: as `publish`.
+        ValueError: a number in it is not finite.
+    """
+    publish(path, (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode())
+
+
+def read_bytes(path: pathlib.Path, limit: int) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a pipe or a device, or larger than ``limit`` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+            raise ValueError(f"no regular file of at most {limit:,} bytes")
+        return file.read(limit)
+
+
+def read_json(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON, or JSON nested deeper than any of ours, or too much.
+    """
+    return parse_json(read_bytes(path, limit))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """A JSON value; every way in which a text is none is a ValueError, NaN and the like too."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Let the names in a folder outlive a power cut, where its file system can do so."""
+    number = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EROFS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(number)
+
+
+def sync_tree(folder: pathlib.Path) -> None:
+    """Sync every file and folder below a folder, and the folder itself."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            number = os.open(os.path.join(parent, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
+        sync_folder(pathlib.Path(parent))
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Make a folder and those above it, and let their names outlive a power cut."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
+
+
+def remove_tree(path: pathlib.Path) -> None:
+    """Remove a folder: hidden under a temporary name first, so never half of it is to be seen."""
+    hidden = path.with_name(f".{path.name}{TEMPORARY}")
+    if path != hidden and not path.name.endswith(TEMPORARY):
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(path, hidden)
+    shutil.rmtree(hidden if hidden.exists() else path, ignore_errors=True)
+
+
+def _flock(number: int, how: int) -> None:
+    """Lock an open file; a file system without locks is taken as it is.
+
+    Raises:
+        Busy: it is locked, and ``how`` says not to wait.
+    """
+    try:
+        fcntl.flock(number, how)
+    except BlockingIOError as error:
+        raise Busy from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+class Lock:
+    """A lock on a folder, held from `take` to `release` or to the end of the process.
+
+    The file ``.lock`` in the folder says who holds it; it stays, for deleting it would let two in.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, locked(pathlib.Path(folder)):
+        ...     Lock(pathlib.Path(folder)).take(wait=False)
+        Traceback (most recent call last):
+        lstmjax.files.Busy
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._path = folder / LOCK
+        self._file: IO[bytes] | None = None
+
+    def take(self, wait: bool) -> None:
+        """Take the lock; the folder is made if it is missing.
+
+        Raises:
+            Busy: another process has it, and ``wait`` is false.
+            OSError: the folder cannot be written.
+        """
+        while self._file is None:
+            self._path.parent.mkdir(exist_ok=True)
+            number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.fdopen(number, "r+b", buffering=0)
+            try:
+                _flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is_at(number, self._path):  # else who held it has removed the folder
+                    self._file = file
+            finally:
+                if self._file is None:
+                    file.close()
+        with contextlib.suppress(OSError):  # who holds it is only told
+            file.truncate()
+            file.write(f"{os.getpid()}\n".encode())
+
+    def holder(self) -> str:
+        """``"process 123"``, or ``"another process"`` where that is not known."""
+        with contextlib.suppress(OSError, ValueError):
+            return f"process {int(read_bytes(self._path, 20))}"
+        return "another process"
+
+    def release(self) -> None:
+        """Let go of the lock, if it is held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Hold a folder's `Lock` inside the block, after waiting for it."""
+    lock = Lock(folder)
+    lock.take(wait=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sweep(folder: pathlib.Path, *patterns: str) -> None:
+    """Remove temporary files whose writers are gone: those that nobody has locked."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError, Busy), open(path, "r+b") as file:
+                _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
