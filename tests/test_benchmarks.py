@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, harness, numerics, parts, problems, profile, report, worker
+from benchmarks import (
+    cells,
+    contenders,
+    harness,
+    numerics,
+    parts,
+    problems,
+    profile,
+    report,
+    worker,
+)
 from benchmarks.contenders import Contender, Job, ours, training_job
+from lstmjax.cells import GRU, LRU, LSTM, SRU, PeepholeLSTM
+from tests.references import PAPERS
 
 # --- What must stay fast -------------------------------------------------------------------------
 
@@ -216,6 +228,29 @@ def test_deviations_from_float64_get_onto_their_page(tmp_path):
     text = page.read_text()
     assert re.fullmatch(r"before\n.*## this.*\| `derived` \| bfloat16 \|.*after\n", text, re.DOTALL)
     assert "old" not in text
+
+
+def test_cells_get_into_the_table(tmp_path):
+    every = [LSTM(4), SRU(4), LRU(4)]
+    found = cells.measure(cells.Sizes(5, 2, 3, 4, 2), every)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    cells.write_page(
+        found | {"machine": report.machine(), "versions": {"jax": "1"}, "date": "now"}, page
+    )
+    rows = re.findall(r"^\| `.*", page.read_text(), re.MULTILINE)
+    engines = "`derived` | `pallas_tpu` | `pallas_gpu`"
+    assert rows[0] == f"| `LSTM` | {cells.lines_of(LSTM)} | {engines} | 1.00 |"
+    assert rows[1].startswith(f"| `SRU` ¹ | {cells.lines_of(SRU)} | `derived` | `derived` |")
+    assert len(rows) == 3
+    reasons = {row["cell"]: row["engines"]["tpu"]["reason"] for row in found["rows"]}
+    assert "LRU overrides transition" in reasons["LRU"]
+
+
+def test_every_cell_has_a_reference():
+    named = {type(cell) for cell in cells.every_cell(8)}
+    assert named == {type(paper.cell) for paper in PAPERS.values()} | {LSTM, GRU, PeepholeLSTM}
+    assert cells.lines_of(LSTM) == 10
 
 
 # --- The report ----------------------------------------------------------------------------------

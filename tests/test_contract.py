@@ -11,7 +11,24 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM, check_contract, dropped, kept
+from lstmjax.cells import (
+    GRU,
+    LSTM,
+    SRU,
+    AntisymmetricRNN,
+    Carry,
+    Cell,
+    CfC,
+    LayerNormLSTM,
+    PeepholeLSTM,
+    PhasedLSTM,
+    RecurrentDropoutLSTM,
+    VariationalLSTM,
+    ZoneoutLSTM,
+    check_contract,
+    dropped,
+    kept,
+)
 from lstmjax.errors import ContractError
 from lstmjax.precision import as_precision
 from lstmjax.recurrence import Derived, PallasGPU, PallasTPU, Scan, Workload, length_mask, unroll
@@ -402,6 +419,31 @@ def test_inputs_of_a_step_are_checked():
         unroll(Timed(H), params, x, inputs={"dt": x[..., 0], "gate": x, "td": x})
     with pytest.raises(ContractError, match=r"inputs\['gate'\] has 3 numbers a row, not 6"):
         unroll(Timed(H), params, x, inputs={"dt": x[..., 0], "gate": x})
+    params, x = draw(SRU(H))
+    with pytest.raises(ContractError, match="SRU takes x itself, too, and 6 features of it, not 3"):
+        unroll(SRU(H), params, x)
+    assert unroll(SRU(H), params, x, inputs={"x": jnp.tile(x, 2)})[0].shape == (B, T, H)
+
+
+DT = {"dt": jnp.linspace(0.1, 2, B * T).reshape(B, T)}
+
+
+@pytest.mark.parametrize(
+    ("cell", "engine", "inputs"),
+    [
+        (ZoneoutLSTM(H, zoneout_h=0.3), "pallas_tpu", None),
+        (VariationalLSTM(H), "pallas_tpu", None),
+        (LayerNormLSTM(H), "pallas_tpu", None),
+        (RecurrentDropoutLSTM(H, every="sequence"), "pallas_gpu", None),
+        (CfC(H), "pallas_gpu", DT),
+        (AntisymmetricRNN(H), "pallas_gpu", None),
+        (PhasedLSTM(H), "pallas_gpu", {"t": 5 * DT["dt"]}),
+    ],
+    ids=lambda a: type(a).__name__ if isinstance(a, Cell) else None,
+)
+def test_cells_of_papers_on_the_kernels(cell, engine, inputs):
+    keys = jax.random.key(3) if cell.noise else None
+    agree(cell, ENGINES[engine], inputs=inputs, keys=keys, **FLAGS)
 
 
 # --- Gates without recurrence or bias ------------------------------------------------------------

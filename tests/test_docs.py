@@ -43,6 +43,22 @@ def test_the_readmes_program_runs():
     assert names["final"].state.c.shape == (64, 100)
 
 
+def test_the_programs_of_the_guide_run():
+    """All in one, as a notebook; its cells keep the contract."""
+    names = {"x": jnp.ones((2, 6, 32)), "lengths": jnp.array([6, 3])}
+    for block in blocks("docs/modify_the_cell.md"):
+        if block.startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(block, dict(names), "guide", None, 0)
+            assert doctest.DocTestRunner().run(test).failed == 0
+        else:
+            exec(block, names)
+    own = {n: a for n, a in names.items() if isinstance(a, type) and issubclass(a, Cell)}
+    written = [a(8) for a in own.values() if a.__module__ == "builtins"]
+    assert len(written) > 12
+    for cell in written:
+        check_contract(cell)
+
+
 def test_a_cell_may_have_hyper_parameters_as_the_guide_says():
     class Leaky(Cell):
         gates = ("a",)

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
+from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, Workload, choose_engine, unroll
 from lstmjax.recurrence.gpu import backend
 from lstmjax.recurrence.gpu import engine as gpu_engine
@@ -57,6 +57,7 @@ CASES = {
     "Three, flags, bfloat16": Case(Three(6), flags=BOTH, precision="bfloat16"),
     "Three, flags, reverse": Case(Three(6), steps=4, flags=BOTH, reverse=True),
     "Ratio, resets, rows of padding": Case(Ratio(6), flags=("resets",)),
+    "sLSTM of two heads": Case(SLSTM(6, heads=2), steps=3, flags=("resets",), initial=False),
     "heads": Case(TwoHeads(6), steps=3),
     "heads, parts apart": Case(TwoHeadsApart(6), steps=3),
     "one step of one row": Case(LSTM(64), batch=1, steps=1),

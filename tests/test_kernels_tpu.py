@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
+from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, PallasTPU, Workload, choose_engine, unroll
 from tests.kernel_cases import (
     Case,
@@ -59,6 +59,7 @@ CASES = {
     "Ratio, resets, rows of padding": Case(Ratio(6), flags=("resets",)),
     "LayerNorm, flags": Case(LayerNorm(6), flags=BOTH),
     "LayerNorm, bfloat16, reverse": Case(LayerNorm(6), precision="bfloat16", reverse=True),
+    "sLSTM of two heads": Case(SLSTM(6, heads=2), flags=("resets",), initial=False),
     "heads": Case(TwoHeads(6)),
     "heads, parts apart, bfloat16": Case(TwoHeadsApart(6), precision="bfloat16"),
 }

@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray
 from lstmjax.cells.base import Carry, Cell, Named, NoState, Params
 from lstmjax.cells.lstm import LSTM
 from lstmjax.precision import Dot
+from lstmjax.traced import Size
 
 
 class CfC(Cell):
@@ -167,7 +168,7 @@ class LMU(Cell):
             "memory_kernel": ((self.order, "H"), glorot),
         }
 
-    def initial_carry(self, batch_size: int, dtype: Any = jnp.float32, **_: Any) -> Carry:
+    def initial_carry(self, batch_size: Size, dtype: Any = jnp.float32, **_: Any) -> Carry:
         """Zeros."""
         h = jnp.zeros((batch_size, self.hidden_size), dtype)
         return Carry(h, self.State(jnp.zeros((batch_size, self.order), dtype)))

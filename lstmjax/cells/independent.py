@@ -10,6 +10,7 @@ from jax.nn import relu, sigmoid
 
 from lstmjax.cells.base import Activation, Carry, Cell, Named, NoState, Params
 from lstmjax.precision import Dot
+from lstmjax.traced import Size
 
 
 class IndRNN(Cell):
@@ -127,7 +128,7 @@ class QRNN(Cell):
 
     def initial_carry(
         self,
-        batch_size: int,
+        batch_size: Size,
         dtype: jax.typing.DTypeLike = jnp.float32,
         *,
         params: Params | None = None,

@@ -9,6 +9,7 @@ from jax.nn import log_sigmoid, sigmoid
 
 from lstmjax.cells.base import Carry, Cell, Named, Params
 from lstmjax.precision import Dot
+from lstmjax.traced import Size
 
 
 def _gates(first: Array, m: Array, i: Array, f: Array) -> tuple[Array, Array, Array]:
@@ -100,7 +101,7 @@ class MLSTM(Cell):
         glorot = jax.nn.initializers.glorot_uniform()
         return {"gates": (("D", both), glorot), "gates_bias": ((both,), 0.0)}
 
-    def initial_carry(self, batch_size: int, dtype: Any = jnp.float32, **_: Any) -> Carry:
+    def initial_carry(self, batch_size: Size, dtype: Any = jnp.float32, **_: Any) -> Carry:
         """Zeros."""
         d = self.hidden_size // self.heads
         shapes = (d, d), (d,), ()
@@ -112,7 +113,7 @@ class MLSTM(Cell):
         own = params["step"]
         before: MLSTM.State = carry.state
         q, k, v, o = self.pre_activations(params, x, carry.h, dot)
-        q, k, v = (a.reshape(len(x), self.heads, -1) for a in (q, k, v))
+        q, k, v = (a.reshape(x.shape[0], self.heads, -1) for a in (q, k, v))
         i, f = jnp.split(dot(x, own["gates"]) + own["gates_bias"][None], 2, axis=-1)
         first = jnp.all(before.n == 0, axis=-1)
         i, f, m = _gates(first, before.m, i, f)

@@ -349,6 +349,13 @@ def _check_inputs(
             f"{name} has no step input {surplus[0]!r}; "
             f"declared are: {', '.join(declared) or 'none'}"
         )
+    if "x" in set(declared) - set(inputs):
+        width = cell.width(declared["x"], features)
+        if width != features:
+            raise ContractError(
+                f"{name} takes x itself, too, and {width} features of it, not {features}; or give "
+                "it inputs={'x': ...} of that width"
+            )
     for key, a in inputs.items():
         width, given = cell.width(declared[key], features), (*np.shape(a), 1)[len(over_time)]
         if given != width:
