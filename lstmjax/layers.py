@@ -86,7 +86,7 @@ def keys_of_call(
     return as_keys(keys, rows)
 
 
-def fold_keys(keys: AnyKeys, uses: int) -> tuple[Any, ...]:
+def fold_keys(keys: AnyKeys, uses: int) -> tuple[PyTree, ...]:
     """Fresh keys for each of several uses, all derived at once; of None, as many None.
 
     Args:
