@@ -1,6 +1,7 @@
 """What a program imports from the top, and what that costs."""
 
 import ast
+import importlib
 import pathlib
 import re
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 import pytest
 
 import lstmjax
+from lstmjax import cells
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,13 +47,19 @@ def test_every_name_can_be_imported(name):
 def test_names_for_the_editor_are_those_that_are_there():
     tree = ast.parse((ROOT / "lstmjax" / "__init__.py").read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    named = {(node.module, alias.name) for node in imports for alias in node.names}
-    assert {name for _, name in named if name != "TYPE_CHECKING"} == {*lstmjax.__all__} - {
-        "__version__"
+    named = {
+        (node.module, alias.name)
+        for node in imports
+        for alias in node.names
+        if node.module.startswith("lstmjax.")
     }
+    assert {name for _, name in named} == {*lstmjax.__all__} - {"__version__"}
     for module, name in named:
-        if module.startswith("lstmjax"):
-            assert getattr(lstmjax, name) is getattr(sys.modules[module], name)
+        assert getattr(lstmjax, name) is getattr(importlib.import_module(module), name)
+
+
+def test_every_cell_is_at_the_top():
+    assert {*cells.__all__} - {*lstmjax.__all__} == {"Params", "source_digest"}
 
 
 def test_the_version_is_that_of_the_project():

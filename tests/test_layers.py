@@ -1,14 +1,15 @@
 """Layers: dropout by rows, pooling, the convolutional front end, directions, stacks."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tolerances import assert_close, recurrence_terms
 
+from lstmjax import cells
 from lstmjax.cells import GRU, LSTM, Carry, Cell, Noise
 from lstmjax.layers import (
     Bidirectional,
@@ -25,6 +26,7 @@ from lstmjax.layers import (
 )
 from lstmjax.recurrence import length_mask, unroll
 from lstmjax.recurrence.noise import Keys, as_keys
+from tests.tolerances import assert_close, recurrence_terms
 
 
 class Echo(Cell):
@@ -249,6 +251,12 @@ LAYERS = {
     "stack": lambda cell: Stack(cell, 3, num_layers=2, bidirectional=True, **quick()),
 }
 NEAR = functools.partial(assert_close, reduction=recurrence_terms(4, 12, 10, 5, 4, gradient=False))
+
+
+def built_in_cells():
+    found = {name: getattr(cells, name) for name in cells.__all__}
+    kinds = {name: c for name, c in found.items() if isinstance(c, type) and issubclass(c, Cell)}
+    return {name: kind for name, kind in kinds.items() if kind is not Cell}
 
 
 def quick():
@@ -586,8 +594,9 @@ def test_hyper_parameters_may_be_given_to_the_layer():
             assert (arrays["kernel"] == 1).all()
             assert (arrays["recurrent_kernel"] == 2).all()
             assert one.cell == Acting(5, activation=jnp.sin, **changes)
-    layer = Recurrent(LSTM(5), 3, **quick())
-    assert layer.cell == LSTM(5)
+    assert Recurrent(LSTM(5), 3, **quick()).cell == LSTM(5)
+    built_in = Recurrent(LSTM(5), 3, activation=jnp.sin, **quick())
+    assert built_in.cell == LSTM(5, activation=jnp.sin)
 
 
 @pytest.mark.parametrize("name", ["bfloat16"])
@@ -657,3 +666,14 @@ def test_the_last_state_of_a_stack_is_that_of_its_top_layer():
     np.testing.assert_array_equal(pool(hs, finals, None, "max"), hs.max(axis=1))
     with pytest.raises(ValueError, match="at least one"):
         pool(hs, finals, None, ())
+
+
+@pytest.mark.parametrize("name", sorted(built_in_cells()))
+def test_every_cell_as_a_layer(name):
+    layer, x = Recurrent(built_in_cells()[name](4), 4, **quick()), normal(0, 2, 5, 4)
+    graphdef, _ = nnx.split(layer)
+    assert pickle.loads(pickle.dumps(graphdef)) == graphdef
+    inputs = {n: jnp.ones((2, 5, 1)) for n in layer.cell.step_inputs if n != "x"}
+    hs, final = jax.eval_shape(lambda: layer(x, keys=jax.random.key(0), inputs=inputs))
+    assert hs.shape == (2, 5, layer.output_size)
+    assert jax.tree.map(jnp.shape, layer.initial_carry(2)) == jax.tree.map(jnp.shape, final)

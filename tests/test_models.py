@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tolerances import assert_close, recurrence_terms
 
 from lstmjax.cells import GRU, LSTM, Noise
 from lstmjax.layers import Recurrent, Stack, row_keys
@@ -18,6 +17,7 @@ from lstmjax.models import Classifier, ClassifierConfig, Tagger, count_parameter
 from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.noise import Keys
 from lstmjax.training import counting_compilations
+from tests.tolerances import assert_close, recurrence_terms
 
 SMALL = {"top_words": 30, "embedding_size": 4, "hidden_size": 5}
 CONFIGS = [

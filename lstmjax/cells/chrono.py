@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from lstmjax.cells.base import Initializer, Params
@@ -23,7 +24,7 @@ def chrono(longest: int) -> Initializer:
     if longest <= 2:
         raise ValueError(f"longest must be more than 2, got {longest}")
 
-    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jnp.log(jax.random.uniform(key, shape, dtype, 1, longest - 1))
 
     return draw
