@@ -13,17 +13,54 @@ Example:
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lstmjax.cells import (
+        CIFG,
+        FGR,
         GRU,
+        JANET,
+        LMU,
+        LRU,
         LSTM,
+        MGU,
+        MLSTM,
+        NFG,
+        NIAF,
+        NIG,
+        NOAF,
+        NOG,
+        NP,
+        QRNN,
+        RGLRU,
+        SLSTM,
+        SRU,
+        AntisymmetricRNN,
         Carry,
         Cell,
+        CfC,
+        ChronoLSTM,
+        CoupledLSTM,
+        IndRNN,
+        LayerNormLSTM,
+        MinGRU,
+        MinLSTM,
+        MogrifierLSTM,
+        MultiplicativeLSTM,
         Noise,
         PeepholeLSTM,
+        PhasedLSTM,
+        ProjectedLSTM,
+        RecurrentDropoutLSTM,
+        ResetFirstGRU,
+        SimpleRNN,
+        VariationalLSTM,
+        WeightDropLSTM,
+        ZoneoutLSTM,
         check_contract,
+        chrono,
         dropped,
         kept,
         load_cell,
@@ -41,40 +78,81 @@ if TYPE_CHECKING:
     )
     from lstmjax.models import Classifier, ClassifierConfig, Tagger, count_parameters, summary
     from lstmjax.recurrence import (
+        Associative,
         Derived,
+        Keys,
         PallasGPU,
         PallasTPU,
         Scan,
+        Workload,
         choose_engine,
         length_mask,
         unroll,
     )
-    from lstmjax.recurrence.noise import Keys, row_keys
+    from lstmjax.recurrence.noise import row_keys
 
     __version__: str
 
 __all__ = [
+    "CIFG",
+    "FGR",
     "GRU",
+    "JANET",
+    "LMU",
+    "LRU",
     "LSTM",
+    "MGU",
+    "MLSTM",
+    "NFG",
+    "NIAF",
+    "NIG",
+    "NOAF",
+    "NOG",
+    "NP",
+    "QRNN",
+    "RGLRU",
+    "SLSTM",
+    "SRU",
+    "AntisymmetricRNN",
+    "Associative",
     "Bidirectional",
     "Carry",
     "Cell",
+    "CfC",
+    "ChronoLSTM",
     "Classifier",
     "ClassifierConfig",
     "ConvPool",
+    "CoupledLSTM",
     "Derived",
+    "IndRNN",
     "Keys",
+    "LayerNormLSTM",
+    "MinGRU",
+    "MinLSTM",
+    "MogrifierLSTM",
+    "MultiplicativeLSTM",
     "Noise",
     "PallasGPU",
     "PallasTPU",
     "PeepholeLSTM",
+    "PhasedLSTM",
+    "ProjectedLSTM",
     "Recurrent",
+    "RecurrentDropoutLSTM",
+    "ResetFirstGRU",
     "Scan",
+    "SimpleRNN",
     "Stack",
     "Tagger",
+    "VariationalLSTM",
+    "WeightDropLSTM",
+    "Workload",
+    "ZoneoutLSTM",
     "__version__",
     "check_contract",
     "choose_engine",
+    "chrono",
     "count_parameters",
     "dense",
     "dropout",
@@ -101,7 +179,8 @@ def __getattr__(name: str) -> object:
         found: object = importlib.import_module("importlib.metadata").version("lstmjax")
     else:
         modules = (importlib.import_module(f"lstmjax.{module}") for module in _MODULES)
-        found = next(getattr(module, name) for module in modules if hasattr(module, name))
+        places = (vars(module).get(name) for module in modules)
+        found = next(a for a in places if a is not None and not isinstance(a, ModuleType))
     globals()[name] = found
     return found
 

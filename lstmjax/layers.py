@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree
 
-from lstmjax.cells.base import Carry, Cell, Initializer, Params, start
+from lstmjax.cells.base import Activation, Carry, Cell, Initializer, Params, start
 from lstmjax.cells.contract import shapes_of
 from lstmjax.precision import DotGeneral, as_precision
 from lstmjax.recurrence import Engine, length_mask, unroll
@@ -46,7 +46,6 @@ Pooling = Literal["last", "mean", "max"]
 Merge = Literal["concat", "sum", "mean"] | Callable[[Array, Array], Array]
 OneOrBoth = Cell | tuple[Cell, Cell]
 """The recurrence, or those forward and backward."""
-Activation = Callable[[Array], Array]
 PrecisionLike = DTypeLike | jax.lax.Precision | None
 """What `lstmjax.precision.as_precision` takes."""
 AnyKeys = Keys | Array | None
@@ -86,7 +85,7 @@ def keys_of_call(
     return as_keys(keys, rows)
 
 
-def fold_keys(keys: AnyKeys, uses: int) -> tuple[Any, ...]:
+def fold_keys(keys: AnyKeys, uses: int) -> tuple[PyTree, ...]:
     """Fresh keys for each of several uses, all derived at once; of None, as many None.
 
     Args:

@@ -1,6 +1,8 @@
 """What the contract promises beyond numbers: shapes, rows, parameters, noise, messages."""
 
+import copy
 import functools
+import pickle
 from typing import NamedTuple
 
 import jax
@@ -964,3 +966,19 @@ def test_a_hyper_parameter_is_hashable():
 
     with pytest.raises(ContractError, match="hyper-parameter table is not hashable"):
         Given(H, table=jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        LSTM(H, activation=jax.nn.relu, use_bias=False),
+        LSTM(H, activation=jnp.sin, recurrent_activation=jax.nn.hard_sigmoid),
+        LSTM(H, kernel_init=jax.nn.initializers.zeros),
+        PeepholeLSTM(H),
+    ],
+    ids=repr,
+)
+def test_a_cell_can_be_pickled_and_copied(cell):
+    for again in (pickle.loads(pickle.dumps(cell)), copy.copy(cell), copy.deepcopy(cell)):
+        assert again == cell
+        assert hash(again) == hash(cell)

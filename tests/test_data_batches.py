@@ -1,5 +1,6 @@
 import itertools
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -249,3 +250,104 @@ def test_identical_rows_stay_together(seed):
 def test_hold_out_refuses_an_empty_part(fraction):
     with pytest.raises(UserError, match="fraction"):
         hold_out(make([5] * 10), fraction)
+
+
+def with_label(row, label):
+    dataset = make([3, 5, 4])
+    labels = dataset.labels.tolist()
+    labels[row] = label
+    return dataset._replace(labels=np.asarray(labels, object if label is None else None))
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, float("nan"), None, "pos"])
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_label_that_cannot_be_learned_is_named(label):
+    dataset = with_label(1, label)
+    with pytest.raises(UserError, match=r"row \d has the label .*: labels must be .* from 0 to 1"):
+        Batches(dataset, 2, boundaries=(8,))
+    if label == 2:
+        batches = Batches(dataset, 2, boundaries=(8,), num_classes=3)
+        assert max(batch.labels.max() for batch in batches.in_order()) == 2
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_labels_may_be_whole_numbers_of_any_type():
+    for kind in (bool, np.uint8, float):
+        dataset = make([3, 5, 4])
+        kept = Batches(dataset._replace(labels=dataset.labels.astype(kind)), 3, boundaries=(8,))
+        np.testing.assert_array_equal(next(kept.in_order()).labels, dataset.labels)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_a_missing_label_is_told():
+    dataset = make([3, 5, 4])
+    for labels in (dataset.labels[:2], np.append(dataset.labels, 0), dataset.labels[:, None]):
+        with pytest.raises(
+            UserError, match=r"3 rows, but labels of shape .*: give one label a row"
+        ):
+            Batches(dataset._replace(labels=labels), 2, boundaries=(8,))
+        with pytest.raises(UserError, match="give one label a row"):
+            hold_out(dataset._replace(labels=labels), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([4, -2, 4], "row 1 has the id -2: ids must be at least 0 and less than 50"),
+        ([4, 50], "row 1 has the id 50: ids must be at least 0 and less than 50"),
+        ([0.5, 1.0], r"row 1 is float64\[2\]: give a list of whole ids"),
+        ([[4, 5]], r"row 1 is int64\[1, 2\]: give a list of whole ids"),
+    ],
+)
+@pytest.mark.usefixtures("no_type_checks")
+def test_ids_that_no_table_has_are_named(ids, message):
+    dataset = make([3, 5, 4])
+    dataset.sequences[1] = np.asarray(ids)
+    with pytest.raises(UserError, match=message):
+        Batches(dataset, 2, boundaries=(8,), top_words=50)
+
+
+def test_an_empty_row_is_a_row():
+    dataset = make([3, 5, 4])
+    dataset.sequences[1] = np.zeros(0, np.int32)
+    dataset.sequences[2] = np.array([60], np.int32)
+    with pytest.raises(UserError, match="row 2 has the id 60"):
+        Batches(dataset, 2, boundaries=(8,), top_words=50)
+    assert len(Batches(dataset, 2, boundaries=(8,))) == 2
+
+
+def by_brute_force(lengths, count, multiple):
+    """The least number of steps of any choice of boundaries."""
+    longest = max(lengths)
+    ends = [*range(multiple, longest, multiple)]
+    choices = ((*some, longest) for n in range(count) for some in itertools.combinations(ends, n))
+    return min(steps_of(lengths, choice) for choice in choices)
+
+
+def steps_of(lengths, boundaries):
+    return sum(min(end for end in boundaries if end >= length) for length in lengths)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_boundaries_are_the_best_there_are(seed):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(0, 40, generator.integers(1, 30))
+    lengths[0] += 1
+    count, multiple = int(generator.integers(1, 4)), int(generator.integers(1, 9))
+    chosen = bucket_boundaries(lengths, count, multiple)
+    assert len(chosen) <= count
+    assert chosen[-1] == lengths.max()
+    assert all(end % multiple == 0 for end in chosen[:-1])
+    assert steps_of(lengths, chosen) == by_brute_force(lengths.tolist(), count, multiple)
+
+
+def test_boundaries_take_memory_of_the_lengths_not_of_their_square():
+    generator = np.random.default_rng(0)
+    many = np.append(generator.integers(1, 16_000, 2_000), 80_000)
+    tracemalloc.start()
+    try:
+        assert bucket_boundaries([80_000]) == (80_000,)
+        assert bucket_boundaries(many)[-1] == 80_000
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -160,6 +161,45 @@ def test_a_users_cell_and_bfloat16(run):
         "--epochs", 1, *SMALL,
     )  # fmt: skip
     assert result("runs/imdb-default-demo-Mine-seed0")["config"]["precision"] == "bfloat16"
+
+
+NOISY = """
+from lstmjax.cells import LSTM, kept
+
+class MyZoneout(LSTM):
+    noise = {"h": kept(0.1)}
+    uses_h = True
+
+    def step(self, pre, state, params, h, noise):
+        new, state = super().step(pre, state, params)
+        return noise.h * h + (1 - noise.h) * new, state
+
+
+class MyGaps(LSTM):
+    step_inputs = {"dt": 1}
+
+    def step(self, pre, state, params, inputs):
+        return super().step(pre, state, params)
+"""
+
+
+def test_a_cell_with_noise_trains(run):
+    pathlib.Path("mine.py").write_text(NOISY)
+    run(imdb, "--data", "demo", "--cell", "mine.py:MyZoneout", "--epochs", 1, *SMALL)
+    run(cumsum, "--cell", "mine.py:MyZoneout", "--updates", 20, "--hidden-size", 4)
+    losses = [
+        json.loads(p.read_text())["test_loss"] for p in pathlib.Path().glob("runs/*/result.json")
+    ]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+
+
+def test_a_cell_that_needs_more_than_the_data_has_leaves_no_folder(error_of):
+    pathlib.Path("mine.py").write_text(NOISY)
+    message = "error: MyGaps needs inputs={'dt': ...}"
+    for experiment in ((imdb, "--data", "demo", *SMALL), (cumsum,)):
+        assert error_of(*experiment, "--cell", "mine.py:MyGaps").startswith(message)
+    assert not pathlib.Path("runs").exists()
 
 
 def test_a_finished_run_can_be_resumed_and_another_config_is_refused(run, error_of):

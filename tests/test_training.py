@@ -22,11 +22,12 @@ import pytest
 from flax import nnx
 
 from lstmjax import stopping, training
-from lstmjax.cells import LSTM
+from lstmjax.cells import LSTM, dropped
 from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
 from lstmjax.models import Classifier, ClassifierConfig
+from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.engine import platform as platform_traced_for
 from lstmjax.training import compilation, devices, step
 from lstmjax.training.devices import replicated
@@ -76,7 +77,32 @@ def make_mesh(devices):
     return jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("batch",))
 
 
-def losses(devices):
+class Noisy(LSTM):
+    """Noise by row and step, and half of R dropped, the same for the whole batch."""
+
+    noise = {"keep": dropped(0.5)}
+
+    def prepare(self, params, key=None):
+        if key is None:
+            return params
+        kernel = params["recurrent_kernel"]
+        kept = jax.random.bernoulli(key, 0.5, kernel.shape)
+        return params | {"recurrent_kernel": jnp.where(kept, 2 * kernel, 0)}
+
+    def step(self, pre, state, params, noise):
+        h, new = super().step(pre, state, params)
+        return h * noise.keep, new
+
+
+@functools.cache
+def noisy_steps(devices):
+    config = dataclasses.replace(CONFIG, dropout_before=0.0, dropout_after=0.0)
+    model = Classifier(Noisy(5), config, engine="scan", rngs=nnx.Rngs(0))
+    optimizer = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 100)
+    return training.make_steps(model, optimizer, make_mesh(devices))
+
+
+def losses(devices, make_steps=make_steps):
     mesh = make_mesh(devices)
     functions = make_steps(mesh)
     state, found = functions.init(), []
@@ -92,6 +118,60 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_devices(devices):
     assert max(one) > 1.02 * min(one)
     # Sums of at most 8 rows in another order: a few units in the last place of float32 a step.
     np.testing.assert_allclose(many, one, rtol=2e-6)
+
+
+def test_a_cells_noise_does_not_depend_on_the_number_of_devices():
+    def steps(mesh):
+        return noisy_steps(mesh.size)
+
+    one, many = losses(1, steps), losses(4, steps)
+    np.testing.assert_allclose(many, one, rtol=2e-6)
+    functions, batch = noisy_steps(1), next(batches().epoch(0, 0))
+    still, found = float(functions.evaluate(functions.init().params, batch).loss), []
+    for key in (0, 1, 0):
+        _, sums = functions.train(functions.init(), batch, jax.random.key(key))
+        found.append(float(sums.loss))
+    assert found[0] == found[2] != found[1]
+    assert still not in found
+    assert float(functions.evaluate(functions.init().params, batch).loss) == still
+
+
+def test_training_draws_what_the_model_draws_from_the_same_keys():
+    functions, batch = noisy_steps(1), next(batches().epoch(0, 0))
+    _, sums = functions.train(functions.init(), batch, jax.random.key(3))
+    model = Classifier(
+        Noisy(5),
+        dataclasses.replace(CONFIG, dropout_before=0.0, dropout_after=0.0),
+        rngs=nnx.Rngs(0),
+    )
+    mask = length_mask(jnp.asarray(batch.lengths), batch.ids.shape[1])
+    key = jax.random.fold_in(jax.random.key(3), 0)
+    logits = np.asarray(model(jnp.asarray(batch.ids), mask, key), np.float64)
+    wanted = (np.log1p(np.exp(logits)) - logits * batch.labels) @ batch.weights
+    np.testing.assert_allclose(float(sums.loss), wanted, rtol=2e-6)
+    alone = model(jnp.asarray(batch.ids), mask, row_keys(key, 8))  # none for the whole batch
+    assert not np.allclose(alone, logits)
+
+
+def test_several_classes_are_learned():
+    rows = dataset(40)
+    labels = np.array([ids[0] % 3 for ids in rows.sequences], np.int32)
+    three = Batches(rows._replace(labels=labels), 8, boundaries=(12,), num_classes=3)
+    model = Classifier(LSTM(5), CONFIG, num_outputs=3, engine="scan", rngs=nnx.Rngs(0))
+    optimizer = training.make_optimizer(training.OptimizerConfig(), 100)
+    functions = training.make_steps(model, optimizer, make_mesh(2))
+    batch = next(three.epoch(0, 0))
+    sums = functions.evaluate(functions.init().params, batch)
+    mask = length_mask(jnp.asarray(batch.lengths), 12)
+    logits = np.asarray(model(jnp.asarray(batch.ids), mask), np.float64)
+    each = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(8), batch.labels]
+    np.testing.assert_allclose(float(sums.loss), each.sum(), rtol=2e-6)
+    assert float(sums.correct) == (logits.argmax(axis=1) == batch.labels).sum()
+    state, found = functions.init(), []
+    for _ in range(2):
+        state, sums = functions.train(state, batch, jax.random.key(0))
+        found.append(float(sums.loss))
+    assert all(map(math.isfinite, found))
 
 
 def test_mesh_takes_devices_that_divide_the_rows():
@@ -288,8 +368,10 @@ def test_no_two_streams_of_random_numbers_share_a_key():
     train = training.training_key(seed)
     rows = row_keys(jax.random.fold_in(train, 0), 16)
     streams = [*drawn, *jax.random.key_data(jax.random.split(train, 16))]
-    for keys in (rows, *fold_keys(rows, 4)):
-        streams += [*jax.random.key_data(keys)]
+    every = step._step_keys(train, jnp.int32(0), 16)
+    np.testing.assert_array_equal(jax.random.key_data(every.rows), jax.random.key_data(rows))
+    for rows, shared in (every, *fold_keys(every, 4)):
+        streams += [*jax.random.key_data(rows), jax.random.key_data(shared)]
     distinct = {tuple(np.asarray(key).tolist()) for key in streams}
     assert len(distinct) == len(streams)
 

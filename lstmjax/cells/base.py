@@ -12,8 +12,10 @@ Shapes: ``B`` rows, ``D`` input features, ``H`` units (``hidden_size``), ``G`` g
 import collections
 import dataclasses
 import functools
+import importlib
 import inspect
 import keyword
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
 
@@ -185,6 +187,10 @@ class Cell:
         named = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
         shown = [f"{f.name}={getattr(v, '__name__', repr(v))}" for f, v in named if v != f.default]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __reduce__(self) -> tuple[Callable[..., "Cell"], tuple[object, ...]]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _unpickled, (type(self), {name: _by_name(value) for name, value in fields.items()})
 
     # What a researcher writes
 
@@ -470,6 +476,28 @@ class Cell:
 
     def _split(self, pre: Array, gates: tuple[str, ...]) -> Sequence[Array]:
         return jnp.split(pre, len(gates), axis=-1)
+
+
+class _Name(NamedTuple):
+    """Where a function is found; pickle itself cannot say that of ``jnp.tanh`` and its like."""
+
+    module: str
+    name: str
+
+
+def _by_name(value: object) -> object:
+    place = _Name(getattr(value, "__module__", ""), getattr(value, "__qualname__", ""))
+    known = getattr(sys.modules.get(place.module), place.name, None)
+    return place if callable(value) and known is value else value
+
+
+def _unpickled(kind: type[Cell], fields: Mapping[str, Any]) -> Cell:
+    def found(value: Any) -> Any:
+        if not isinstance(value, _Name):
+            return value
+        return getattr(importlib.import_module(value.module), value.name)
+
+    return kind(**{name: found(value) for name, value in fields.items()})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

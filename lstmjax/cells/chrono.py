@@ -1,10 +1,10 @@
 """Biases that make an LSTM remember for as long as it has to."""
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from lstmjax.cells.base import Initializer, Params
@@ -25,7 +25,7 @@ def chrono(longest: int) -> Initializer:
     if longest <= 2:
         raise ValueError(f"longest must be more than 2, got {longest}")
 
-    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jnp.log(jax.random.uniform(key, shape, dtype, 1, longest - 1))
 
     return draw

@@ -225,7 +225,7 @@ def bucket_boundaries(
         )
     longest = int(np.max(lengths))
     whole = -(-np.maximum(lengths, 1) // multiple) * multiple
-    # Any other end than these leaves a bucket empty, or longer than its rows.
+    # An end other than these leaves a bucket empty, or longer than its rows.
     ends = np.unique(np.minimum(whole, longest))
     rows = np.searchsorted(np.sort(lengths), ends, side="right")  # rows that fit each end
     # best[m, k]: steps of all rows that fit ends[k] in m + 1 buckets; previous: the end before it

@@ -152,7 +152,7 @@ def make_steps(
         return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
 
     compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
-    places: Any = Keys(sharded(mesh), replicated(mesh))  # type: ignore[arg-type]
+    places = Keys(sharded(mesh), replicated(mesh))  # type: ignore[arg-type]
     keys_of = compiled(_step_keys, static_argnums=2, out_shardings=places)
     gradient, evaluation = compiled(gradient_of), compiled(evaluation_of)
     update = compiled(_update(optimizer), donate_argnums=0)
@@ -161,7 +161,7 @@ def make_steps(
         keys = keys_of(key, state.step, batch.ids.shape[0])
         return update(state, *gradient(state.params, batch, keys))
 
-    def lower_train(state: TrainState, batch: Batch, key: Any) -> Any:
+    def lower_train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> jax.stages.Lowered:
         keys = keys_of.eval_shape(key, state.step, batch.ids.shape[0])
         return gradient.lower(state.params, batch, keys)
 
@@ -190,16 +190,18 @@ class _Calls:
         lower: gives for its arguments, or their shapes, what is to be compiled for them.
     """
 
-    def __init__(self, call: Callable[..., Any], lower: Callable[..., Any]) -> None:
+    def __init__(
+        self, call: Callable[..., PyTree], lower: Callable[..., jax.stages.Lowered]
+    ) -> None:
         functools.update_wrapper(self, call)
         self._call, self._lower = call, lower
-        self._under_way: collections.deque[Any] = collections.deque()
-        self._others: list[Any] = []
-        self._made: dict[tuple[int, ...], Future[Any]] = {}
+        self._under_way: collections.deque[Array] = collections.deque()
+        self._others: list[PyTree] = []
+        self._made: dict[tuple[int, ...], Future[jax.stages.Compiled]] = {}
         self._cores = usable_cores()
         self._threads = ThreadPoolExecutor(self._cores, thread_name_prefix="compile")
 
-    def __call__(self, first: Any, batch: Batch, *more: Any) -> Any:
+    def __call__(self, first: PyTree, batch: Batch, *more: PyTree) -> PyTree:
         self._others = self._others or [jax.tree.map(_shape, a) for a in (first, *more)]
         if batch.ids.shape not in self._made:
             self._make(batch)
@@ -227,7 +229,7 @@ class _Calls:
         self._made[batch.ids.shape] = self._threads.submit(lowered.compile)
 
 
-def _shape(a: Any) -> Any:
+def _shape(a: PyTree) -> PyTree:
     """Of an array on devices; anything else stays."""
     on_devices = isinstance(a, Array)
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) if on_devices else a
@@ -269,7 +271,7 @@ def _summed_over_devices(sums_of: _SumsOf, mesh: Mesh) -> tuple[_GradientOf, _Ev
         return lax.psum(sums_of(params, batch, None)[1], BATCH)
 
     rows, whole = PartitionSpec(BATCH), PartitionSpec()
-    keys: Any = Keys(rows, whole)  # type: ignore[arg-type]
+    keys = Keys(rows, whole)  # type: ignore[arg-type]
     # check_vma=False: with it, replicated parameters get their sum inside the time loop.
     spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=whole, check_vma=False)
     return (
