@@ -1,6 +1,5 @@
 """Biases that make an LSTM remember for as long as it has to."""
 
-
 import jax
 import jax.numpy as jnp
 from jax import Array
