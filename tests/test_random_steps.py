@@ -1,7 +1,7 @@
 """Every engine against the plain scan on random steps, values and all gradients.
 
-``LSTMJAX_RANDOM_STEPS`` says on how many, 8 by default and the same ones every time; ``make test-slow``
-takes 200, ``make test-random`` 5,000.
+``LSTMJAX_RANDOM_STEPS`` says on how many, 8 by default and the same ones every time;
+``make test-slow`` takes 200, ``make test-random`` 5,000.
 """
 
 import os
