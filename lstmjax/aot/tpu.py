@@ -134,7 +134,8 @@ def cell_programs(
 
     whole, rows, time_major = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(None, BATCH)
     ins, outs = (whole, time_major, rows, time_major), (time_major, rows)
-    out = jax.eval_shape(forward, params, xs, initial, more)
+    with jax.set_mesh(mesh):  # which says that this is for a TPU
+        out = jax.eval_shape(forward, params, xs, initial, more)
 
     def placed(specs: Any, values: Any) -> Any:
         return tuple(on_mesh(mesh, v, s) for v, s in zip(values, specs, strict=True))
