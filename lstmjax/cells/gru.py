@@ -1,6 +1,6 @@
 """The gated recurrent unit, with the reset gate after the recurrent product and before it."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from jax import Array
@@ -70,7 +70,7 @@ class ResetFirstGRU(Cell):
     recurrent_gates = ("r", "z")
     step_params: ClassVar = {"candidate_kernel": (("H", "H"), jax.nn.initializers.orthogonal())}
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         h = carry.h
         pre = self.pre_activations(params, x, h, dot)
