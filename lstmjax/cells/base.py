@@ -205,6 +205,9 @@ class Cell:
             cls.gates = names
         try:
             dataclasses.dataclass(frozen=True, repr=False, kw_only=True)(cls)
+            # As if not done yet, for those who write @dataclass themselves.
+            del cls.__setattr__, cls.__delattr__
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
         except ValueError as error:
             raise ContractError(
                 f"cell {cls.__name__}: {error}. A hyper-parameter must be hashable: make an array "
@@ -522,6 +525,15 @@ class Cell:
 
     def _split(self, pre: Array, gates: tuple[str, ...]) -> Sequence[Array]:
         return jnp.split(pre, len(gates), axis=-1)
+
+
+def _frozen(cell: Cell, name: str, *value: object) -> None:
+    raise dataclasses.FrozenInstanceError(
+        f"{type(cell).__name__}.{name}: a cell cannot be changed; use dataclasses.replace"
+    )
+
+
+Cell.__setattr__ = Cell.__delattr__ = _frozen  # type: ignore[assignment,method-assign]
 
 
 class _Name(NamedTuple):

@@ -24,7 +24,7 @@ _INDEX = "rows.npz"
 
 def write_rows(
     folder: pathlib.Path,
-    rows: Iterable[tuple[Int32[np.ndarray, " steps"], int]],
+    rows: Iterable[tuple[Int32[np.ndarray, " _"], int]],
     shard_rows: int = 100_000,
 ) -> None:
     """Write rows to a new folder, one after the other; all of them or none.
