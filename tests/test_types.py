@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import sigmoid
 
-from lstmjax.cells import Cell, Params
-from lstmjax.cells.base import Named
+from lstmjax.cells import Carry, Cell, Params
+from lstmjax.cells.base import Named, NoState, Parts
+from lstmjax.precision import Dot
 
 
 class Gains(Protocol):
@@ -57,6 +58,32 @@ class Mine(Cell):
         reveal_type(params["step"]["g"])  # Array
         params["kernle"]  # error: TypedDict "Params" has no key "kernle"
         return {**params, "kernel": 2 * params["kernel"]}
+
+
+class Whole(Cell):
+    gates = ("f",)
+
+    class State(NamedTuple):
+        c: Array
+
+    def transition(
+        self, params: Params, x: Array, carry: Carry[State], dot: Dot, **more: Named
+    ) -> Carry[State]:
+        carry.state.d  # error: "State" has no attribute "d"
+        h, state = super().transition(params, x, carry, dot, **more)
+        reveal_type(carry.state.c)  # Array
+        return Carry(h, state)
+
+
+class Apart(Cell):
+    parts_apart = True
+
+    class Gates(NamedTuple):
+        f: Array
+
+    def step(self, pre: Parts[Gates], state: NoState, params: Named) -> tuple[Array, NoState]:
+        pre.x.g  # error: "Gates" has no attribute "g"
+        return pre.x.f + pre.h.f, state
 
 
 class Short(Cell):

@@ -21,9 +21,11 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
+    Generic,
     NamedTuple,
     TypeAlias,
     TypedDict,
+    TypeVar,
     dataclass_transform,
 )
 
@@ -80,7 +82,14 @@ else:
     """A class of named arrays, a `typing.NamedTuple`."""
 
 
-class Carry(NamedTuple):
+StateT = TypeVar("StateT")
+"""A cell's own `Cell.State`: ``Carry[State]`` in a `Cell.transition` of its own."""
+
+GatesT = TypeVar("GatesT")
+"""A cell's own `Cell.Gates`, or `Named`."""
+
+
+class Carry(NamedTuple, Generic[StateT]):
     """What passes from one time step to the next.
 
     Attributes:
@@ -89,18 +98,22 @@ class Carry(NamedTuple):
     """
 
     h: Array
-    state: Any
+    state: StateT
 
 
 class NoState(NamedTuple):
     """The state of a cell that has nothing but its hidden state (a GRU, say)."""
 
 
-class Parts(NamedTuple):
+class Parts(NamedTuple, Generic[GatesT]):
     """Pre-activations of a cell that declares ``parts_apart``: input part and recurrent part."""
 
-    x: Named
-    h: Named
+    x: GatesT
+    h: GatesT
+
+
+# For beartype, which checks types in the tests and knows no named tuples that are generic.
+del Carry.__orig_bases__, Parts.__orig_bases__  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -452,7 +465,9 @@ class Cell:
         out = out.reshape(-1, self.heads, gates, block).swapaxes(1, 2)
         return out.reshape(-1, gates * self.hidden_size)
 
-    def apply_step(self, pre: Named | Parts, carry: Carry, params: Params, **more: Named) -> Carry:
+    def apply_step(
+        self, pre: Named | Parts[Named], carry: Carry, params: Params, **more: Named
+    ) -> Carry:
         """Call ``step`` with the arguments that the cell declares."""
         h = (carry.h,) if self.uses_h else ()
         return as_carry(self, self.step(pre, carry.state, self.seen(params), *h, **more))

@@ -123,7 +123,9 @@ class AntisymmetricRNN(Cell):
         m = r - r.T - self.gamma * jnp.eye(len(r), dtype=r.dtype)
         return {**params, "recurrent_kernel": m}
 
-    def step(self, pre: Parts, state: NoState, params: Named, h: Array) -> tuple[Array, NoState]:
+    def step(
+        self, pre: Parts[Named], state: NoState, params: Named, h: Array
+    ) -> tuple[Array, NoState]:
         """The equation above."""
         change = sigmoid(pre.x.z + pre.h.a) * jnp.tanh(pre.x.a + pre.h.a)
         return h + self.epsilon * change, state

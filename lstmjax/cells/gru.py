@@ -35,7 +35,9 @@ class GRU(Cell):
     parts_apart = True
     uses_h = True
 
-    def step(self, pre: Parts, state: NoState, params: Named, h: Array) -> tuple[Array, NoState]:
+    def step(
+        self, pre: Parts[Named], state: NoState, params: Named, h: Array
+    ) -> tuple[Array, NoState]:
         """The equations above."""
         r = self.recurrent_activation(pre.x.r + pre.h.r)
         z = self.recurrent_activation(pre.x.z + pre.h.z)

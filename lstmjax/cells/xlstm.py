@@ -109,10 +109,12 @@ class MLSTM(Cell):
         state = (jnp.zeros((batch_size, self.heads, *shape), dtype) for shape in shapes)
         return Carry(jnp.zeros((batch_size, self.hidden_size), dtype), self.State(*state))
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
+    def transition(
+        self, params: Params, x: Array, carry: Carry[State], dot: Dot, **more: Named
+    ) -> Carry[State]:
         """The equations above."""
         own = params["step"]
-        before: MLSTM.State = carry.state
+        before = carry.state
         q, k, v, o = self.pre_activations(params, x, carry.h, dot)
         q, k, v = (a.reshape(x.shape[0], self.heads, -1) for a in (q, k, v))
         i, f = jnp.split(dot(x, own["gates"]) + own["gates_bias"][None], 2, axis=-1)

@@ -76,7 +76,7 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
 
     def one_step(*given: PyTree) -> Carry:
         args: StepArguments = StepArguments(*given)
-        pre: Named | Parts = cell.named(args.pre[:count])
+        pre: Named | Parts[Named] = cell.named(args.pre[:count])
         if cell.parts_apart:
             apart = _record("gate with recurrence", cell.recurrent)(*args.pre[count:])
             pre = Parts(cell.named(args.pre[:count]), apart)
