@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from lstmjax.cells.base import Cell
 from lstmjax.layers import ConvPool, Recurrent, Stack, dense, dropout, embedding, fold_keys, pool
-from lstmjax.layers.base import Dtypes, Options, PrecisionLike
+from lstmjax.layers.base import Dtypes, Options
 from lstmjax.layers.keys import AnyKeys, AnyRngs, check_rates, keys_of_call
 from lstmjax.layers.pooling import Pooling, pooling_kinds
 from lstmjax.layers.stack import stages
+from lstmjax.precision import PrecisionLike
 from lstmjax.recurrence import Engine
 from lstmjax.recurrence.noise import Keys
 

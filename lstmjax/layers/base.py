@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypedDict
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -14,12 +13,11 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from lstmjax.cells.base import Activation, Carry, Initializer
 from lstmjax.layers.keys import AnyKeys, AnyRngs, keys_of_call
+from lstmjax.precision import PrecisionLike
 from lstmjax.recurrence import Engine, length_mask
 from lstmjax.recurrence.noise import Keys
 from lstmjax.recurrence.unroll import Padding
 
-PrecisionLike = DTypeLike | jax.lax.Precision | None
-"""What `lstmjax.precision.as_precision` takes."""
 Carries: TypeAlias = PyTree
 """A `Carry`; of both directions a pair of them; of a stack a list, an entry a layer."""
 

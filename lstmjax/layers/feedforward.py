@@ -7,8 +7,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, PRNGKeyArray
 
-from lstmjax.layers.base import PrecisionLike, cleared
-from lstmjax.precision import DotGeneral, as_precision
+from lstmjax.layers.base import cleared
+from lstmjax.precision import DotGeneral, PrecisionLike, as_precision
 
 
 class ConvPool(nnx.Module):

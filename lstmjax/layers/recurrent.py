@@ -14,8 +14,8 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from lstmjax.cells.base import Activation, Carry, Cell, Initializer, Params, start
 from lstmjax.cells.contract import shapes_of
-from lstmjax.layers.base import Layer, Options, PrecisionLike, Unrolled
-from lstmjax.precision import as_precision
+from lstmjax.layers.base import Layer, Options, Unrolled
+from lstmjax.precision import PrecisionLike, as_precision
 from lstmjax.recurrence import Engine, unroll
 from lstmjax.recurrence.noise import Keys
 

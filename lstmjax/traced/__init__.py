@@ -12,34 +12,43 @@ together is `MixedRows`, one without a rule here `NoRule`.
 
 from lstmjax.traced.operations import (
     INLINED,
+    AnyArray,
+    Atom,
     MixedRows,
     NoRule,
     Size,
+    aval_of,
     bind_as_traced,
     callee,
     is_literal,
     live,
     needed,
+    shape_of,
     vary_alike,
 )
 from lstmjax.traced.program import Program, trace
 from lstmjax.traced.rules import unknown
-from lstmjax.traced.runner import AsTraced, Runner, Value
+from lstmjax.traced.runner import AsTraced, Hook, Runner, Value
 
 __all__ = [
     "INLINED",
+    "AnyArray",
     "AsTraced",
+    "Atom",
+    "Hook",
     "MixedRows",
     "NoRule",
     "Program",
     "Runner",
     "Size",
     "Value",
+    "aval_of",
     "bind_as_traced",
     "callee",
     "is_literal",
     "live",
     "needed",
+    "shape_of",
     "trace",
     "unknown",
     "vary_alike",

@@ -2,15 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 from jaxtyping import PyTree
 
 from lstmjax.traced.elementwise import elementwise_axes
-from lstmjax.traced.operations import INLINED, AnyArray, NoRule, callee, is_product, name_of
+from lstmjax.traced.operations import (
+    INLINED,
+    AnyArray,
+    NoRule,
+    aval_of,
+    callee,
+    is_product,
+    name_of,
+)
 from lstmjax.traced.runner import AsTraced, Hook, Layout, Runner, Value
 
 
@@ -27,14 +35,14 @@ class Program:
         out_rows: likewise of each output; the first axis of all where nothing is said.
     """
 
-    closed: Any
-    structure: Any
+    closed: ClosedJaxpr
+    structure: jax.tree_util.PyTreeDef
     rows: tuple[int | None, ...]
     sums: bool = False
     out_rows: tuple[int | None, ...] | None = None
 
     @property
-    def consts(self) -> Sequence[Any]:
+    def consts(self) -> Sequence[AnyArray]:
         """Arrays that the function closed over."""
         return self.closed.consts
 
@@ -45,7 +53,7 @@ class Program:
     def evaluate(
         self,
         leaves: Sequence[AnyArray],
-        consts: Sequence[Any] | None = None,
+        consts: Sequence[AnyArray] | None = None,
         hook: "Hook | None" = None,
     ) -> PyTree:
         """As traced, with the constants given, or its own; what ``hook`` takes, it computes."""
@@ -67,7 +75,7 @@ class Program:
         self,
         layout: Layout,
         *args: PyTree,
-        consts: Sequence[Any] | None = None,
+        consts: Sequence[AnyArray] | None = None,
         valid: Array | None = None,
     ) -> PyTree:
         """Run with the rows first or last, any number of them.
@@ -90,7 +98,7 @@ class Program:
         outs = runner.evaluate(self.closed.jaxpr, consts, values)
         rows = self.out_rows or (0,) * len(outs)
         arrays = [
-            runner.leave(value, row, var.aval)
+            runner.leave(value, row, aval_of(var))
             for value, row, var in zip(outs, rows, self.closed.jaxpr.outvars, strict=True)
         ]
         return jax.tree.unflatten(self.structure, arrays)
@@ -102,7 +110,7 @@ class Program:
             MixedRows: it brings rows together.
         """
 
-        def run(*leaves: Array) -> Any:
+        def run(*leaves: Array) -> PyTree:
             placed = [
                 a if row is None else jnp.moveaxis(a, row, 0 if layout == "first" else -1)
                 for a, row in zip(leaves, self.rows, strict=True)
@@ -164,16 +172,16 @@ def trace(function: Callable[..., PyTree], *args: PyTree, rows: PyTree = 0) -> P
     return Program(closed, structure, axes)
 
 
-def _opens(eqn: Any) -> bool:
+def _opens(eqn: JaxprEqn) -> bool:
     """Whether an operation is a call without a derivative of its own, nor a product by name."""
     name = name_of(eqn)
     return name in INLINED and not name.startswith("custom_") and not is_product(eqn)
 
 
-def _opened(closed: Any, leaves: Sequence[Array]) -> list[Any]:
+def _opened(closed: ClosedJaxpr, leaves: Sequence[Array]) -> list[AnyArray]:
     """A jaxpr's outputs, its calls opened."""
 
-    def open_call(eqn: Any, ins: list[Value]) -> list[Value] | None:
+    def open_call(eqn: JaxprEqn, ins: list[Value]) -> list[Value] | None:
         return runner.evaluate(*callee(eqn), ins) if _opens(eqn) else None
 
     runner = AsTraced(open_call)

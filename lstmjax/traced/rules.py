@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from lstmjax.traced.operations import (
     ELEMENTWISE,
@@ -14,12 +14,14 @@ from lstmjax.traced.operations import (
     MixedRows,
     NoRule,
     Size,
+    aval_of,
     bind,
     broadcast,
     callee,
     is_product,
     name_of,
     needed,
+    shape_of,
     shrunk,
 )
 from lstmjax.traced.runner import RULES, Runner, Value, rule
@@ -40,7 +42,7 @@ _REDUCTIONS = frozenset(
 _CUMULATIVE = frozenset(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"])
 
 
-def unknown(jaxpr: Any) -> str | None:
+def unknown(jaxpr: Jaxpr) -> str | None:
     """The name of an operation without a rule for other layouts, calls opened; None if all have."""
     for eqn in needed(jaxpr):
         name = name_of(eqn)
@@ -55,7 +57,7 @@ def unknown(jaxpr: Any) -> str | None:
 
 
 @rule("broadcast_in_dim")
-def _broadcast_in_dim(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _broadcast_in_dim(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     """New axes get size 1: whoever combines them with others broadcasts them."""
     value, places = ins[0], [int(a) for a in eqn.params["broadcast_dimensions"]]
     sizes = [1] * len(eqn.params["shape"])
@@ -71,16 +73,16 @@ def _broadcast_in_dim(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 @rule("iota")
-def _iota(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _iota(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     shape, dimension = eqn.params["shape"], eqn.params["dimension"]
     sizes = [n if axis == dimension else 1 for axis, n in enumerate(shape)]
     return Value(lax.broadcasted_iota(eqn.params["dtype"], sizes, dimension))
 
 
 @rule("reshape")
-def _reshape(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _reshape(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     value, new = ins[0], eqn.params["new_sizes"]
-    old = eqn.invars[0].aval.shape
+    old = shape_of(eqn.invars[0])
     if eqn.params.get("dimensions") is not None:
         raise NoRule(f"it uses reshape with dimensions{runner.line(eqn)}")
     if value.row is None:
@@ -94,7 +96,7 @@ def _reshape(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     if not places:
         raise MixedRows(f"reshape merges the rows with another axis{runner.line(eqn)}")
     row = places[0]
-    array = runner.whole(value, eqn.invars[0].aval).array
+    array = runner.whole(value, aval_of(eqn.invars[0])).array
     rows = array.shape[0 if runner.first else -1]
     others = [n for axis, n in enumerate(new) if axis != row]
     return Value(array.reshape([rows, *others] if runner.first else [*others, rows]), row)
@@ -112,7 +114,7 @@ def _reshape_rowless(value: Value, old: Sequence[Size], new: Sequence[Size]) -> 
 
 
 @rule("squeeze")
-def _squeeze(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _squeeze(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     value, gone = ins[0], set(eqn.params["dimensions"])
     if value.row in gone:
         raise NoRule(f"it takes the only row out of its batch{runner.line(eqn)}")
@@ -122,7 +124,7 @@ def _squeeze(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 @rule("expand_dims")
-def _expand_dims(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _expand_dims(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     value = ins[0]
     traced = lax.expand_dims(runner.traced(value), eqn.params["dimensions"])
     new = {axis % traced.ndim for axis in eqn.params["dimensions"]}
@@ -131,7 +133,7 @@ def _expand_dims(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 @rule("transpose")
-def _transpose(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _transpose(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     value, order = ins[0], [int(a) for a in eqn.params["permutation"]]
     if value.row is None:
         return Value(jnp.transpose(value.array, order))
@@ -141,8 +143,8 @@ def _transpose(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 @rule(*_REDUCTIONS)
-def _reduce(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
-    value = runner.whole(ins[0], eqn.invars[0].aval)
+def _reduce(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
+    value = runner.whole(ins[0], aval_of(eqn.invars[0]))
     axes = tuple(int(a) for a in eqn.params["axes"])
     params = dict(eqn.params)
     if "out_sharding" in params:
@@ -155,53 +157,53 @@ def _reduce(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     else:
         row = None if value.row is None else value.row - sum(axis < value.row for axis in axes)
     params["axes"] = tuple(sorted(runner.axis(value, axis) for axis in axes))
-    return Value(bind(eqn, [value.array], params), row)
+    return Value(bind(eqn, [value.array], params)[0], row)
 
 
 @rule(*_CUMULATIVE)
-def _cumulative(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _cumulative(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     return _along(runner, eqn, ins, "axis")[0]
 
 
 @rule("sort")
-def _sort(runner: Runner, eqn: Any, ins: list[Value]) -> list[Value]:
+def _sort(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
     return _along(runner, eqn, ins, "dimension")
 
 
 @rule("split")
-def _split(runner: Runner, eqn: Any, ins: list[Value]) -> list[Value]:
+def _split(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
     return _along(runner, eqn, ins, "axis")
 
 
 @rule("concatenate")
-def _concatenate(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _concatenate(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     return _along(runner, eqn, ins, "dimension")[0]
 
 
 @rule("top_k", "approx_top_k")
-def _top_k(runner: Runner, eqn: Any, ins: list[Value]) -> list[Value]:
-    value, rank = ins[0], len(eqn.invars[0].aval.shape)
+def _top_k(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
+    value, rank = ins[0], len(shape_of(eqn.invars[0]))
     axis = eqn.params.get("axis", rank - 1) % rank
     if "axis" in eqn.params or runner.axis(value, axis) == rank - 1:
         return _along(runner, eqn, ins, "axis")
-    whole = runner.whole(value, eqn.invars[0].aval)
+    whole = runner.whole(value, aval_of(eqn.invars[0]))
     outs = bind(eqn, [runner.traced(whole)])
     return [runner.kept(a, value.row) for a in outs]
 
 
-def _along(runner: Runner, eqn: Any, ins: list[Value], name: str) -> list[Value]:
+def _along(runner: Runner, eqn: JaxprEqn, ins: list[Value], name: str) -> list[Value]:
     """An operation along one axis that is not the rows'."""
     rows = {value.row for value in ins if value.row is not None}
     if len(rows) > 1:
         raise MixedRows(f"{name_of(eqn)} takes the rows along two axes at once{runner.line(eqn)}")
     row = rows.pop() if rows else None
-    rank = len(eqn.invars[0].aval.shape)
+    rank = len(shape_of(eqn.invars[0]))
     axis = int(eqn.params.get(name, rank - 1)) % rank
     if axis == row:
         raise MixedRows(f"{name_of(eqn)} along the rows{runner.line(eqn)}")
     arrays = []
     for value, atom in zip(ins, eqn.invars, strict=True):
-        array = runner.whole(value, atom.aval).array
+        array = runner.whole(value, aval_of(atom)).array
         if value.row is None and row is not None:
             array = runner.kept(shrunk(array), row).array
         arrays.append(array)
@@ -219,14 +221,12 @@ def _along(runner: Runner, eqn: Any, ins: list[Value], name: str) -> list[Value]
     params = dict(eqn.params)
     if name in params:
         params[name] = runner.axis(Value(arrays[0], row), axis)
-    outs = bind(eqn, arrays, params)
-    outs = outs if eqn.primitive.multiple_results else [outs]
-    return [Value(a, row) for a in outs]
+    return [Value(a, row) for a in bind(eqn, arrays, params)]
 
 
 @rule("rev")
-def _rev(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
-    value = runner.whole(ins[0], eqn.invars[0].aval)
+def _rev(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
+    value = runner.whole(ins[0], aval_of(eqn.invars[0]))
     if value.row in eqn.params["dimensions"]:
         raise MixedRows(f"rev turns the rows round{runner.line(eqn)}")
     return Value(
@@ -235,8 +235,8 @@ def _rev(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 @rule("slice")
-def _slice(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
-    value, shape = runner.whole(ins[0], eqn.invars[0].aval), eqn.invars[0].aval.shape
+def _slice(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
+    value, shape = runner.whole(ins[0], aval_of(eqn.invars[0])), shape_of(eqn.invars[0])
     start, limit = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(shape)
     row = value.row
@@ -252,8 +252,8 @@ def _slice(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 @rule("pad")
-def _pad(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
-    value = runner.whole(ins[0], eqn.invars[0].aval)
+def _pad(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
+    value = runner.whole(ins[0], aval_of(eqn.invars[0]))
     config = eqn.params["padding_config"]
     if value.row is not None and tuple(config[value.row]) != (0, 0, 0):
         raise MixedRows(f"pad adds rows{runner.line(eqn)}")
@@ -263,14 +263,18 @@ def _pad(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     return Value(lax.pad(value.array, ins[1].array, [config[axis] for axis in order]), value.row)
 
 
+_Sides = Sequence[Sequence[int]]
+"""Axes of the left operand, and of the right one."""
+
+
 @rule("dot_general")
-def _dot_general(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
+def _dot_general(runner: Runner, eqn: JaxprEqn, ins: list[Value]) -> Value:
     """The rows come where the rows of the layout are; anything else is as traced."""
     (contract, batch), rank = (
         eqn.params["dimension_numbers"],
-        [len(atom.aval.shape) for atom in eqn.invars],
+        [len(shape_of(atom)) for atom in eqn.invars],
     )
-    ins = [runner.whole(v, atom.aval) for v, atom in zip(ins, eqn.invars, strict=True)]
+    ins = [runner.whole(v, aval_of(atom)) for v, atom in zip(ins, eqn.invars, strict=True)]
     free = [
         [a for a in range(n) if a not in c and a not in b]
         for n, c, b in zip(rank, contract, batch, strict=True)
@@ -289,7 +293,7 @@ def _dot_general(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
     params["dimension_numbers"] = tuple(
         tuple(tuple(int(a) for a in side) for side in part) for part in places
     )
-    out = bind(eqn, [arrays[sides[0]], arrays[sides[1]]], params)
+    (out,) = bind(eqn, [arrays[sides[0]], arrays[sides[1]]], params)
     if row is None:
         return Value(out)
     # What came out, axis by axis, as axes of the traced result; then into the order of the layout.
@@ -313,21 +317,21 @@ def _dot_general(runner: Runner, eqn: Any, ins: list[Value]) -> Value:
 
 
 def _product_row(
-    runner: Runner, eqn: Any, ins: list[Value], contract: Any, batch: Any, free: Any
+    runner: Runner, eqn: JaxprEqn, ins: list[Value], contract: _Sides, batch: _Sides, free: _Sides
 ) -> tuple[int | None, bool]:
     """Which axis of the product the rows are, and whether it sums over rows."""
-    left, right = ins[0].row, ins[1].row
+    rows = [(side, value.row) for side, value in enumerate(ins) if value.row is not None]
     count = len(batch[0])
-    if left is None and right is None:
+    if not rows:
         return None, False
-    if left is not None and right is not None:
-        if (left, right) in zip(*batch, strict=True):
-            return list(batch[0]).index(left), False
-        if runner.sums and (left, right) in zip(*contract, strict=True):
+    if len(rows) == 2:
+        pair = rows[0][1], rows[1][1]
+        if pair in zip(*batch, strict=True):
+            return list(batch[0]).index(pair[0]), False
+        if runner.sums and pair in zip(*contract, strict=True):
             return None, True
         raise MixedRows(f"dot_general multiplies rows with rows{runner.line(eqn)}")
-    side = 0 if right is None else 1
-    row = left if right is None else right
+    ((side, row),) = rows
     if row in free[side]:
         return count + len(free[0]) * side + free[side].index(row), False
     if runner.sums and row in contract[side]:

@@ -2,20 +2,24 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import ShapedArray
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from lstmjax.errors import user_line
 from lstmjax.traced.operations import (
     ELEMENTWISE,
     INLINED,
     AnyArray,
+    Atom,
     MixedRows,
     NoRule,
     Size,
+    aval_of,
     bind,
     bind_as_traced,
     broadcast,
@@ -24,6 +28,7 @@ from lstmjax.traced.operations import (
     name_of,
     needed,
     number,
+    shape_of,
     shrunk,
 )
 
@@ -34,7 +39,7 @@ try:  # JAX' own way to say which line an operation was written on; not for the 
     from jax._src.source_info_util import user_context
 except ImportError:
 
-    def user_context(*_: Any, **__: Any) -> Any:  # type: ignore[no-redef]
+    def user_context(*_: object) -> contextlib.AbstractContextManager[None]:  # type: ignore[no-redef]
         """Without it, JAX' messages name a line of this package."""
         return contextlib.nullcontext()
 
@@ -48,9 +53,12 @@ class Value(NamedTuple):
             where it has none: the other axes are then where they were.
     """
 
-    array: Any
+    array: AnyArray
     row: int | None = None
 
+
+_UNWANTED = Value(cast(AnyArray, np.zeros(())))
+"""In place of an output that nobody asks for."""
 
 _LAZY = ELEMENTWISE | {"broadcast_in_dim", "iota", "reshape", "squeeze", "expand_dims", "transpose"}
 
@@ -61,11 +69,15 @@ class Runner:
     def __init__(self, layout: Layout, sums: bool = False, valid: Array | None = None) -> None:
         self.first, self.sums, self.valid = layout == "first", sums, valid
         self.hook: Hook | None = None
-        self.outer: Any = None
+        self.outer: JaxprEqn | None = None
         self.batch = 1
 
     def evaluate(
-        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value], wanted: Any = None
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[AnyArray],
+        args: Sequence[Value],
+        wanted: Sequence[bool] | None = None,
     ) -> list[Value]:
         """The outputs of a jaxpr."""
         known: dict[int, Value] = {}
@@ -75,29 +87,29 @@ class Runner:
             known[id(var)] = value
         self.execute(needed(jaxpr, wanted), known)
         return [
-            self.read(var, known) if want else Value(None)
+            self.read(var, known) if want else _UNWANTED
             for var, want in zip(jaxpr.outvars, wanted or [True] * len(jaxpr.outvars), strict=True)
         ]
 
-    def execute(self, eqns: Sequence[Any], known: dict[int, Value]) -> None:
+    def execute(self, eqns: Sequence[JaxprEqn], known: dict[int, Value]) -> None:
         """Run operations on the variables known, by their identity, which become more."""
         for eqn in eqns:
-            outermost = self.outer is None  # inside a call lines may be those of an earlier caller
-            self.outer = eqn if outermost else self.outer
+            outer = self.outer
+            self.outer = outer or eqn  # inside a call lines may be those of an earlier caller
             with user_context(self.outer.source_info.traceback):
                 outs = self.equation(eqn, [self.read(atom, known) for atom in eqn.invars])
             known.update((id(var), out) for var, out in zip(eqn.outvars, outs, strict=True))
-            self.outer = None if outermost else self.outer
+            self.outer = outer
 
-    def line(self, eqn: Any) -> str:
+    def line(self, eqn: JaxprEqn) -> str:
         """Where in a user's program an operation came from."""
-        return user_line(eqn if self.outer is None else self.outer)
+        return user_line(self.outer or eqn)
 
-    def read(self, atom: Any, known: dict[int, Value]) -> Value:
+    def read(self, atom: Atom, known: dict[int, Value]) -> Value:
         """The value of a variable, or of a number in the program."""
         return Value(number(atom)) if is_literal(atom) else known[id(atom)]
 
-    def equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def equation(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
         """The outputs of one operation."""
         name = eqn.primitive.name
         if self.hook is not None and (taken := self.hook(eqn, ins)) is not None:
@@ -108,7 +120,7 @@ class Runner:
             return self.evaluate(jaxpr, consts, ins)
         if rowless and name not in _LAZY:
             arrays = [
-                self.whole(value, atom.aval).array
+                self.whole(value, aval_of(atom)).array
                 for value, atom in zip(ins, eqn.invars, strict=True)
             ]
             return [Value(a) for a in bind_as_traced(eqn, arrays)]
@@ -129,7 +141,7 @@ class Runner:
             self.batch = array.shape[0 if self.first else -1]
         return Value(array, row)
 
-    def leave(self, value: Value, row: int | None, aval: Any) -> AnyArray:
+    def leave(self, value: Value, row: int | None, aval: ShapedArray) -> AnyArray:
         """A result whose rows are the axis ``row`` of the traced array."""
         value = self.whole(value, aval)
         if value.row == row:
@@ -146,7 +158,7 @@ class Runner:
         shape = [self.batch if k == place else n for k, n in enumerate(kept.shape)]
         return broadcast(kept, shape)
 
-    def sum_to(self, value: Value, aval: Any, shape: Sequence[Size]) -> AnyArray:
+    def sum_to(self, value: Value, aval: ShapedArray, shape: Sequence[Size]) -> AnyArray:
         """The gradient of an array of ``shape`` that is kept in place of a traced one: summed
         over rows and over every axis along which it is kept once."""
         value, row = self.whole(value, aval), value.row
@@ -190,7 +202,7 @@ class Runner:
             return value.array
         return value.array.transpose(np.argsort(order))
 
-    def whole(self, value: Value, aval: Any) -> Value:
+    def whole(self, value: Value, aval: ShapedArray) -> Value:
         """With all axes but the rows of their traced size."""
         if not aval.shape:
             return value
@@ -202,7 +214,7 @@ class Runner:
 
     # Kinds of operations
 
-    def aligned(self, ins: Sequence[Value], eqn: Any) -> tuple[list[AnyArray], int | None]:
+    def aligned(self, ins: Sequence[Value], eqn: JaxprEqn) -> tuple[list[AnyArray], int | None]:
         """Arrays whose axes match, but for scalars, and which of those axes the rows are."""
         rows = {value.row for value in ins if value.row is not None}
         if len(rows) > 1:
@@ -221,18 +233,18 @@ class Runner:
             arrays.append(array)
         return arrays, row
 
-    def elementwise(self, eqn: Any, ins: list[Value]) -> Value:
+    def elementwise(self, eqn: JaxprEqn, ins: list[Value]) -> Value:
         """An operation on each element by itself."""
         arrays, row = self.aligned(ins, eqn)
-        rank = len(eqn.outvars[0].aval.shape)
+        rank = len(shape_of(eqn.outvars[0]))
         shape = jnp.broadcast_shapes((1,) * rank, *(np.shape(a) for a in arrays))
         arrays = [broadcast(a, shape) for a in arrays]
-        return Value(bind(eqn, arrays), row)
+        return Value(bind(eqn, arrays)[0], row)
 
-    def as_traced(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def as_traced(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
         """An operation without results, on arrays as they were traced."""
         arrays = [
-            self.traced(self.whole(value, atom.aval))
+            self.traced(self.whole(value, aval_of(atom)))
             for value, atom in zip(ins, eqn.invars, strict=True)
         ]
         bind(eqn, arrays)
@@ -261,26 +273,26 @@ class AsTraced(Runner):
         """From rows last."""
         return Value(array if row is None else jnp.moveaxis(array, -1, row))
 
-    def leave(self, value: Value, row: int | None, aval: Any) -> AnyArray:
+    def leave(self, value: Value, row: int | None, aval: ShapedArray) -> AnyArray:
         """Rows last."""
         return value.array if row is None else jnp.moveaxis(value.array, row, -1)
 
-    def sum_to(self, value: Value, aval: Any, shape: Sequence[Size]) -> AnyArray:
+    def sum_to(self, value: Value, aval: ShapedArray, shape: Sequence[Size]) -> AnyArray:
         """As it is: nothing is kept smaller than it was traced."""
         return value.array
 
-    def equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def equation(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
         """The outputs of one operation, with derivatives of their own where they have some."""
         if self.hook is not None and (taken := self.hook(eqn, ins)) is not None:
             return taken
         return [Value(a) for a in bind_as_traced(eqn, [value.array for value in ins])]
 
 
-Hook = Callable[[Any, list[Value]], "list[Value] | None"]
+Hook = Callable[[JaxprEqn, list[Value]], "list[Value] | None"]
 """``(operation, arguments) -> results``, or None to let the runner do it."""
 
 
-Rule = Callable[[Runner, Any, list[Value]], "Value | list[Value]"]
+Rule = Callable[[Runner, JaxprEqn, list[Value]], "Value | list[Value]"]
 RULES: dict[str, Rule] = {}
 """By the names of operations; `rules.py` fills it."""
 
