@@ -343,6 +343,60 @@ def count_parameters(model: nnx.Module) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+def named_parameters(model: nnx.Module | PyTree) -> dict[str, PyTree]:
+    """The parameters of a model, or those that `nnx.split` took out of it, by name.
+
+    Arrays, or shapes where the model has those.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> model = Tagger(LSTM(20), 1, rngs=nnx.Rngs(0))
+        >>> {name: a.shape for name, a in named_parameters(model).items()}["head.kernel"]
+        (20, 1)
+    """
+    state = nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {_name(path): leaf for path, leaf in found}
+
+
+def set_parameters(model: nnx.Module, named: Mapping[str, Array | np.ndarray]) -> None:
+    """Put arrays in the place of a model's parameters, which may be mere shapes.
+
+    Args:
+        model: changed in place.
+        named: all of its parameters, as `named_parameters` names them.
+
+    Raises:
+        ValueError: one is missing, is not of this model, or has another shape or dtype.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> model, other = (Tagger(LSTM(20), 1, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+        >>> set_parameters(other, named_parameters(model))
+        >>> bool((other.head.kernel[...] == model.head.kernel[...]).all())
+        True
+    """
+    wanted = named_parameters(model)
+    for name in (*wanted, *named):
+        there, here = (
+            f"{a.dtype}{[*a.shape]}" if (a := d.get(name)) is not None else "missing"
+            for d in (named, wanted)
+        )
+        if there != here:
+            raise ValueError(f"{name} is {there}; this model has {here}")
+    state = nnx.state(model, nnx.Param)
+    filled = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.asarray(named[_name(path)]), state
+    )
+    nnx.update(model, filled)
+
+
+def _name(path: tuple[object, ...]) -> str:
+    """``recurrent.layers.0.params.kernel`` for the path to a leaf of a state."""
+    keys = path[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else path
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
+
+
 def summary(model: nnx.Module, *inputs: PyTree) -> str:
     """A table of layer, output shape and parameters, of any model.
 
