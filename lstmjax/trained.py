@@ -27,6 +27,7 @@ from lstmjax import files
 from lstmjax.cells import Cell, CellSpec, load_cell
 from lstmjax.data.vocabulary import FIRST_WORD, Vocabulary
 from lstmjax.errors import StorageError, UserError, first_line, reason
+from lstmjax.interop import read_safetensors
 from lstmjax.models import Classifier, ClassifierConfig, set_parameters
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine, length_mask
@@ -141,25 +142,6 @@ def build(config: ModelConfig, cell: Cell, engine: str | Engine | None = None) -
 def _words(path: pathlib.Path) -> tuple[str, ...]:
     text = files.read_bytes(path, MAX_BYTES).decode("utf-8", "surrogatepass")
     return tuple(text.split("\n")) if text else ()
-
-
-def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a ``.safetensors`` file, by name.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no such file.
-    """
-    import safetensors
-    import safetensors.numpy
-
-    content = files.read_bytes(path, MAX_BYTES)
-    try:
-        return safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"no .safetensors file that NumPy can hold: {first_line(error)}"
-        ) from error
 
 
 def _read(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Any:

@@ -18,7 +18,8 @@ from lstmjax.cells import CellSpec, load_cell
 from lstmjax.cells.loading import same_program
 from lstmjax.data import load_demo
 from lstmjax.errors import UserError
-from lstmjax.trained import ModelConfig, read_safetensors, read_texts
+from lstmjax.interop import read_safetensors
+from lstmjax.trained import ModelConfig, read_texts
 from lstmjax.training.loop import best_epoch
 from tests.trained_run import CELL_FILE, train
 

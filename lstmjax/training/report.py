@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -24,6 +23,7 @@ from lstmjax import files
 from lstmjax.cells import CellSpec
 from lstmjax.cells.loading import same_program
 from lstmjax.errors import DISK_FAILS, StorageError, UserError, reason
+from lstmjax.interop import write_safetensors
 from lstmjax.models import named_parameters
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
@@ -346,11 +346,10 @@ class RunFolder:
         Raises:
             StorageError: it cannot be written.
         """
-        import safetensors.numpy
-
-        named = jax.device_get(named_parameters(params))
-        whole = {name: np.ascontiguousarray(array) for name, array in named.items()}
-        self.write_bytes(PARAMS, safetensors.numpy.save(whole))
+        try:
+            write_safetensors(self.path / PARAMS, jax.device_get(named_parameters(params)))
+        except OSError as error:
+            raise _cannot_write(f"{self.path / PARAMS}", error) from error
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``.
