@@ -80,6 +80,9 @@ class DataConfig:
     evaluate."""
     batch_size: int = 64
     """Reviews a step, over all devices together."""
+    word_ids: Literal["frequency", "keras"] = "frequency"
+    """Which of IMDB's equally frequent words has the smaller id: that seen first, or that which the
+    index published by Keras has first."""
     validation: float = 0.0
     """Share of the training reviews to hold out; evaluated in place of the test split."""
 
@@ -138,7 +141,7 @@ CORPUS = {
     "demo": "built-in DEMO corpus (not IMDB)",
     "rows": "rows streamed from --data-dir (not IMDB)",
 }
-NOTEBOOK = Config()
+NOTEBOOK = Config(data=DataConfig(word_ids="keras"))
 RECIPES = {
     "notebook": NOTEBOOK,
     "notebook-dropout": dataclasses.replace(
@@ -146,7 +149,7 @@ RECIPES = {
         recipe="notebook-dropout",
         model=ClassifierConfig(dropout_before=0.2, dropout_after=0.2),
     ),
-    "conv": dataclasses.replace(NOTEBOOK, recipe="conv", model=ClassifierConfig(conv_filters=32)),
+    "conv": Config(recipe="conv", model=ClassifierConfig(conv_filters=32)),
     "default": Config(
         recipe="default",
         data=DataConfig(padding="bucketed"),
@@ -256,6 +259,7 @@ def load(config: Config, split: Literal["train", "test"]) -> Dataset:
         max_length=data.max_length,
         data_dir=data.data_dir,
         archive=data.archive,
+        word_ids=data.word_ids,
     )
 
 
