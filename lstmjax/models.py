@@ -208,13 +208,23 @@ class Classifier(nnx.Module):
         inputs: Mapping[str, Array] | None = None,
     ) -> Iterator[Stage]:
         """The forward pass layer by layer."""
+        x = self.embedding(jnp.asarray(ids))
+        yield Stage("embedding", self.embedding, x)
+        yield from self.after_embedding(x, mask, keys, inputs)
+
+    def after_embedding(
+        self,
+        x: Float[Array, "B T E"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: Keys | None = None,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> Iterator[Stage]:
+        """The forward pass from the vectors of words on; the last stage has the logits."""
         config = self.config
         key_words, key_before, key_between, key_after = fold_keys(keys, 4)
-        ids, mask = jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
-        x = self.embedding(ids)
-        yield Stage("embedding", self.embedding, x)
+        mask = None if mask is None else jnp.asarray(mask)
         if config.dropout_words:
-            kept = dropout(jnp.ones(ids.shape, x.dtype), config.dropout_words, key_words)
+            kept = dropout(jnp.ones(x.shape[:2], x.dtype), config.dropout_words, key_words)
             x = x * kept[..., None]
             yield Stage("dropout_words", None, x)
         if config.dropout_before:
