@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, Int32
 
-from lstmjax.data.vocabulary import PAD, Dataset, check_rows
+from lstmjax.data.vocabulary import PAD, Dataset, Vocabulary, check_rows
 from lstmjax.errors import UserError
 
 
@@ -64,6 +64,8 @@ class Batches:
             number.
     """
 
+    vocabulary: Vocabulary | None = None  # of the data set; rows on disk come without
+
     def __init__(
         self,
         dataset: Dataset,
@@ -75,6 +77,7 @@ class Batches:
         top_words: int | None = None,
     ) -> None:
         self._prepare(batch_size, boundaries, padding, len(dataset.sequences))
+        self.vocabulary = dataset.vocabulary
         check_rows(dataset, num_classes, top_words)
         ends = np.cumsum([len(row) for row in dataset.sequences])
         lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])

@@ -17,6 +17,7 @@ from lstmjax.precision import PrecisionLike
 from lstmjax.recurrence import Engine, length_mask
 from lstmjax.recurrence.noise import Keys
 from lstmjax.recurrence.unroll import Padding
+from lstmjax.traced import Size
 
 Carries: TypeAlias = PyTree
 """A `Carry`; of both directions a pair of them; of a stack a list, an entry a layer."""
@@ -142,7 +143,7 @@ class Layer(nnx.Module):
         """Features of the output."""
         raise NotImplementedError
 
-    def initial_carry(self, *batch: int) -> Carries:
+    def initial_carry(self, *batch: Size) -> Carries:
         """The carry before the first step, nested as a call returns it.
 
         Args:

@@ -13,6 +13,7 @@ from lstmjax.layers.base import Layer, Options, Settings, Unrolled, one_each
 from lstmjax.layers.keys import fold_keys
 from lstmjax.layers.recurrent import Recurrent
 from lstmjax.recurrence.noise import Keys
+from lstmjax.traced import Size
 
 Merge = Literal["concat", "sum", "mean"] | Callable[[Array, Array], Array]
 OneOrBoth = Cell | tuple[Cell, Cell]
@@ -96,7 +97,7 @@ class Bidirectional(Layer):
         ]
         return jax.eval_shape(self._merged, *outs).shape[-1]
 
-    def initial_carry(self, *batch: int) -> tuple[Carry, Carry]:
+    def initial_carry(self, *batch: Size) -> tuple[Carry, Carry]:
         """The pair of carries before the first step of each direction."""
         return self.forward.initial_carry(*batch), self.backward.initial_carry(*batch)
 

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from lstmjax.recurrence.noise import Keys, as_keys
+from lstmjax.traced import Size
 
 AnyKeys = Keys | Array | None
 """`Keys`, one key a row, or one key for a whole batch; None evaluates."""
@@ -16,7 +17,7 @@ AnyRngs = nnx.Rngs | nnx.RngStream | Array | None
 
 
 def keys_of_call(
-    keys: AnyKeys, rngs: AnyRngs, deterministic: bool | None, rows: int
+    keys: AnyKeys, rngs: AnyRngs, deterministic: bool | None, rows: Size
 ) -> Keys | None:
     """The keys that a call means, said in our way or in Flax'; None evaluates.
 

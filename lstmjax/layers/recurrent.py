@@ -18,6 +18,7 @@ from lstmjax.layers.base import Layer, Options, Unrolled
 from lstmjax.precision import PrecisionLike, as_precision
 from lstmjax.recurrence import Engine, unroll
 from lstmjax.recurrence.noise import Keys
+from lstmjax.traced import Size
 
 
 class Recurrent(Layer):
@@ -99,7 +100,7 @@ class Recurrent(Layer):
         )
         return self._cast(arrays)
 
-    def initial_carry(self, *batch: int) -> Carry:
+    def initial_carry(self, *batch: Size) -> Carry:
         """The carry before the first step, arrays ``(*batch, H)``.
 
         Example:

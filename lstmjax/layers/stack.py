@@ -14,6 +14,7 @@ from lstmjax.layers.bidirectional import Bidirectional, Merge, OneOrBoth
 from lstmjax.layers.keys import check_rates, dropout, fold_keys
 from lstmjax.layers.recurrent import Recurrent
 from lstmjax.recurrence.noise import Keys
+from lstmjax.traced import Size
 
 
 class Stack(Layer):
@@ -98,7 +99,7 @@ class Stack(Layer):
         """Features of the output."""
         return self.layers[-1].output_size
 
-    def initial_carry(self, *batch: int) -> list[Carries]:
+    def initial_carry(self, *batch: Size) -> list[Carries]:
         """A list of what each layer begins with."""
         return [layer.initial_carry(*batch) for layer in self.layers]
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -76,10 +76,15 @@ def fit(
     resume: bool = False,
     checkpoint_every: int = 0,
     keep: int = 2,
+    keep_best: bool = False,
+    patience: int = 0,
 ) -> tuple[TrainState, list[dict[str, float | str]]]:
     """Train for ``epochs`` epochs, evaluating after each.
 
     Every epoch's end is checkpointed, and so is the place where SIGINT, SIGTERM or SIGHUP arrives.
+    The parameters are written by name, too, after each epoch, or after each that is the best so
+    far. Which one is best is told by the loss of the first of the evaluations; the earlier of
+    equals is.
 
     Args:
         steps: the compiled functions.
@@ -92,6 +97,8 @@ def fit(
         resume: go on from the newest checkpoint in ``run``, if there is one.
         checkpoint_every: checkpoint every so many steps, too; 0: epochs alone.
         keep: how many checkpoints stay.
+        keep_best: the parameters written by name are those of the best epoch, not of the last.
+        patience: end after so many epochs without a better one; 0: after ``epochs``.
 
     Returns:
         The final state and one record an epoch: ``epoch`` (from 1), ``step``, ``train_loss``,
@@ -123,6 +130,13 @@ def fit(
                     record |= _means(name, sums, at.epoch + 1)
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
+                best = at.epoch
+                if evaluations and (keep_best or patience):
+                    best = best_epoch(at.history, next(iter(evaluations)))["epoch"]
+                if best == at.epoch or not keep_best:
+                    run.write_parameters(state.params)
+                if patience and at.epoch - best >= patience:
+                    break
             checkpoints.wait()
     except stopping.Stopping as told:  # while it compiled an evaluation, or the start
         checkpoints.wait()
@@ -130,6 +144,17 @@ def fit(
     finally:
         checkpoints.close()
     return state, [dict(record) for record in at.history]
+
+
+def best_epoch(
+    history: Sequence[Mapping[str, float | str]], name: str
+) -> Mapping[str, float | str]:
+    """The record of the epoch with the smallest ``<name>_loss``, the first of equal ones.
+
+    >>> best_epoch([{"epoch": 1, "test_loss": 0.3}, {"epoch": 2, "test_loss": 0.3}], "test")
+    {'epoch': 1, 'test_loss': 0.3}
+    """
+    return min(history, key=lambda record: record[f"{name}_loss"])
 
 
 def _beginning(steps: Steps, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:

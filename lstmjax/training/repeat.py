@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from lstmjax import files
+from lstmjax.cells import CellSpec
 from lstmjax.errors import UserError, first_line
 from lstmjax.files import Json
 from lstmjax.training.report import CELL, DataclassInstance, RunFolder, differences
@@ -30,18 +31,23 @@ def config_of(folder: pathlib.Path, like: ConfigT) -> ConfigT:
     """
     values = RunFolder(folder).config()
     cell = values.get("cell")
-    if isinstance(cell, str) and ":" in cell:
-        values["cell"] = f"{folder / CELL}:{cell.rpartition(':')[2]}"
-    return _filled(like, values, folder)
+    if isinstance(cell, str):
+        values["cell"] = CellSpec.parse(cell).within(str(folder / CELL))
+    return filled(like, values, folder)
 
 
-def _filled(like: ConfigT, values: Mapping[str, Json], folder: pathlib.Path) -> ConfigT:
+def filled(like: ConfigT, values: Mapping[str, Json], folder: pathlib.Path) -> ConfigT:
+    """The config dataclass with the values of a JSON object in it.
+
+    Raises:
+        UserError: a value is of another kind than that in ``like``.
+    """
     changed: dict[str, object] = {}
     for field in dataclasses.fields(like):
         before, value = getattr(like, field.name), values.get(field.name)
         nested = dataclasses.is_dataclass(before) and not isinstance(before, type)
         if nested and isinstance(value, dict):
-            changed[field.name] = _filled(before, value, folder)
+            changed[field.name] = filled(before, value, folder)
         elif field.name in values:
             value = tuple(value) if isinstance(value, list) else value
             value = float(value) if isinstance(before, float) and type(value) is int else value
