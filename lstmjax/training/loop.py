@@ -132,7 +132,7 @@ def fit(
                 at = Position(at.epoch + 1, history=(*at.history, record))
                 best = at.epoch
                 if evaluations and (keep_best or patience):
-                    best = best_epoch(at.history, next(iter(evaluations)))["epoch"]
+                    best = int(best_epoch(at.history, next(iter(evaluations)))["epoch"])
                 if best == at.epoch or not keep_best:
                     run.write_parameters(state.params)
                 if patience and at.epoch - best >= patience:
