@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import TextIO, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 
@@ -95,10 +95,19 @@ def as_user_error(error: Exception) -> UserError | None:
 _LOST = ("Connection closed", "Connection reset", "UNAVAILABLE", "Gloo", "heartbeat", "ABORTED")
 
 
+@runtime_checkable
+class _Stream(Protocol):
+    """What is asked of a stream: Python's own, or what has taken its place."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> None: ...
+
+
 class _Unbreakable:
     """A stream that swallows what cannot be written: a full disk, a reader that is gone."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: _Stream) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

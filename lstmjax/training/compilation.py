@@ -35,7 +35,8 @@ def keep_compiled() -> Iterator[None]:
     ``JAX_ENABLE_COMPILATION_CACHE=0``, has it that way instead.
     """
     config = jax.config
-    if config.read("jax_compilation_cache_dir") or not config.read("jax_enable_compilation_cache"):
+    wanted = config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    if config.jax_compilation_cache_dir or not wanted:  # type: ignore[attr-defined]
         yield
         return
     folder = _folder()
