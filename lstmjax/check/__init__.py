@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from lstmjax.cells.base import Cell, where_defined
 from lstmjax.check import facts
-from lstmjax.check.checks import CHECKS, Check, Reference, Subject, told
-from lstmjax.check.report import Failure, Report, Result
+from lstmjax.check.checks import CHECKS
+from lstmjax.check.report import Failure, Report, Result, Status
+from lstmjax.check.subject import Check, Reference, Subject, told
 from lstmjax.errors import UserError
 
 __all__ = ["CHECKS", "Report", "Result", "check_cell"]
@@ -67,7 +68,7 @@ def check_cell(
             bar.set_postfix_str(check.name)
             results[check.name] = _result(check, subject, skip, results)
     known: dict[str, str] = {}
-    if results["contract"].status == "ok":
+    if "failed" not in (results["contract"].status, results["pure"].status):
         known["kind"] = facts.kind(cell)
         known |= facts.engines(cell)
         if speed:
@@ -105,9 +106,9 @@ def _result(
         return Result(name, "not run", f"means nothing while {missing[0]} fails")
     begun = time.perf_counter()
 
-    def result(status: str, text: str, cause: str = "", remedy: str = "") -> Result:
+    def result(status: Status, text: str, cause: str = "", remedy: str = "") -> Result:
         seconds = time.perf_counter() - begun
-        return Result(name, status, text, cause, remedy, seconds)  # type: ignore[arg-type]
+        return Result(name, status, text, cause, remedy, seconds)
 
     try:
         double = name != "contract" and subject.problem.dtype == "float64"

@@ -72,15 +72,16 @@ def _run(
         return [a for a in leaves if jnp.issubdtype(a.dtype, jnp.floating)], (hs, final)
 
     outs, pull_back, both = jax.vjp(outputs, moving, has_aux=True)
-    (gradients,) = pull_back([_weights(k, a) for k, a in enumerate(outs)])
-    return Found(*both, gradients)
+    (gradients,) = pull_back([weights(jnp, k, a) for k, a in enumerate(outs)])
+    hs, final = both
+    return Found(hs, final, gradients)
 
 
 def values(
     cell: Cell, engine: Engine | None, m: Moving, fixed: Any, flags: Any, keys: Any, **how: Any
 ) -> tuple[Any, Carry]:
     """By `unroll`."""
-    initial = Carry(m.h, jax.tree.map(lambda a, b: b if a is None else a, m.state, fixed, **_NONE))
+    initial = Carry(m.h, _merged(m.state, fixed))
     options = {} if flags is None else flags._asdict()
     return unroll(
         cell,
@@ -95,14 +96,29 @@ def values(
     )
 
 
-_NONE: dict[str, Any] = {"is_leaf": lambda a: a is None}
+def _merged(floats: PyTree, others: PyTree) -> PyTree:
+    """One tree of two that have None where the other has arrays."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, floats, others, is_leaf=lambda a: a is None
+    )
+
+
+def _parted(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The opposite: floating-point arrays, and all others."""
+
+    def those(floating: bool) -> PyTree:
+        return jax.tree.map(lambda a: a if (a.dtype.kind == "f") == floating else None, tree)
+
+    return those(True), those(False)
+
+
 run_values = jax.jit(values, static_argnums=(0, 1), compiler_options=FAST)
 
 
-def _weights(number: int, like: Array) -> Array:
+def weights(numpy: Any, number: int, like: Any) -> Any:
     """Of the outputs in the sum that is differentiated: none is zero, no two are alike."""
-    places = jnp.arange(like.size, dtype=like.dtype).reshape(like.shape)
-    return jnp.cos(1.7 * places + number) + 0.1
+    places = numpy.arange(like.size, dtype=like.dtype).reshape(like.shape)
+    return numpy.cos(1.7 * places + number) + 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +155,40 @@ class Problem:
         found = _run(self.cell, engine, reverse, moving, self.fixed, flags, keys)
         return jax.tree.map(np.asarray, found)
 
-    def evaluate(self, moving: Moving | None = None) -> tuple[Any, Carry]:
-        """Values without noise, by the plain scan."""
-        moving = moving or self.moving
-        found = run_values(self.cell, Scan(), moving, self.fixed, EVERY_STEP, None)
-        return jax.tree.map(np.asarray, found)
+    @property
+    def quiet(self) -> "Problem":
+        """The same in evaluation, without noise."""
+        return dataclasses.replace(self, keys=None)
+
+    @property
+    def initial(self) -> Carry:
+        """The carry that runs start from."""
+        return Carry(self.moving.h, _merged(self.moving.state, self.fixed))
+
+    @property
+    def start(self) -> Carry:
+        """The carry that the cell itself starts from."""
+        begun = start(self.cell, self.moving.params, B, self.features, jnp.dtype(self.dtype))
+        return jax.tree.map(np.asarray, begun)
+
+    def begun(self, carry: Carry) -> "Problem":
+        """The same from another carry."""
+        floats, fixed = _parted(carry.state)
+        return dataclasses.replace(
+            self, moving=self.moving._replace(h=carry.h, state=floats), fixed=fixed
+        )
+
+    def alone(self, row: int) -> Found:
+        """The values of one row, run without the others, by the plain scan."""
+
+        def one(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda a: a[row : row + 1], tree)
+
+        m = self.moving
+        moving = Moving(m.params, *(one(part) for part in m[1:]))
+        keys = None if self.keys is None else Keys(one(self.keys.rows), self.keys.shared)
+        found = run_values(self.cell, Scan(), moving, one(self.fixed), one(EVERY_STEP), keys)
+        return Found(*jax.tree.map(np.asarray, found))
 
     def as_dtype(self, dtype: str) -> "Problem":
         """The same numbers, rounded."""
@@ -171,8 +216,7 @@ def make_problem(cell: Cell, dtype: str) -> Problem:
     params = jax.tree.map(near, cell.init(jax.random.key(0), features, dtype))
     begun = start(cell, params, B, features, jnp.dtype(dtype))
     h, state = jax.tree.map(near, begun)
-    floats = jax.tree.map(lambda a: a if a.dtype.kind == "f" else None, state)
-    others = jax.tree.map(lambda a: None if a.dtype.kind == "f" else a, state)
+    floats, others = _parted(state)
     inputs = {
         name: rng.uniform(0.1, 1, (B, T, cell.width(width, features))).astype(dtype)
         for name, width in cell.step_inputs.items()

@@ -1,4 +1,4 @@
-"""What a step is made of, read off its trace: which operations, which dependences, on which line."""
+"""What a step is made of, read off its trace: operations, dependences, and their lines."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -84,11 +84,12 @@ def difference(a: Program, b: Program) -> str | None:
     for (one, line), (other, _) in zip(ours, theirs, strict=False):
         if _text(one) != _text(other) or _numbers(one) != _numbers(other):
             return line
-    same = len(ours) == len(theirs) and len(a.consts) == len(b.consts)
-    if same and all(map(_same_constant, a.consts, b.consts)):
-        return None
-    used = (line for _, line in reversed(ours) if line)
-    return next(used, "")
+    if len(ours) != len(theirs) or len(a.consts) != len(b.consts):
+        return ""
+    for var, one, other in zip(a.closed.jaxpr.constvars, a.consts, b.consts, strict=True):
+        if not _same_constant(one, other):
+            return next((line for eqn, line in ours if var in eqn.invars), "")
+    return None
 
 
 def _text(eqn: Any) -> str:
