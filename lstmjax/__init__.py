@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         kept,
         load_cell,
     )
+    from lstmjax.check import check_cell
     from lstmjax.layers import (
         Bidirectional,
         ConvPool,
@@ -150,6 +151,7 @@ __all__ = [
     "Workload",
     "ZoneoutLSTM",
     "__version__",
+    "check_cell",
     "check_contract",
     "choose_engine",
     "chrono",
@@ -168,7 +170,14 @@ __all__ = [
     "unroll",
 ]
 
-_MODULES = ("cells", "recurrence", "recurrence.noise", "layers", "models")  # the lightest first
+_MODULES = (
+    "cells",
+    "recurrence",
+    "recurrence.noise",
+    "layers",
+    "models",
+    "check",
+)  # the lightest first
 
 
 def __getattr__(name: str) -> object:

@@ -228,7 +228,9 @@ class UnequalToItself(Base):
 class NumpyInit(Base):
     def init(self, key, input_size, dtype=jnp.float32):
         params = super().init(key, input_size, dtype)
-        return params | {"bias": jnp.asarray(np.random.normal(size=params["bias"].shape), dtype)}
+        return params | {
+            "bias": jnp.asarray(np.random.default_rng().normal(size=params["bias"].shape), dtype)
+        }
 
 
 class OneInit(Base):
@@ -238,7 +240,7 @@ class OneInit(Base):
 
 class RandomStart(Base):
     def initial_carry(self, batch_size, dtype=jnp.float32):
-        c = jnp.asarray(np.random.normal(size=(1, self.hidden_size)), dtype)
+        c = jnp.asarray(np.random.default_rng().normal(size=(1, self.hidden_size)), dtype)
         zeros = jnp.zeros((batch_size, self.hidden_size), dtype)
         return Carry(zeros, self.State(zeros + c))
 
@@ -251,6 +253,22 @@ class PreparedAgain(Base):
     def prepare(self, params, key=None):
         self.calls[0] += 1
         return params | {"recurrent_kernel": 0.5 ** self.calls[0] * params["recurrent_kernel"]}
+
+
+class Callback(Base):
+    def step(self, pre, state, params):
+        shape = jax.ShapeDtypeStruct((1, 1), pre.f.dtype)
+        noise = jax.pure_callback(
+            lambda: np.random.default_rng().random((1, 1), shape.dtype), shape
+        )
+        return super().step(pre._replace(f=pre.f + noise), state, params)
+
+
+class ForgetsWhenStreaming(Base):
+    """Its own way to run one step, for generation, returns the state that it got."""
+
+    def __call__(self, params, x, carry, **more):
+        return super().__call__(params, x, carry, **more)._replace(state=carry.state)
 
 
 def lstm(params, x, h, state):
@@ -275,7 +293,10 @@ BROKEN: dict[type[Cell], tuple[str, str]] = {
     Clock: ("pure", "two different programs (broken_cells.py"),
     Counting: ("pure", "two different programs (broken_cells.py"),
     NumpyRandom: ("pure", "two different programs"),
-    KeptInPython: ("pure", "it keeps a traced value in a global"),
+    KeptInPython: ("pure", "a global that the step changes"),
+    Callback: ("pure", "called twice, the step gives different numbers"),
+    PreparedAgain: ("pure", "called twice, prepare gives different numbers"),
+    RandomStart: ("pure", "called twice, initial_carry gives different numbers"),
     FixedKey: ("pure", "draws random numbers itself (broken_cells.py"),
     Half: ("dtype", "computes in float16 (broken_cells.py"),
     Single: ("dtype", "it does not run in float64"),
@@ -292,8 +313,7 @@ BROKEN: dict[type[Cell], tuple[str, str]] = {
     ReturnedAsGiven: ("state", "state 'c' never changes"),
     SwappedStates: ("state", "states 'c' and 'n' change places"),
     ReadsBatchSize: ("rows", "row 0 alone is not what it is in a batch"),
-    PreparedAgain: ("carried", "one step at a time, the carry handed on, is not the whole run"),
-    RandomStart: ("resets", "after a reset it is not as from the start"),
+    ForgetsWhenStreaming: ("carried", "one step at a time, the carry handed on"),
     Detached: ("gradient", "jax.lax.stop_gradient (broken_cells.py"),
     WrongDerivative: ("gradient", "custom_vjp hard"),
     LosesDigits: ("float32", "a difference of large numbers"),

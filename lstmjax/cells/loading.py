@@ -16,17 +16,27 @@ from lstmjax.errors import UserError, user_line
 def load_cell(spec: str, hidden_size: int) -> Cell:
     """The cell that ``spec`` names, checked against the contract.
 
+    Args and errors are those of `find_cell`; `UserError` also if the cell breaks the contract.
+
+    Example:
+        >>> load_cell("LSTM", hidden_size=100)
+        LSTM(hidden_size=100)
+    """
+    cell = find_cell(spec, hidden_size)
+    check_contract(cell)
+    return cell
+
+
+def find_cell(spec: str, hidden_size: int) -> Cell:
+    """The cell that ``spec`` names, whether it keeps the contract or not.
+
     Args:
         spec: a name in `lstmjax.cells` (``LSTM``), or ``path/to/file.py:MyCell``. The file is
             imported; it may import its neighbours.
         hidden_size: number of units H.
 
     Raises:
-        UserError: no such file or class, the file does not run, or the cell breaks the contract.
-
-    Example:
-        >>> load_cell("LSTM", hidden_size=100)
-        LSTM(hidden_size=100)
+        UserError: no such file or class, the file does not run, or the cell cannot be built.
     """
     path, _, name = spec.rpartition(":")
     module = _run_file(path) if ":" in spec else importlib.import_module("lstmjax.cells")
@@ -49,7 +59,6 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
             f"cell {spec!r} cannot be built from hidden_size={hidden_size} alone: {_line(error)}; "
             "give its other fields defaults"
         ) from error
-    check_contract(cell)
     return cell
 
 

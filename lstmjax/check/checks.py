@@ -16,7 +16,7 @@ CHECKS: tuple[Check, ...] = (
     Check("masks", behaviour.masks),
     Check("resets", behaviour.resets),
     Check("directions", behaviour.directions),
-    Check("gradient", gradients.gradient),
+    Check("gradient", gradients.gradient, ("contract", "pure", "dtype", "finite")),
     Check("engines", gradients.engines),
     Check("float32", gradients.float32),
     Check("extremes", behaviour.extremes),
