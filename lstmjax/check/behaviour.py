@@ -53,9 +53,10 @@ def carried(subject: Subject) -> str:
     cell, problem = subject.cell, subject.problem
     m, whole = problem.moving, problem.run()
     cause = "something is carried beside h and state, or a start is not taken from the carry"
-    carry, hs = problem.initial, []
+    carry, hs = jax.tree.map(jnp.asarray, problem.initial), []
     for t in range(T):
-        carry = cell(m.params, m.x[:, t], carry, inputs={n: a[:, t] for n, a in m.inputs.items()})
+        x, inputs = jax.tree.map(lambda a, t=t: jnp.asarray(a[:, t]), (m.x, m.inputs))
+        carry = cell(m.params, x, carry, inputs=inputs)
         hs.append(carry.h)
     agree(
         "one step at a time, the carry handed on, is not the whole run",

@@ -1,5 +1,7 @@
 """What neither passes nor fails: which engines run a cell, how fast, and whether it compiles."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import subprocess
@@ -15,8 +17,9 @@ from lstmjax.cells import LSTM
 from lstmjax.cells.base import Cell
 from lstmjax.check.problem import features_of
 from lstmjax.recurrence import PallasGPU, Workload, choose_engine, unroll
-from lstmjax.recurrence.engine import platform
-from lstmjax.recurrence.step import no_kernel, step_of
+from lstmjax.recurrence.engine import overridden, platform
+from lstmjax.recurrence.step import step_of
+from lstmjax.traced import NoRule
 
 STEPS, BATCH, FEATURES, HIDDEN = 100, 32, 32, 64
 """Of the recurrence that is timed, and that engines are asked for."""
@@ -26,13 +29,9 @@ TARGETS = {"v5e": "libtpu", "hopper": "jax_cuda12_plugin"}
 
 def _sized(cell: Cell) -> tuple[Cell, int]:
     """The cell in a size of practice, if it can be had; and its number of features."""
-    import dataclasses
-
-    try:
+    with contextlib.suppress(ValueError):  # another field has to fit it: as it is, then
         cell = dataclasses.replace(cell, hidden_size=HIDDEN)
-        wide = features_of(cell) == cell.hidden_size
-    except Exception:  # a field that must fit the number of units: as it is, then
-        wide = features_of(cell) == cell.hidden_size
+    wide = features_of(cell) == cell.hidden_size
     return cell, cell.hidden_size if wide else FEATURES
 
 
@@ -40,9 +39,13 @@ def kind(cell: Cell) -> str:
     """Element-wise or by row, as far as its step can be looked at."""
     cell, features = _sized(cell)
     work = Workload("cpu", "float32", "float32", STEPS, BATCH, features, bool(cell.noise))
-    if reason := no_kernel(cell, work):
-        return f"the products and the step are one ({reason})"
-    if reason := step_of(cell, work).forward.elementwise():
+    if reason := overridden(cell):
+        return f"products and step in one: {reason}"
+    try:
+        reason = step_of(cell, work).forward.elementwise()
+    except NoRule as error:
+        reason = str(error)
+    if reason:
         return f"by row: {reason}"
     return "element-wise: each unit depends on its own pre-activations and state alone"
 

@@ -197,7 +197,7 @@ def state(subject: Subject) -> str:
         begun, final = (getattr(s, name) for s in (problem.initial.state, base.final.state))
         if all(np.array_equal(a, b) for a, b in _pairs(begun, final)):
             odd.append(f"state {name!r} never changes: the step returns what it was given")
-        elif not any(_reaches(problem, base, name, times) for times in (1, 30)):
+        elif not any(_reaches(problem, base, name, times) for times in (1.0, 30.0)):
             odd.append(f"state {name!r} is carried, but no output depends on it")
     if odd:
         raise Failure(
