@@ -5,7 +5,7 @@ ARGS ?=
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb test test-random long fuzz test-aot test-newest bench lint format lock clean
+.PHONY: help demo imdb test test-slow test-random long fuzz test-aot test-newest bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -17,8 +17,12 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 	$(RUN) experiments/imdb.py $(ARGS)
 
 test: .venv/ready-test  ## all tests that this machine can run
-	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
+	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone and not slow" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
+
+test-slow: .venv/ready-test  ## the tests of half a minute or more; engines on 200 random steps
+	$(RUN) -m pytest -n auto --maxprocesses 8 -m slow $(ARGS)
+	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)
 
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: an hour and a half
 	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)

@@ -215,8 +215,10 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
         "repeat",
     ):
         del settings[here_only]
+    data_settings = training.as_dict(config.data)
     for here_only in ("data_dir", "archive"):
-        del settings["data"][here_only]
+        del data_settings[here_only]
+    settings["data"] = data_settings
     return training.RunFolder.open(
         name,
         {**settings, "data_sha256": data},

@@ -5,7 +5,6 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterable
-from typing import Any
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(k) + os.sep for k in ("stdlib", "purelib", "platlib")})
@@ -44,7 +43,7 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def user_line(raised: Any) -> str:
+def user_line(raised: object) -> str:
     """Where in a user's program an error or an operation came from, as `` (my_cell.py:12)``.
 
     Args:
@@ -59,7 +58,7 @@ def user_line(raised: Any) -> str:
     return f" ({os.path.basename(own[0][0])}:{own[0][1]})" if own else ""
 
 
-def _lines(raised: Any) -> Iterable[tuple[str, int]]:
+def _lines(raised: object) -> Iterable[tuple[str, int]]:
     """Files and lines, the innermost first."""
     if isinstance(raised, BaseException):
         found, entry = [], raised.__traceback__

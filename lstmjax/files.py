@@ -13,8 +13,8 @@ import os
 import pathlib
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, NoReturn, TypeAlias
 
 LOCK = ".lock"
 TEMPORARY = ".tmp"
@@ -22,11 +22,18 @@ MAX_JSON_BYTES = 2**24
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+if TYPE_CHECKING:
+    Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"] | None
+else:
+    Json = object
+    """What a JSON text holds."""
+
+
 class Busy(Exception):
     """Another process holds the lock."""
 
 
-def publish(path: pathlib.Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
+def publish(path: pathlib.Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file as a whole or not at all; once this returns, a power cut cannot undo it.
 
     Two processes may publish the same file at once: one after the other does.
@@ -73,7 +80,7 @@ def _is_at(number: int, path: pathlib.Path) -> bool:
         return False
 
 
-def publish_json(path: pathlib.Path, value: Any) -> None:
+def publish_json(path: pathlib.Path, value: object) -> None:
     """`publish` a value as JSON.
 
     Raises:
@@ -97,7 +104,7 @@ def read_bytes(path: pathlib.Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def read_json(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> Json:
     """The value in a JSON file.
 
     Raises:
@@ -107,7 +114,7 @@ def read_json(path: pathlib.Path, limit: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_bytes(path, limit))
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str) -> Json:
     """A JSON value; every way in which a text is none is a ValueError, NaN and the like too."""
     try:
         return json.loads(text, parse_constant=_no_constant)
@@ -115,7 +122,14 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError("nested too deep") from error
 
 
-def _no_constant(name: str) -> Any:
+def as_object(value: Json) -> dict[str, Json]:
+    """A JSON value that must be an object; a ValueError where it is none."""
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 

@@ -13,26 +13,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from lstmjax.cells.base import Cell
-from lstmjax.layers import (
-    AnyKeys,
-    AnyRngs,
-    ConvPool,
-    Dtypes,
-    Options,
-    Pooling,
-    PrecisionLike,
-    Recurrent,
-    Stack,
-    check_rates,
-    dense,
-    dropout,
-    embedding,
-    fold_keys,
-    keys_of_call,
-    pool,
-    pooling_kinds,
-    stages,
-)
+from lstmjax.layers import ConvPool, Recurrent, Stack, dense, dropout, embedding, fold_keys, pool
+from lstmjax.layers.base import Dtypes, Options
+from lstmjax.layers.keys import AnyKeys, AnyRngs, check_rates, keys_of_call
+from lstmjax.layers.pooling import Pooling, pooling_kinds
+from lstmjax.layers.stack import stages
+from lstmjax.precision import PrecisionLike
 from lstmjax.recurrence import Engine
 from lstmjax.recurrence.noise import Keys
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 Precision = Literal["float32", "bfloat16"]
 """What `as_precision` makes of what others call it.
@@ -21,7 +22,10 @@ Dot = Callable[[Array, Array], Array]
 PRODUCT = "lstmjax_product"
 """The name under which `marked_dot` is found in a traced program."""
 
-_NAMES: dict[Any, Precision] = {
+PrecisionLike = DTypeLike | lax.Precision | None
+"""What `as_precision` knows."""
+
+_NAMES: dict[object, Precision] = {
     None: "float32",
     "float32": "float32",
     "float64": "float32",
@@ -31,7 +35,7 @@ _NAMES: dict[Any, Precision] = {
 }
 
 
-def as_precision(asked: Any) -> Precision:
+def as_precision(asked: object) -> Precision:
     """The mode that somebody means who knows JAX or Flax.
 
     Args:
@@ -45,10 +49,10 @@ def as_precision(asked: Any) -> Precision:
         >>> as_precision(None), as_precision(jnp.bfloat16), as_precision("highest")
         ('float32', 'bfloat16', 'float32')
     """
-    name = asked
+    name: object = asked
     if not isinstance(asked, str | lax.Precision | None):
         try:
-            name = jnp.dtype(asked).name
+            name = jnp.dtype(cast(DTypeLike, asked)).name
         except TypeError:
             name = asked
     try:

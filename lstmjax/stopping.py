@@ -16,10 +16,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 ResultT = TypeVar("ResultT")
 
@@ -146,7 +146,7 @@ def saving() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _handlers(stop: Stop) -> Iterator[None]:
-    before: dict[int, Any] = {}
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def put_back() -> None:
         for number, handler in before.items():

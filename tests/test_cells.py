@@ -31,6 +31,26 @@ def test_a_cell_is_a_hashable_value():
     assert float(traced(1.0, LSTM(5))) == 5.0
 
 
+def test_a_cell_may_be_decorated_as_a_dataclass():
+    """Nobody needs to; who does, by habit, gets the same."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Decorated(LSTM):
+        leak: float = 0.1
+
+    class Plain(LSTM):
+        leak: float = 0.1
+
+    assert repr(Decorated(5, leak=0.3)) == "Decorated(hidden_size=5, leak=0.3)"
+    assert Decorated(5) == Decorated(5) != Decorated(5, leak=0.3)
+    for cell in (Decorated(5), Plain(5)):
+        for name in ("leak", "hidden_size", "no such"):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(cell, name, 1)
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                delattr(cell, name)
+
+
 @pytest.mark.parametrize("cell", [LSTM(7), GRU(7), PeepholeLSTM(7)])
 def test_initialisation(cell):
     """Keras' distributions, but each gate's recurrent kernel orthogonal on its own."""

@@ -70,6 +70,7 @@ def read_until(process, text):
         seen += piece
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one_and_one_speaks(environment, alone, tmp_path):
     processes = start(environment, 4, tmp_path / "run")
     (first, _), *others = outputs(processes)
@@ -95,6 +96,7 @@ def test_a_signal_to_one_saves_and_fewer_processes_go_on(environment, alone, tmp
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1] if LONG else [0])
 def test_when_one_is_killed_the_others_stop(environment, alone, tmp_path, killed):
     """By heartbeat within 20 s; at once if it was the first, which all are connected to."""

@@ -30,6 +30,7 @@ def anew():
     gpu_engine._recurrence.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("anew")
 def test_two_warpgroups_race_nowhere():
     args, options = draw(CASE)
@@ -73,6 +74,7 @@ def one_slot(monkeypatch, method):
 BARE, FULL = False, True
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("anew")
 @pytest.mark.parametrize(
     ("mutate", "what", "seen_by"),

@@ -1,7 +1,7 @@
 """Every engine against the plain scan on random steps, values and all gradients.
 
-``LSTMJAX_RANDOM_STEPS`` says on how many, 24 by default and the same ones every time; ``.ci/run``
-takes 200, ``make test-random`` 5,000.
+``LSTMJAX_RANDOM_STEPS`` says on how many, 8 by default and the same ones every time;
+``make test-slow`` takes 200, ``make test-random`` 5,000.
 """
 
 import os
@@ -18,7 +18,7 @@ from tests.random_steps import Flags, H, Random, cells, flags
 from tests.tolerances import assert_close, recurrence_terms
 
 B, T, D = 3, 4, 2
-EXAMPLES = int(os.environ.get("LSTMJAX_RANDOM_STEPS", "24"))
+EXAMPLES = int(os.environ.get("LSTMJAX_RANDOM_STEPS", "8"))
 SHARDS = range(4)  # so that several processes share the work
 often = settings(
     max_examples=max(EXAMPLES // len(SHARDS), 1),

@@ -7,11 +7,17 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from lstmjax.errors import UserError
 from lstmjax.precision import Precision
+
+if TYPE_CHECKING:
+    from lstmjax.aot.tpu import Compiled
+    from lstmjax.cells import Cell
+else:
+    Compiled = Cell = object  # JAX is imported when it is needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _cell(config: Config) -> Any:
+def _cell(config: Config) -> Cell:
     from lstmjax.cells import load_cell
 
     for name in ("hidden", "features", "batch", "steps"):
@@ -84,7 +90,7 @@ def _on_tpu(config: Config) -> int:
     return 0
 
 
-def _print_tpu(found: Sequence[Any]) -> None:
+def _print_tpu(found: Sequence[Compiled]) -> None:
     """A line a program and engine; then the kernels' figures as shares of the plain scan's."""
     from lstmjax.recurrence.layout import MIB
 
@@ -93,7 +99,7 @@ def _print_tpu(found: Sequence[Any]) -> None:
 
     print("MiB of arguments and results, of temporaries in memory and in VMEM, of a kernel's VMEM")
     columns = ("compile s", "in + out", "temporaries", "in VMEM", "kernel", "bundles/step")
-    rows = [("program", "engine", *columns)]
+    rows: list[tuple[str, ...]] = [("program", "engine", *columns)]
     for r in found:
         bundles = f"{r.bundles:,.0f}" if r.bundles else ""
         sizes = (mib(size) for size in (r.interface, r.temporaries, r.in_vmem, r.vmem))
@@ -106,7 +112,7 @@ def _print_tpu(found: Sequence[Any]) -> None:
     _print_table(rows)
 
 
-def _total(compiled: Any) -> int:
+def _total(compiled: Compiled) -> int:
     return compiled.temporaries + (compiled.in_vmem or 0)
 
 
@@ -145,7 +151,7 @@ def _on_hopper(config: Config) -> int:
     return 0
 
 
-def _report(config: Config, cell: Any, results: list[dict[str, Any]]) -> None:
+def _report(config: Config, cell: Cell, results: Sequence[Mapping[str, object]]) -> None:
     import jax
 
     print(

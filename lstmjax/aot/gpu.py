@@ -16,15 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import topologies
+from jaxtyping import PyTree
 
 from lstmjax.aot.assembly import counts, hazards
 from lstmjax.aot.train_step import Shape, step_inputs, train_step_program
-from lstmjax.cells.base import Cell, start
+from lstmjax.cells.base import Carry, Cell, Params, start
 from lstmjax.errors import UserError, first_line
 from lstmjax.precision import Precision
 from lstmjax.recurrence import unroll
@@ -52,7 +54,9 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 """An H100: what the compiler is told of the device."""
 
 
-_OPTIONS: dict[str, Any] = {"xla_gpu_autotune_level": 0}  # tuning would run what it compiles
+_OPTIONS: dict[str, str | bool] = {
+    "xla_gpu_autotune_level": "0"
+}  # tuning would run what it compiles
 
 
 class Kernel(NamedTuple):
@@ -89,7 +93,7 @@ class Compiled(NamedTuple):
     kernels: list[Kernel]
 
 
-def compile_for_hopper(f: Callable[..., Any], *arguments: Any) -> Compiled:
+def compile_for_hopper(f: Callable[..., PyTree], *arguments: PyTree) -> Compiled:
     """Compile ``f`` for one Hopper GPU.
 
     Args:
@@ -107,7 +111,7 @@ def compile_for_hopper(f: Callable[..., Any], *arguments: Any) -> Compiled:
     return Compiled(seconds, getattr(memory, "temp_size_in_bytes", 0), _kernels(printed()))
 
 
-def executable_for_hopper(f: Callable[..., Any], *arguments: Any) -> jax.stages.Compiled:
+def executable_for_hopper(f: Callable[..., PyTree], *arguments: PyTree) -> jax.stages.Compiled:
     """What JAX has to say of a compilation: its ``as_text()`` is what the compiler made of ``f``.
 
     Arguments and errors as of `compile_for_hopper`.
@@ -125,7 +129,7 @@ def executable_for_hopper(f: Callable[..., Any], *arguments: Any) -> jax.stages.
 
 
 @functools.cache
-def devices() -> Any:
+def devices() -> list[jax.Device]:
     """The one device of the described topology.
 
     Raises:
@@ -263,7 +267,7 @@ def compile_cell(
 
 def recurrence_program(
     cell: Cell, work: Workload, engine: Engine, *, flags: bool = False
-) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+) -> tuple[tuple[PyTree, ...], Callable[..., PyTree]]:
     """A recurrence as a function of parameters, inputs, initial carry, mask and resets.
 
     Returns:
@@ -276,19 +280,36 @@ def recurrence_program(
     more = step_inputs(cell, work.steps, work.batch, work.features)
     flag = shape((work.steps, work.batch), jnp.bool_) if flags else None
 
-    def run(params: Any, xs: Any, initial: Any, more: Any, mask: Any, resets: Any) -> Any:
-        how: Any = {"time_major": True, "engine": engine, "precision": work.precision}
-        flags: Any = {"mask": mask, "resets": resets}
-        return unroll(cell, params, xs, initial, inputs=more, **flags, **how)
+    def run(
+        params: Params,
+        xs: Array,
+        initial: Carry,
+        more: dict[str, Array],
+        mask: Array | None,
+        resets: Array | None,
+    ) -> tuple[Array, Carry]:
+        return unroll(
+            cell,
+            params,
+            xs,
+            initial,
+            inputs=more,
+            mask=mask,
+            resets=resets,
+            time_major=True,
+            engine=engine,
+            precision=work.precision,
+        )
 
     return (params, xs, initial, more, flag, flag), run
 
 
-def _gradient(run: Callable[..., Any]) -> Callable[..., Any]:
+def _gradient(run: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """The gradient of a function of all outputs with respect to the first four arguments."""
 
-    def total(*arguments: Any) -> Any:
-        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*arguments)))
+    def total(*arguments: PyTree) -> Array:
+        sums = [jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*arguments))]
+        return functools.reduce(jnp.add, sums)
 
     return jax.grad(total, (0, 1, 2, 3))
 
@@ -342,7 +363,18 @@ class Row(NamedTuple):
     hazards: str
 
 
-def cell_rows(cell: Cell, **options: Any) -> list[Row]:
+class _Options(TypedDict, total=False):
+    """Of `compile_cell`."""
+
+    steps: int
+    batch: int
+    features: int
+    precision: Precision
+    flags: bool
+    engine: PallasGPU | None
+
+
+def cell_rows(cell: Cell, **options: Unpack[_Options]) -> list[Row]:
     """A row for the forward kernel and one for the backward kernel of a cell.
 
     Args:

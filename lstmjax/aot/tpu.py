@@ -8,17 +8,19 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from lstmjax.aot.bundles import Loop, loops_over, read_dump, read_vmem
 from lstmjax.aot.train_step import Shape, on_mesh, step_inputs, train_step_program
-from lstmjax.cells.base import Cell, start
+from lstmjax.cells.base import Carry, Cell, Params, start
 from lstmjax.errors import UserError, first_line
 from lstmjax.recurrence import PallasTPU, Scan, Workload, unroll
 from lstmjax.recurrence.engine import Engine
@@ -27,7 +29,7 @@ from lstmjax.training.devices import BATCH
 
 Target = Literal["v4", "v5e", "v5p", "v6e", "tpu7x"]
 
-_SLICES: dict[Target, tuple[str, dict[str, Any]]] = {
+_SLICES: dict[Target, tuple[str, dict[str, str]]] = {
     "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
     "v5e": ("v5e:2x2", {}),
     "v5p": ("v5p:2x2x1", {"chip_config_name": "megacore"}),
@@ -113,7 +115,7 @@ def described_mesh(target: Target, devices: int) -> Mesh:
 
 def cell_programs(
     cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
-) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+) -> dict[str, tuple[Callable[..., PyTree], tuple[PyTree, ...]]]:
     """A cell over time, forward, and forward with all gradients: functions and their arguments.
 
     The rows are spread over the mesh; gradients of parameters are summed over it.
@@ -124,22 +126,41 @@ def cell_programs(
     initial = jax.eval_shape(lambda: start(cell, None, batch, features, jnp.float32))
     more = step_inputs(cell, steps, batch, features)
 
-    def forward(params: Any, xs: Any, initial: Any, more: Any) -> Any:
-        how: Any = {"time_major": True, "engine": engine, "precision": precision}
-        return unroll(cell, params, xs, initial, inputs=more, **how)
+    def forward(
+        params: Params, xs: Array, initial: Carry, more: dict[str, Array]
+    ) -> tuple[Array, Carry]:
+        return unroll(
+            cell,
+            params,
+            xs,
+            initial,
+            inputs=more,
+            time_major=True,
+            engine=engine,
+            precision=precision,
+        )
 
-    def gradients(params: Any, xs: Any, initial: Any, more: Any, d_out: Any) -> Any:
+    def gradients(
+        params: Params,
+        xs: Array,
+        initial: Carry,
+        more: dict[str, Array],
+        d_out: tuple[Array, Carry],
+    ) -> tuple[PyTree, ...]:
         d_params, *d_others = jax.vjp(forward, params, xs, initial, more)[1](d_out)
         return jax.lax.psum(d_params, BATCH), *d_others
 
     whole, rows, time_major = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(None, BATCH)
     ins, outs = (whole, time_major, rows, time_major), (time_major, rows)
-    out = jax.eval_shape(forward, params, xs, initial, more)
+    with jax.set_mesh(mesh):  # which says that this is for a TPU
+        out = jax.eval_shape(forward, params, xs, initial, more)
 
-    def placed(specs: Any, values: Any) -> Any:
+    def placed(specs: tuple[PartitionSpec, ...], values: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         return tuple(on_mesh(mesh, v, s) for v, s in zip(values, specs, strict=True))
 
-    def spread(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    def spread(
+        f: Callable[..., PyTree], in_specs: PyTree, out_specs: PyTree
+    ) -> Callable[..., PyTree]:
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
     args = placed(ins, (params, xs, initial, more))
@@ -152,7 +173,9 @@ def cell_programs(
     }
 
 
-def with_free_layouts(f: Callable[..., Any], args: Any) -> tuple[Callable[..., Any], Any]:
+def with_free_layouts(
+    f: Callable[..., PyTree], args: tuple[PyTree, ...]
+) -> tuple[Callable[..., PyTree], tuple[PyTree, ...]]:
     """``f`` and the shapes of its arguments, how they lie in memory being left to the compiler.
 
     So they lie inside a larger program. Between a program and its caller JAX lays arrays out in the
@@ -167,7 +190,13 @@ def with_free_layouts(f: Callable[..., Any], args: Any) -> tuple[Callable[..., A
 
 
 def compile_program(
-    program: str, engine: str, f: Any, args: Any, cell: Cell, shape: Shape, mesh: Mesh
+    program: str,
+    engine: str,
+    f: Callable[..., PyTree],
+    args: tuple[PyTree, ...],
+    cell: Cell,
+    shape: Shape,
+    mesh: Mesh,
 ) -> Compiled:
     """Compile ``f`` for the devices of ``mesh`` and count what came of it.
 

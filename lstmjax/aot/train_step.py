@@ -2,12 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Cell
 from lstmjax.data import Batch
@@ -27,13 +28,15 @@ class Shape(NamedTuple):
     precision: Precision
 
 
-def on_mesh(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
+def on_mesh(mesh: Mesh, tree: PyTree, spec: PartitionSpec) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes of ``tree`` as they lie on ``mesh``."""
     place = NamedSharding(mesh, spec)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
 
 
-def step_inputs(cell: Cell, steps: int, batch: int, features: int) -> dict[str, Any]:
+def step_inputs(
+    cell: Cell, steps: int, batch: int, features: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what a cell declares as ``step_inputs``, time-major."""
     return {
         name: jax.ShapeDtypeStruct((steps, batch, cell.width(width, features)), jnp.float32)
@@ -43,7 +46,7 @@ def step_inputs(cell: Cell, steps: int, batch: int, features: int) -> dict[str, 
 
 def train_step_program(
     cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+) -> tuple[Callable[..., PyTree], tuple[PyTree, ...]]:
     """The notebook model's training step around ``cell`` as one program; its arguments' shapes.
 
     Args:
@@ -60,10 +63,10 @@ def train_step_program(
     optimizer = make_optimizer(OptimizerConfig(), total_steps=1)
     train = make_steps(model, optimizer, mesh, padding="left", masked=False).train
 
-    def first(params: Any) -> TrainState:
+    def first(params: PyTree) -> TrainState:
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def numbers(dtype: str, *axes: int) -> Any:
+    def numbers(dtype: str, *axes: int) -> PyTree[jax.ShapeDtypeStruct]:
         return jax.ShapeDtypeStruct((rows, *axes), dtype)
 
     state = jax.eval_shape(first, nnx.split(model, nnx.Param)[1])

@@ -4,7 +4,7 @@ Greff et al. 2017, arXiv:1503.04069. Vanilla there is `lstmjax.cells.PeepholeLST
 and parameters hold but for what a class says. NP, no peepholes, is `lstmjax.cells.LSTM`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ class FGR(PeepholeLSTM):
         )
     }
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equation above."""
         c, own, units = carry.state.c, self.seen(params), 3 * self.hidden_size
         pre = self.pre_activations(params, x, carry.h, dot)

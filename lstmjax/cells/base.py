@@ -17,11 +17,22 @@ import inspect
 import keyword
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    NamedTuple,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    dataclass_transform,
+)
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
 from lstmjax.cells.noise import Noise
@@ -35,13 +46,29 @@ Initializer = Callable[..., Array]
 Activation = Callable[[Array], Array]
 """A function of each element, ``jnp.tanh`` say; a cell's hyper-parameter."""
 
-Params = dict[str, Any]
-"""A cell's parameters: what `Cell.init` draws, a plain pytree of arrays."""
+UnitParams = Mapping[str, float | Initializer]
+"""What `Cell.unit_params` declares: name -> number or initializer."""
 
-State = Any
-"""A cell's own `Cell.State`, a `typing.NamedTuple` of arrays."""
+StepParams = Mapping[str, tuple[Sequence[int | str], float | Initializer]]
+"""What `Cell.step_params` declares: name -> (shape, number or initializer)."""
+
+
+class Params(TypedDict, total=False):
+    """A cell's parameters: what `Cell.init` draws, a plain pytree of arrays.
+
+    ``units`` and ``step`` are ``unit_params`` and ``step_params`` by name.
+    """
+
+    kernel: Array
+    recurrent_kernel: Array
+    bias: Array
+    recurrent_bias: Array
+    units: dict[str, Array]
+    step: dict[str, Array]
+
 
 if TYPE_CHECKING:
+    Record: TypeAlias = type[NamedTuple]
 
     class Named:
         """Arrays by name: ``pre.f``, ``params.p_o``, ``noise.keep``, ``inputs.dt``."""
@@ -50,10 +77,19 @@ if TYPE_CHECKING:
 
         def __iter__(self) -> Iterator[Array]: ...
 else:
-    Named = Any
+    Named = object
+    Record = type
+    """A class of named arrays, a `typing.NamedTuple`."""
 
 
-class Carry(NamedTuple):
+StateT = TypeVar("StateT")
+"""A cell's own `Cell.State`: ``Carry[State]`` in a `Cell.transition` of its own."""
+
+GatesT = TypeVar("GatesT")
+"""A cell's own `Cell.Gates`, or `Named`."""
+
+
+class Carry(NamedTuple, Generic[StateT]):
     """What passes from one time step to the next.
 
     Attributes:
@@ -62,29 +98,40 @@ class Carry(NamedTuple):
     """
 
     h: Array
-    state: State
+    state: StateT
 
 
 class NoState(NamedTuple):
     """The state of a cell that has nothing but its hidden state (a GRU, say)."""
 
 
-class Parts(NamedTuple):
+class Parts(NamedTuple, Generic[GatesT]):
     """Pre-activations of a cell that declares ``parts_apart``: input part and recurrent part."""
 
-    x: Named
-    h: Named
+    x: GatesT
+    h: GatesT
+
+
+# For beartype, which checks types in the tests and knows no named tuples that are generic.
+del Carry.__orig_bases__, Parts.__orig_bases__  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _record(what: str, fields: tuple[str, ...]) -> Callable[..., Named]:
-    """A type of arrays by name, which names them all to whoever asks for another."""
+def _record(
+    what: str, fields: tuple[str, ...], declared: Record | None = None
+) -> Callable[..., Named]:
+    """A type of arrays by name, which names them all to whoever asks for another.
+
+    It is one of the type ``declared``, if that has these names.
+    """
 
     def missing(self: object, name: str) -> Array:
         have = ", ".join(fields) or "none"
         raise AttributeError(f"no {what} {name!r}; there are: {have}")
 
-    base: Any = collections.namedtuple(what.title().replace(" ", ""), fields)  # type: ignore[misc]
+    make = collections.namedtuple  # by another name: where it is called mypy asks for the fields
+    fits = declared is not None and declared._fields == fields
+    base = declared if declared and fits else make(what.title().replace(" ", ""), fields)
     return type(base.__name__, (base,), {"__slots__": (), "__getattr__": missing})
 
 
@@ -99,6 +146,7 @@ class Cell:
 
     Declarations, each with a default; any of them may be a property:
         gates: names of the blocks of the pre-activation, in the order they are stored.
+        Gates: in place of ``gates``, for whoever annotates ``pre``: a `typing.NamedTuple` of them.
         State: a `typing.NamedTuple` of the arrays carried beside the hidden state.
         bias_init: initial bias of a gate, a number or an initializer; 0 for gates not named.
         unit_params: per-unit parameters (peepholes, say), name -> number or initializer;
@@ -140,10 +188,11 @@ class Cell:
     recurrent_init: Initializer | None = dataclasses.field(default=None, kw_only=True)
 
     gates: ClassVar[tuple[str, ...]] = ()
-    State: ClassVar[Any] = NoState
+    Gates: ClassVar[Record | None] = None
+    State: ClassVar[Record] = NoState
     bias_init: ClassVar[Mapping[str, float | Initializer]] = {}
-    unit_params: ClassVar[Mapping[str, float | Initializer]] = {}
-    step_params: ClassVar[Mapping[str, tuple[Sequence[int | str], float | Initializer]]] = {}
+    unit_params: ClassVar[UnitParams] = {}
+    step_params: ClassVar[StepParams] = {}
     step_inputs: ClassVar[Mapping[str, int | str]] = {}
     noise: ClassVar[Mapping[str, Noise]] = {}
     uses_h: ClassVar[bool] = False
@@ -157,10 +206,21 @@ class Cell:
         """Numbers a row of h, and rows of the recurrent kernel. Override for a projection, say."""
         return self.hidden_size
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        if (declared := vars(cls).get("Gates")) is not None:
+            names = getattr(declared, "_fields", None)
+            if names is None or vars(cls).get("gates", names) != names:
+                raise ContractError(
+                    f"{cls.__name__}.Gates must be a typing.NamedTuple, and stands for gates: "
+                    "leave out one of them"
+                )
+            cls.gates = names
         try:
             dataclasses.dataclass(frozen=True, repr=False, kw_only=True)(cls)
+            # As if not done yet, for those who write @dataclass themselves.
+            del cls.__setattr__, cls.__delattr__
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
         except ValueError as error:
             raise ContractError(
                 f"cell {cls.__name__}: {error}. A hyper-parameter must be hashable: make an array "
@@ -194,7 +254,7 @@ class Cell:
 
     # What a researcher writes
 
-    def step(self, *args: Any, **kwargs: Any) -> tuple[Array, State]:
+    def step(self, *args: Any, **kwargs: Any) -> tuple[Array, Any]:
         """One time step after the products: ``step(pre, state, params, ...) -> (h, state)``.
 
         It is traced once, with the shapes below, and what was traced is what every engine runs.
@@ -282,14 +342,14 @@ class Cell:
             }
         return params
 
-    def _draw_recurrent(self, key: PRNGKeyArray, dtype: Any) -> Array:
+    def _draw_recurrent(self, key: PRNGKeyArray, dtype: DTypeLike) -> Array:
         gates, block = len(self.recurrent), self.hidden_size // self.heads
         rows = block if self.heads > 1 else self.output_size
         orthogonal, uniform = jax.nn.initializers.orthogonal(), jax.nn.initializers.uniform(2.0)
         init = self.recurrent_init or orthogonal
         if self.recurrent_init is None and block == 1:  # orthogonal numbers are 1 and -1
 
-            def init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+            def init(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
                 return uniform(key, shape, dtype) - 1
 
         draw = jax.vmap(lambda k: _draw(init, k, (rows, block), dtype))
@@ -312,7 +372,7 @@ class Cell:
         """
         h = jnp.zeros((batch_size, self.output_size), dtype)
         zeros = jnp.zeros((batch_size, self.hidden_size), dtype)
-        return Carry(h, self.State(*(zeros for _ in self.State._fields)))
+        return Carry(h, self.State._make(zeros for _ in self.State._fields))
 
     # One step
 
@@ -337,12 +397,14 @@ class Cell:
     def pre_activations(
         self, params: Params, x: Float[Array, "B D"], h: Array, dot: Dot, **more: Named
     ) -> Any:
-        """What ``step`` gets as ``pre``: the products and biases by name, or both parts of them."""
+        """What ``step`` gets as ``pre``: the products and biases by name, or both parts of them.
+
+        That is `Named` (or the cell's ``Gates``), or with ``parts_apart`` `Parts` of them.
+        """
         from_x = dot(x, params["kernel"])
         from_h = None
         if self.recurrent:
-            noise: Any = more.get("noise")
-            seen = self.recur(h, noise) if recurs(self) else h
+            seen = self.recur(h, more.get("noise", _record("noise", ())())) if recurs(self) else h
             from_h = self.recurrent_product(params["recurrent_kernel"], seen, dot)
         bias = params.get("bias")
         if self.parts_apart:
@@ -403,7 +465,9 @@ class Cell:
         out = out.reshape(-1, self.heads, gates, block).swapaxes(1, 2)
         return out.reshape(-1, gates * self.hidden_size)
 
-    def apply_step(self, pre: Named, carry: Carry, params: Params, **more: Named) -> Carry:
+    def apply_step(
+        self, pre: Named | Parts[Named], carry: Carry, params: Params, **more: Named
+    ) -> Carry:
         """Call ``step`` with the arguments that the cell declares."""
         h = (carry.h,) if self.uses_h else ()
         return as_carry(self, self.step(pre, carry.state, self.seen(params), *h, **more))
@@ -460,7 +524,7 @@ class Cell:
 
     def named(self, blocks: Sequence[Array]) -> Named:
         """The blocks of a pre-activation under the names of the gates."""
-        return _record("gate", self.gates)(*blocks)
+        return _record("gate", self.gates, self.Gates)(*blocks)
 
     def seen(self, params: Params) -> Named:
         """The parameters that ``step`` sees, by name."""
@@ -478,6 +542,15 @@ class Cell:
         return jnp.split(pre, len(gates), axis=-1)
 
 
+def _frozen(cell: Cell, name: str, *value: object) -> None:
+    raise dataclasses.FrozenInstanceError(
+        f"{type(cell).__name__}.{name}: a cell cannot be changed; use dataclasses.replace"
+    )
+
+
+Cell.__setattr__ = Cell.__delattr__ = _frozen  # type: ignore[assignment,method-assign]
+
+
 class _Name(NamedTuple):
     """Where a function is found; pickle itself cannot say that of ``jnp.tanh`` and its like."""
 
@@ -491,8 +564,8 @@ def _by_name(value: object) -> object:
     return place if callable(value) and known is value else value
 
 
-def _unpickled(kind: type[Cell], fields: Mapping[str, Any]) -> Cell:
-    def found(value: Any) -> Any:
+def _unpickled(kind: type[Cell], fields: Mapping[str, object]) -> Cell:
+    def found(value: object) -> Any:
         if not isinstance(value, _Name):
             return value
         return getattr(importlib.import_module(value.module), value.name)
@@ -533,7 +606,7 @@ def arguments(
 
 
 def start(
-    cell: Cell, params: Params | None, batch: Size, features: int | None, dtype: Any
+    cell: Cell, params: Params | None, batch: Size, features: int | None, dtype: DTypeLike
 ) -> Carry:
     """`Cell.initial_carry`, with the arguments that the cell's own takes."""
     takes = inspect.signature(cell.initial_carry).parameters
@@ -587,7 +660,7 @@ def where_defined(cell: Cell) -> str:
     return f" ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})"
 
 
-def _check_names(cls: type[Cell], gates: Any) -> None:
+def _check_names(cls: type[Cell], gates: object) -> None:
     """Raise `ContractError` where a class's declarations cannot be meant."""
     if isinstance(gates, property):
         return
@@ -610,7 +683,7 @@ def _check_names(cls: type[Cell], gates: Any) -> None:
 
 
 def _draw(
-    init: float | Initializer, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any
+    init: float | Initializer, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Array:
     if not callable(init):
         return jnp.full(shape, init, dtype)

@@ -1,15 +1,16 @@
 """Cells in continuous time: CfC, LMU, phased LSTM, antisymmetric RNN."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.nn import sigmoid
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from lstmjax.cells.base import Carry, Cell, Named, NoState, Params
+from lstmjax.cells.base import Carry, Cell, Named, NoState, Params, Parts, StepParams, UnitParams
 from lstmjax.cells.lstm import LSTM
 from lstmjax.precision import Dot
 from lstmjax.traced import Size
@@ -72,10 +73,10 @@ class PhasedLSTM(LSTM):
     step_inputs = {"t": 1}
 
     @property
-    def unit_params(self) -> Any:
+    def unit_params(self) -> UnitParams:
         """Periods between 1 and ``longest``, open for a twentieth of them."""
 
-        def log_period(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+        def log_period(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return jax.random.uniform(key, shape, dtype, 0, float(np.log(self.longest)))
 
         return {"log_period": log_period, "shift": jax.nn.initializers.uniform(1.0), "open": 0.05}
@@ -122,7 +123,9 @@ class AntisymmetricRNN(Cell):
         m = r - r.T - self.gamma * jnp.eye(len(r), dtype=r.dtype)
         return {**params, "recurrent_kernel": m}
 
-    def step(self, pre: Any, state: NoState, params: Named, h: Array) -> tuple[Array, NoState]:
+    def step(
+        self, pre: Parts[Named], state: NoState, params: Named, h: Array
+    ) -> tuple[Array, NoState]:
         """The equation above."""
         change = sigmoid(pre.x.z + pre.h.a) * jnp.tanh(pre.x.a + pre.h.a)
         return h + self.epsilon * change, state
@@ -158,7 +161,7 @@ class LMU(Cell):
         m: Array
 
     @property
-    def step_params(self) -> Any:
+    def step_params(self) -> StepParams:
         """What writes the memory, and what reads it."""
         lecun, glorot = jax.nn.initializers.lecun_uniform(), jax.nn.initializers.glorot_normal()
         return {
@@ -168,12 +171,12 @@ class LMU(Cell):
             "memory_kernel": ((self.order, "H"), glorot),
         }
 
-    def initial_carry(self, batch_size: Size, dtype: Any = jnp.float32, **_: Any) -> Carry:
+    def initial_carry(self, batch_size: Size, dtype: DTypeLike = jnp.float32, **_: object) -> Carry:
         """Zeros."""
         h = jnp.zeros((batch_size, self.hidden_size), dtype)
         return Carry(h, self.State(jnp.zeros((batch_size, self.order), dtype)))
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         own, h, (m,) = params["step"], carry.h, carry.state
         a, b = (jnp.asarray(w, x.dtype) for w in self._memory())

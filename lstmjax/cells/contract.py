@@ -1,11 +1,15 @@
 """One step of a cell as a traced program, and whether it keeps the contract."""
 
 import collections
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.tree_util import PyTreeDef
+from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry, Cell, Params, arguments, start, where_defined
@@ -26,17 +30,17 @@ class Arguments(NamedTuple):
     """
 
     params: Params
-    x: Any
+    x: Array
     carry: Carry
-    inputs: dict[str, Any]
-    noise: dict[str, Any]
+    inputs: dict[str, Array]
+    noise: dict[str, Array]
 
 
-ROWS = Arguments(-1, 0, 0, 0, 0)  # type: ignore[arg-type]
+ROWS = (-1, 0, 0, 0, 0)
 """Which axis of each argument the rows are, -1 for none."""
 
 _KEPT = 256
-_programs: collections.OrderedDict[Any, tuple[Program, str | None]] = collections.OrderedDict()
+_programs: collections.OrderedDict[Hashable, tuple[Program, str | None]] = collections.OrderedDict()
 
 
 def transition_program(cell: Cell, args: Arguments) -> Program:
@@ -79,15 +83,20 @@ def trace_transition(cell: Cell, args: Arguments) -> Program:
         ContractError: it does not run with arguments of these shapes.
     """
 
-    def one_step(*given: Any) -> Carry:
-        params, x, carry, inputs, noise = given
+    def one_step(
+        params: Params,
+        x: Array,
+        carry: Carry,
+        inputs: dict[str, Array],
+        noise: dict[str, Array],
+    ) -> Carry:
         more = arguments(cell, x, {"x": x} | inputs, noise)
         return cell.transition(params, x, carry, marked_dot, **more)
 
     name = type(cell).__name__
     try:
         with jax.default_matmul_precision("highest"):
-            return trace(one_step, *args, rows=tuple(ROWS))
+            return trace(one_step, *args, rows=ROWS)
     except UserError:
         raise
     except Exception as error:
@@ -113,7 +122,7 @@ def _checked(cell: Cell, program: Program, args: Arguments) -> str | None:
     """Raise `ContractError` if a step is not one; else why it runs as traced only, if so."""
     broken = f"cell {type(cell).__name__} breaks the contract: "
     at, after, before = where_defined(cell), program.shapes(), args.carry
-    structure: Any = jax.tree.structure(before)
+    structure: PyTreeDef = jax.tree.structure(before)
     if structure != jax.tree.structure(after):
         raise ContractError(
             f"{broken}its step must return (h, state) as {layout(before)}, not {layout(after)}{at}"
@@ -146,17 +155,17 @@ def _rows_mixed(program: Program, args: Arguments) -> bool:
         return False
     rng = np.random.default_rng(0)
 
-    def draw(a: Any) -> Any:
+    def draw(a: Array | jax.ShapeDtypeStruct) -> Array:
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             return jax.random.split(jax.random.key(rng.integers(2**31)), a.shape)
         return jnp.asarray(
             rng.uniform(0.1, 0.9, a.shape) * (1 + 8 * (a.dtype.kind in "iu")), a.dtype
         )
 
-    def other(a: Any) -> Any:
+    def other(a: Array) -> Array:
         return jnp.where((jnp.arange(len(a)) == 0).reshape(-1, *[1] * (a.ndim - 1)), draw(a), a)
 
-    def rest(a: Any) -> Any:
+    def rest(a: Array) -> np.ndarray:
         keys = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
         return np.asarray(jax.random.key_data(a) if keys else a)[1:]
 
@@ -179,7 +188,7 @@ def layout(carry: PyTree) -> str:
 
 
 def shapes_of(
-    cell: Cell, batch: int, features: int, dtype: Any = jnp.float32, *, training: bool = False
+    cell: Cell, batch: int, features: int, dtype: DTypeLike = jnp.float32, *, training: bool = False
 ) -> Arguments:
     """The arguments of one step, as shapes, with parameters as `Cell.init` draws them."""
     if not cell.gates and type(cell).transition is Cell.transition:

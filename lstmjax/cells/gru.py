@@ -1,6 +1,6 @@
 """The gated recurrent unit, with the reset gate after the recurrent product and before it."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from jax import Array
@@ -35,7 +35,9 @@ class GRU(Cell):
     parts_apart = True
     uses_h = True
 
-    def step(self, pre: Parts, state: NoState, params: Named, h: Array) -> tuple[Array, NoState]:
+    def step(
+        self, pre: Parts[Named], state: NoState, params: Named, h: Array
+    ) -> tuple[Array, NoState]:
         """The equations above."""
         r = self.recurrent_activation(pre.x.r + pre.h.r)
         z = self.recurrent_activation(pre.x.z + pre.h.z)
@@ -70,7 +72,7 @@ class ResetFirstGRU(Cell):
     recurrent_gates = ("r", "z")
     step_params: ClassVar = {"candidate_kernel": (("H", "H"), jax.nn.initializers.orthogonal())}
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         h = carry.h
         pre = self.pre_activations(params, x, h, dot)

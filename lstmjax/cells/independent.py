@@ -1,14 +1,14 @@
 """Recurrent networks whose units do not see each other: IndRNN, SRU, QRNN."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import relu, sigmoid
 
-from lstmjax.cells.base import Activation, Carry, Cell, Named, NoState, Params
+from lstmjax.cells.base import Activation, Carry, Cell, Named, NoState, Params, StepParams
 from lstmjax.precision import Dot
 from lstmjax.traced import Size
 
@@ -120,7 +120,7 @@ class QRNN(Cell):
         return {"f": ("z", "f"), "fo": ("z", "f", "o"), "ifo": ("z", "f", "o", "i")}[self.pooling]
 
     @property
-    def step_params(self) -> Any:
+    def step_params(self) -> StepParams:
         """The kernel of the input before."""
         shape = ("D", len(self.gates), "H")
         glorot = jax.nn.initializers.glorot_uniform(in_axis=0, out_axis=(1, 2))
@@ -139,7 +139,7 @@ class QRNN(Cell):
         x = jnp.zeros((batch_size, self.hidden_size if input_size is None else input_size), dtype)
         return Carry(zeros, self.State(zeros, x))
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         c, before = carry.state
         kernel = params["step"]["kernel_before"].reshape(x.shape[1], -1)

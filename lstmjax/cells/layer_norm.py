@@ -49,7 +49,7 @@ class LayerNormLSTM(Cell):
 
         c: Array
 
-    def step(self, pre: Parts, state: State, params: Named) -> tuple[Array, State]:
+    def step(self, pre: Parts[Named], state: State, params: Named) -> tuple[Array, State]:
         """The equations above."""
         from_x = self._normalised(tuple(pre.x), params.gain_x)
         from_h = self._normalised(tuple(pre.h), params.gain_h)

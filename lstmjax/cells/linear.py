@@ -1,14 +1,15 @@
 """Linear recurrences: LRU and RG-LRU."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import sigmoid, softplus
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from lstmjax.cells.base import Carry, Cell, Named, NoState, Params
+from lstmjax.cells.base import Carry, Cell, Named, NoState, Params, UnitParams
 from lstmjax.precision import Dot
 
 
@@ -50,15 +51,15 @@ class LRU(Cell):
         im: Array
 
     @property
-    def unit_params(self) -> Any:
+    def unit_params(self) -> UnitParams:
         """ν, θ and γ; `init` has the last follow the first."""
 
-        def nu(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+        def nu(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             u = jax.random.uniform(key, shape, dtype, 1e-6)
             squared = u * (self.r_max**2 - self.r_min**2) + self.r_min**2
             return jnp.log(-0.5 * jnp.log(squared))
 
-        def theta(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+        def theta(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             return jnp.log(self.max_phase * jax.random.uniform(key, shape, dtype, 1e-6))
 
         return {"nu": nu, "theta": theta, "gamma": 0.0}
@@ -72,7 +73,7 @@ class LRU(Cell):
         gamma = 0.5 * jnp.log1p(-squared)
         return {**params, "units": {**params["units"], "gamma": gamma}}
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         own, read = self.seen(params), params["step"]
         re, im = carry.state
@@ -108,10 +109,10 @@ class RGLRU(Cell):
     step_inputs = {"x": "H"}
 
     @property
-    def unit_params(self) -> Any:
+    def unit_params(self) -> UnitParams:
         """How fast a unit forgets at most."""
 
-        def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+        def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
             squared = jax.random.uniform(key, shape, dtype, 0.9**2, 0.999**2)
             return jnp.log(jnp.expm1(-jnp.log(squared) / 16))
 

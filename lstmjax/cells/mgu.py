@@ -1,13 +1,13 @@
 """The minimal gated unit."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import sigmoid
 
-from lstmjax.cells.base import Carry, Cell, Params
+from lstmjax.cells.base import Carry, Cell, Named, Params
 from lstmjax.precision import Dot
 
 
@@ -32,7 +32,7 @@ class MGU(Cell):
     recurrent_gates = ("f",)
     step_params: ClassVar = {"candidate_kernel": (("H", "H"), jax.nn.initializers.orthogonal())}
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         h = carry.h
         pre = self.pre_activations(params, x, h, dot)

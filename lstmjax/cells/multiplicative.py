@@ -1,12 +1,12 @@
 """LSTMs whose input and hidden state act on one another before the gates see them."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from jax import Array
 from jax.nn import sigmoid
 
-from lstmjax.cells.base import Carry, Params
+from lstmjax.cells.base import Carry, Named, Params, StepParams
 from lstmjax.cells.lstm import LSTM
 from lstmjax.precision import Dot
 
@@ -35,7 +35,7 @@ class MultiplicativeLSTM(LSTM):
         "hidden_factor": (("H", "H"), _orthogonal),
     }
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equation above."""
         own = params["step"]
         m = dot(x, own["input_factor"]) * dot(carry.h, own["hidden_factor"])
@@ -62,13 +62,13 @@ class MogrifierLSTM(LSTM):
     rounds: int = 5
 
     @property
-    def step_params(self) -> Any:
+    def step_params(self) -> StepParams:
         """The matrices of the rounds."""
         kinds = {1: ("q", ("H", "D")), 0: ("r", ("D", "H"))}
         rounds = [(i, *kinds[i % 2]) for i in range(1, self.rounds + 1)]
         return {f"{name}{i}": (shape, _glorot) for i, name, shape in rounds}
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equations above."""
         own, h = params["step"], carry.h
         for i in range(1, self.rounds + 1):

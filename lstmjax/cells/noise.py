@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 
@@ -29,7 +30,7 @@ class Noise:
         'step'
     """
 
-    draw: Callable[[PRNGKeyArray, tuple[int, ...], Any], Array]
+    draw: Callable[[PRNGKeyArray, tuple[int, ...], DTypeLike], Array]
     evaluation: float
     every: Literal["step", "sequence"] = "step"
     width: int | None = None
@@ -45,7 +46,7 @@ def dropped(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     """
     _check_rate(rate)
 
-    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate)
 
     return Noise(draw, 1.0, every)
@@ -61,7 +62,7 @@ def kept(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     """
     _check_rate(rate)
 
-    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:
+    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.bernoulli(key, rate, shape).astype(dtype)
 
     return Noise(draw, rate, every)

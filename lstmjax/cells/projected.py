@@ -1,11 +1,9 @@
 """The LSTM with a projection of its output."""
 
-from typing import Any
-
 import jax
 from jax import Array
 
-from lstmjax.cells.base import Carry, Params
+from lstmjax.cells.base import Carry, Named, Params, StepParams
 from lstmjax.cells.peephole import PeepholeLSTM
 from lstmjax.precision import Dot
 
@@ -39,12 +37,12 @@ class ProjectedLSTM(PeepholeLSTM):
         return self.projection or max(1, self.hidden_size // 2)
 
     @property
-    def step_params(self) -> Any:
+    def step_params(self) -> StepParams:
         """The projection."""
         shape = ("H", self.output_size)
         return {"projection": (shape, jax.nn.initializers.glorot_uniform())}
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Named) -> Carry:
         """The equation above."""
         m, state = super().transition(params, x, carry, dot, **more)
         return Carry(dot(m, params["step"]["projection"]), state)

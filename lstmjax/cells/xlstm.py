@@ -1,13 +1,14 @@
 """The cells of xLSTM, with exponential gates that cannot overflow: sLSTM and mLSTM."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import log_sigmoid, sigmoid
+from jax.typing import DTypeLike
 
-from lstmjax.cells.base import Carry, Cell, Named, Params
+from lstmjax.cells.base import Carry, Cell, Named, Params, StepParams
 from lstmjax.precision import Dot
 from lstmjax.traced import Size
 
@@ -95,23 +96,25 @@ class MLSTM(Cell):
         m: Array
 
     @property
-    def step_params(self) -> Any:
+    def step_params(self) -> StepParams:
         """What makes input and forget gate."""
         both = 2 * self.heads
         glorot = jax.nn.initializers.glorot_uniform()
         return {"gates": (("D", both), glorot), "gates_bias": ((both,), 0.0)}
 
-    def initial_carry(self, batch_size: Size, dtype: Any = jnp.float32, **_: Any) -> Carry:
+    def initial_carry(self, batch_size: Size, dtype: DTypeLike = jnp.float32, **_: object) -> Carry:
         """Zeros."""
         d = self.hidden_size // self.heads
         shapes = (d, d), (d,), ()
         state = (jnp.zeros((batch_size, self.heads, *shape), dtype) for shape in shapes)
         return Carry(jnp.zeros((batch_size, self.hidden_size), dtype), self.State(*state))
 
-    def transition(self, params: Params, x: Array, carry: Carry, dot: Dot, **more: Any) -> Carry:
+    def transition(
+        self, params: Params, x: Array, carry: Carry[State], dot: Dot, **more: Named
+    ) -> Carry[State]:
         """The equations above."""
         own = params["step"]
-        before: MLSTM.State = carry.state
+        before = carry.state
         q, k, v, o = self.pre_activations(params, x, carry.h, dot)
         q, k, v = (a.reshape(x.shape[0], self.heads, -1) for a in (q, k, v))
         i, f = jnp.split(dot(x, own["gates"]) + own["gates_bias"][None], 2, axis=-1)

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -210,7 +210,7 @@ def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
     builder = tfds.builder(_NAME, data_dir=root)
     make_manager = builder._make_download_manager
 
-    def make_manager_without_tensorflow(**arguments: Any) -> Any:
+    def make_manager_without_tensorflow(**arguments: object) -> object:
         manager = make_manager(**arguments)
         manager.iter_archive = archives.iter_archive  # TFDS opens the archive with TensorFlow
         if archive is not None:

@@ -9,7 +9,7 @@ import functools
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -24,7 +24,7 @@ _INDEX = "rows.npz"
 
 def write_rows(
     folder: pathlib.Path,
-    rows: Iterable[tuple[Int32[np.ndarray, " steps"], int]],
+    rows: Iterable[tuple[Int32[np.ndarray, " _"], int]],
     shard_rows: int = 100_000,
 ) -> None:
     """Write rows to a new folder, one after the other; all of them or none.
@@ -55,13 +55,14 @@ def write_rows(
     shutil.rmtree(temporary, ignore_errors=True)
     files.make_folder(temporary)
     lengths, labels = [], []
-    writer: Any = None
+    writer: ArrayRecordWriter | None = None
     for number, (ids, label) in enumerate(rows):
         if number % shard_rows == 0:
             if writer is not None:
                 writer.close()
             path = temporary / f"rows-{number // shard_rows:05}.array_record"
             writer = ArrayRecordWriter(str(path), "group_size:1")
+        assert writer is not None
         writer.write(np.asarray(ids, "<i4").tobytes())
         lengths.append(len(ids))
         labels.append(label)
@@ -73,6 +74,15 @@ def write_rows(
     files.sync_tree(temporary)
     temporary.rename(folder)
     files.sync_folder(folder.parent)
+
+
+@runtime_checkable
+class _Source(Protocol):
+    """Rows by number, as Grain reads them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> bytes: ...
 
 
 class StreamedBatches(Batches):
@@ -106,7 +116,7 @@ class StreamedBatches(Batches):
         self._folder, self._top_words = folder, top_words
 
     @functools.cached_property
-    def _source(self) -> Any:
+    def _source(self) -> _Source:
         import grain
 
         paths = sorted(map(str, self._folder.glob("rows-*.array_record")))

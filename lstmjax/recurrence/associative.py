@@ -11,12 +11,14 @@ declared. Arrays that depend on one another are solved together.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry, Cell
@@ -34,7 +36,17 @@ from lstmjax.recurrence.engine import (
     step_arguments,
 )
 from lstmjax.recurrence.scan import harmless
-from lstmjax.traced import AsTraced, Program, Value, callee, is_literal, needed
+from lstmjax.traced import (
+    AsTraced,
+    Atom,
+    Hook,
+    Program,
+    Value,
+    callee,
+    is_literal,
+    needed,
+    shape_of,
+)
 
 FEW = 2**17
 """Rows times units up to which a device is idle most of the time in a loop over steps."""
@@ -143,7 +155,7 @@ def affine(program: Program, args: Arguments) -> list[Stage] | str:
         own = {id(variables[leaf]) for leaf in leaves}
         outs = _forms(program.closed.jaxpr, own)
         forms = {outs[leaf] for leaf in leaves}
-        alike = len({variables[leaf].aval.shape for leaf in leaves}) == 1
+        alike = len({shape_of(variables[leaf]) for leaf in leaves}) == 1
         if forms <= _AFFINE and alike:
             stages.append(Stage(leaves, maximum=False))
         elif forms <= _MAXIMUM and len(leaves) == 1:
@@ -154,7 +166,7 @@ def affine(program: Program, args: Arguments) -> list[Stage] | str:
     return stages
 
 
-def _reads(jaxpr: Any, variables: Sequence[Any]) -> list[set[int]]:
+def _reads(jaxpr: Jaxpr, variables: Sequence[Var]) -> list[set[int]]:
     """For each array of the new carry, those of the old one that it depends on."""
     known = {id(var): {number} for number, var in enumerate(variables)}
     for eqn in needed(jaxpr):
@@ -177,13 +189,13 @@ def _components(reads: list[set[int]]) -> list[tuple[int, ...]]:
     return groups
 
 
-def _forms(jaxpr: Any, own: set[int], given: Sequence[Form] | None = None) -> list[Form]:
+def _forms(jaxpr: Jaxpr, own: set[int], given: Sequence[Form] | None = None) -> list[Form]:
     """How the outputs depend on the variables ``own``, or on arguments of given forms."""
     forms: dict[int, Form] = dict.fromkeys(own, "itself")
     if given is not None:
         forms = dict(zip(map(id, jaxpr.invars), given, strict=True))
 
-    def form(atom: Any) -> Form:
+    def form(atom: Atom) -> Form:
         return "none" if is_literal(atom) else forms.get(id(atom), "none")
 
     for eqn in needed(jaxpr):
@@ -198,11 +210,11 @@ def _forms(jaxpr: Any, own: set[int], given: Sequence[Form] | None = None) -> li
     return [form(a) for a in jaxpr.outvars]
 
 
-def _form(eqn: Any, ins: list[Form]) -> Form:
+def _form(eqn: JaxprEqn, ins: list[Form]) -> Form:
     """The form of an operation's result."""
     name, some = eqn.primitive.name, {f for f in ins if f != "none"}
-    shape = eqn.outvars[0].aval.shape
-    moved = any(a.aval.shape != shape for a, f in zip(eqn.invars, ins, strict=True) if f != "none")
+    shape = shape_of(eqn.outvars[0])
+    moved = any(shape_of(a) != shape for a, f in zip(eqn.invars, ins, strict=True) if f != "none")
     if moved or "other" in some:
         return "other"
     alone = len(some) == 1 and ins.count("none") == len(ins) - 1
@@ -233,8 +245,15 @@ def _form(eqn: Any, ins: list[Form]) -> Form:
 class _Max(NamedTuple):
     """``max(a + m, b)`` as a value of a running program."""
 
-    a: Any
-    b: Any
+    a: Array
+    b: Array
+
+
+_Now = tuple[Array, dict[str, Array], dict[str, Array]]
+"""x, step inputs and noise of one step."""
+
+_Affine = tuple[list[list[Array]], list[Array]]
+"""A and b of all steps, or of some together, array by array of the carry."""
 
 
 class _Run:
@@ -293,7 +312,7 @@ class _Run:
         """Of the arguments of all steps."""
         return jax.vmap(function)(self.over_time, carry)
 
-    def evaluate(self, now: Any, carry: Carry) -> Carry:
+    def evaluate(self, now: _Now, carry: Carry) -> Carry:
         """The carry after a step."""
         x, more, noise = now
         given = Arguments(self.inputs.params, x, carry, more, noise)
@@ -304,7 +323,7 @@ class _Run:
         leaves = stage.leaves
         zeros = {leaf: self._all(jnp.zeros_like(self.initial[leaf])) for leaf in leaves}
 
-        def new(now: Any, carry: Carry) -> tuple[list[Array], list[list[Array]]]:
+        def new(now: _Now, carry: Carry) -> tuple[list[Array], list[list[Array]]]:
             held = jax.tree.leaves(carry)
 
             def of(own: list[Array]) -> list[Array]:
@@ -336,15 +355,15 @@ class _Run:
         ]
         b = [jnp.concatenate([one, x[1:]]) for one, x in zip(begun, b, strict=True)]
 
-        def combine(one: Any, two: Any) -> Any:
+        def combine(one: _Affine, two: _Affine) -> _Affine:
             (a1, b1), (a2, b2) = one, two
             n = range(len(b1))
-            a = [[sum(a2[i][k] * a1[k][j] for k in n) for j in n] for i in n]
-            return a, [b2[i] + sum(a2[i][k] * b1[k] for k in n) for i in n]
+            a = [[_total(a2[i][k] * a1[k][j] for k in n) for j in n] for i in n]
+            return a, [b2[i] + _total(a2[i][k] * b1[k] for k in n) for i in n]
 
         return lax.associative_scan(combine, (a, b))[1]
 
-    def _with_flags(self, stage: Stage, a: list[list[Array]], b: list[Array]) -> Any:
+    def _with_flags(self, stage: Stage, a: list[list[Array]], b: list[Array]) -> _Affine:
         """Masked steps pass the carry on; resets put their own in its place."""
         n, mask, resets = range(len(b)), self.inputs.mask, self.inputs.resets
         if mask is not None:
@@ -355,7 +374,7 @@ class _Run:
             b = [select_rows(mask, x, jnp.zeros_like(x)) for x in b]
         if resets is not None:
             start = [self._all(self.start[leaf]) for leaf in stage.leaves]
-            begun = [b[i] + sum(a[i][j] * start[j] for j in n) for i in n]
+            begun = [b[i] + _total(a[i][j] * start[j] for j in n) for i in n]
             b = [select_rows(resets, begun[i], b[i]) for i in n]
             a = [[select_rows(resets, jnp.zeros_like(x), x) for x in row] for row in a]
         return a, b
@@ -365,9 +384,9 @@ class _Run:
         (leaf,) = stage.leaves
         mask, resets, least = self.inputs.mask, self.inputs.resets, -jnp.inf
 
-        def new(now: Any, carry: Carry) -> tuple[Array, Array]:
-            held: list[Any] = jax.tree.leaves(carry)
-            a = held[leaf]
+        def new(now: _Now, carry: Carry) -> tuple[Array, Array]:
+            held: list[Array | _Max] = jax.tree.leaves(carry)
+            a = jax.tree.leaves(carry)[leaf]
             held[leaf] = _Max(jnp.zeros_like(a), jnp.full_like(a, least))
             x, more, noise = now
             ins = [
@@ -389,7 +408,7 @@ class _Run:
             a = select_rows(resets, jnp.full_like(a, least), a)
         b = b.at[0].max(a[0] + self.initial[leaf])
 
-        def combine(one: Any, two: Any) -> Any:
+        def combine(one: tuple[Array, Array], two: tuple[Array, Array]) -> tuple[Array, Array]:
             return one[0] + two[0], jnp.maximum(two[0] + one[1], two[1])
 
         return [lax.associative_scan(combine, (a, b))[1]]
@@ -409,30 +428,40 @@ class _Run:
         return select_rows(happens.any(0), found, self.initial[leaf])
 
 
-def _evaluate_maximum(program: Program, ins: list[Any], product: Any, leaf: int) -> _Max:
+def _total(terms: Iterable[Array]) -> Array:
+    return functools.reduce(operator.add, terms)
+
+
+def _evaluate_maximum(
+    program: Program, ins: Sequence[Array | _Max], product: Hook, leaf: int
+) -> _Max:
     """Run a program on arrays, one of which is a `_Max`: the new array of its place."""
 
-    def take(eqn: Any, values: list[Value]) -> list[Value] | None:
+    def take(eqn: JaxprEqn, values: list[Value]) -> list[Value] | None:
         arrays = [value.array for value in values]
         if not any(isinstance(a, _Max) for a in arrays):
             return product(eqn, values)
         if eqn.primitive.name in ("jit", "pjit", "closed_call"):
             return runner.evaluate(*callee(eqn), values)
-        return [Value(_on_maximum(eqn.primitive.name, arrays, eqn))]
+        return [held(_on_maximum(eqn.primitive.name, arrays, eqn))]
+
+    def held(array: Array | _Max) -> Value:  # which a runner hands on, and does not look at
+        return Value(cast(Array, array))
 
     runner = AsTraced(take)
     jaxpr = program.closed.jaxpr
     wanted = [k == leaf for k in range(len(jaxpr.outvars))]
-    outs = runner.evaluate(jaxpr, program.consts, [Value(a) for a in ins], wanted)
-    found: Any = outs[leaf].array
+    outs = runner.evaluate(jaxpr, program.consts, [held(a) for a in ins], wanted)
+    found = outs[leaf].array
+    assert isinstance(found, _Max)
     return found
 
 
-def _on_maximum(name: str, arrays: list[Any], eqn: Any) -> _Max:
+def _on_maximum(name: str, arrays: Sequence[Array | _Max], eqn: JaxprEqn) -> _Max:
     """An operation that leaves a `_Max` one."""
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
 
-    def both(x: Any) -> _Max:
+    def both(x: Array | _Max) -> _Max:
         if isinstance(x, _Max):
             return x
         x = jnp.broadcast_to(x, shape)
@@ -447,7 +476,8 @@ def _on_maximum(name: str, arrays: list[Any], eqn: Any) -> _Max:
         other = -other if name == "sub" else other
         return _Max(one.a + other, one.b + other)
     if name == "select_n":
-        cases = [both(x) for x in arrays[1:]]
-        a, b = (lax.select_n(arrays[0], *part) for part in zip(*cases, strict=True))
+        which, cases = arrays[0], [both(x) for x in arrays[1:]]
+        assert not isinstance(which, _Max)
+        a, b = (lax.select_n(which, *part) for part in zip(*cases, strict=True))
         return _Max(a, b)
-    return arrays[0]  # what changes neither shape nor number
+    return both(arrays[0])  # what changes neither shape nor number

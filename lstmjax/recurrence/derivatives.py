@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.tree_util import PyTreeDef
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import PyTree
 
 from lstmjax.traced import vary_alike
@@ -75,7 +78,7 @@ def with_derivative(
     return function
 
 
-def _flatten(tree: PyTree) -> tuple[list[Any], Any]:
+def _flatten(tree: PyTree) -> tuple[list[ArrayLike], PyTreeDef]:
     return jax.tree.flatten(tree)
 
 
@@ -105,41 +108,48 @@ def _differentiated_as(
 # Evaluated it is the plain function's tangent; transposed it is the backward pass.
 
 
+_Leaf = TypeVar("_Leaf")
+"""Of inputs, say, or of their tangents, or of the axes that either are mapped over."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Linear:
     """``inputs, saved, d inputs (those wanted) -> d outputs``, all flat."""
 
     plain: Callable[[PyTree], PyTree]
     backward: Callable[[PyTree, PyTree, PyTree, PyTree], PyTree]
-    structure: Any
-    saved_structure: Any
-    out_structure: Any
+    structure: PyTreeDef
+    saved_structure: PyTreeDef
+    out_structure: PyTreeDef
     wanted: tuple[bool, ...]
-    shapes: tuple[tuple[Any, Any], ...]
+    shapes: tuple[tuple[tuple[int, ...], DTypeLike], ...]
 
-    def cut(self, args: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    def cut(self, args: Sequence[_Leaf]) -> tuple[list[_Leaf], list[_Leaf], list[_Leaf]]:
         """Arguments of the primitive: inputs, saved, tangents."""
         one, two = self.structure.num_leaves, self.saved_structure.num_leaves
         return list(args[:one]), list(args[one : one + two]), list(args[one + two :])
 
-    def merged(self, leaves: Sequence[Any], chosen: Sequence[Any]) -> PyTree:
+    def merged(self, leaves: Sequence[ArrayLike], chosen: Sequence[ArrayLike]) -> PyTree:
         """The inputs, those wanted being given apart."""
         rest = iter(chosen)
         flat = [next(rest) if w else a for a, w in zip(leaves, self.wanted, strict=True)]
         return jax.tree.unflatten(self.structure, flat)
 
-    def chosen(self, leaves: Sequence[Any]) -> list[Any]:
+    def chosen(self, leaves: Sequence[_Leaf]) -> list[_Leaf]:
         """Those that are wanted."""
         return [a for a, want in zip(leaves, self.wanted, strict=True) if want]
 
-    def tangents(self, leaves: Sequence[Any], d_chosen: Sequence[Any]) -> list[Array]:
+    def tangents(self, leaves: Sequence[ArrayLike], d_chosen: Sequence[ArrayLike]) -> list[Array]:
         """The plain function's."""
         plain = lambda chosen: self.plain(self.merged(leaves, chosen))  # noqa: E731
         _, d_outputs = jax.jvp(plain, (self.chosen(leaves),), (list(d_chosen),))
         return jax.tree.leaves(d_outputs)
 
     def pull_back(
-        self, leaves: Sequence[Any], saved: Sequence[Any], d_outputs: Sequence[Any]
+        self,
+        leaves: Sequence[ArrayLike],
+        saved: Sequence[ArrayLike],
+        d_outputs: Sequence[ArrayLike | None],
     ) -> list[Array]:
         """Gradients of the wanted inputs by the backward pass; its own are the plain function's.
 
@@ -147,12 +157,14 @@ class _Linear:
         """
         known = [d is not None for d in d_outputs]
 
-        def full(d_known: Sequence[Any]) -> PyTree:
+        def full(d_known: Sequence[ArrayLike]) -> PyTree:
             rest = iter(d_known)
             flat = [next(rest) if k else None for k in known]
             return jax.tree.unflatten(self.out_structure, flat)
 
-        def own(leaves: list[Any], saved: list[Any], d_known: list[Any]) -> list[Array]:
+        def own(
+            leaves: list[ArrayLike], saved: list[ArrayLike], d_known: list[ArrayLike]
+        ) -> list[Array]:
             d_inputs = self.backward(
                 jax.tree.unflatten(self.structure, leaves),
                 jax.tree.unflatten(self.saved_structure, saved),
@@ -162,8 +174,10 @@ class _Linear:
             d_leaves = self.structure.flatten_up_to(d_inputs)
             return self.chosen(d_leaves)
 
-        def plain(leaves: list[Any], saved: list[Any], d_known: list[Any]) -> list[Array]:
-            def outputs(chosen: list[Any]) -> PyTree:
+        def plain(
+            leaves: list[ArrayLike], saved: list[ArrayLike], d_known: list[ArrayLike]
+        ) -> list[Array]:
+            def outputs(chosen: list[ArrayLike]) -> PyTree:
                 return self.plain(self.merged(leaves, chosen))
 
             values, back = jax.vjp(outputs, self.chosen(leaves))
@@ -177,28 +191,36 @@ _linear = Primitive("recurrence_derivative")
 _linear.multiple_results = True
 
 
-def _evaluate(*args: Any, map_: _Linear) -> list[Array]:
+def _evaluate(*args: ArrayLike, map_: _Linear) -> list[Array]:
     leaves, _, d_chosen = map_.cut(args)
     return map_.tangents(leaves, d_chosen)
 
 
-def _abstract(*avals: Any, map_: _Linear) -> list[Any]:
-    def zeros(*args: Any) -> list[Array]:
+def _abstract(*avals: ShapedArray, map_: _Linear) -> list[ShapedArray]:
+    def zeros(*args: Array) -> list[Array]:
         return [vary_alike(jnp.zeros(*shape), args) for shape in map_.shapes]
 
     return list(jax.make_jaxpr(zeros)(*avals).out_avals)
 
 
-def _transpose(cts: Sequence[Any], *args: Any, map_: _Linear) -> list[Any]:
-    leaves, saved, d_chosen = map_.cut(args)
+def _transpose(
+    cts: Sequence[Array | ad.Zero], *args: ArrayLike | ad.UndefinedPrimal, map_: _Linear
+) -> Sequence[Array | ad.Zero | None]:
+    known = [a for a in args if not isinstance(a, ad.UndefinedPrimal)]
+    leaves, saved, _ = map_.cut(known)
+    nothing = [None] * len(leaves + saved)
     d_outputs = [None if isinstance(ct, ad.Zero) else ct for ct in cts]
     if all(d is None for d in d_outputs):
-        return [None] * len(leaves + saved) + [ad.Zero(d.aval) for d in d_chosen]
-    return [None] * len(leaves + saved) + map_.pull_back(leaves, saved, d_outputs)
+        d_chosen = args[len(nothing) :]
+        return [
+            *nothing,
+            *(ad.Zero(d.aval) if isinstance(d, ad.UndefinedPrimal) else None for d in d_chosen),
+        ]
+    return [*nothing, *map_.pull_back(leaves, saved, d_outputs)]
 
 
 def _push_forward(
-    primals: Sequence[Any], tangents: Sequence[Any], *, map_: _Linear
+    primals: Sequence[ArrayLike], tangents: Sequence[Array | ad.Zero], *, map_: _Linear
 ) -> tuple[list[Array], list[Array]]:
     outs = _linear.bind(*primals, map_=map_)
     leaves, _, d_chosen = map_.cut(primals)
@@ -206,7 +228,7 @@ def _push_forward(
     moving = [not isinstance(d, ad.Zero) for d in (*d_leaves, *dd_chosen)]
     args = [*leaves, *d_chosen]
 
-    def function(*moved: Any) -> list[Array]:
+    def function(*moved: ArrayLike) -> list[Array]:
         rest = iter(moved)
         full = [next(rest) if m else a for a, m in zip(args, moving, strict=True)]
         return map_.tangents(full[: len(leaves)], full[len(leaves) :])
@@ -219,7 +241,7 @@ def _push_forward(
 
 
 def _batch(
-    args: Sequence[Any], axes: Sequence[Any], *, map_: _Linear
+    args: Sequence[Array], axes: Sequence[int | None], *, map_: _Linear
 ) -> tuple[list[Array], list[int]]:
     size = next(a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None)
     leaves_axes, saved_axes, d_axes = map_.cut(axes)
@@ -256,7 +278,7 @@ def _batch(
     return outs, [0] * len(outs)
 
 
-def _mapped(a: Any, axis: Any, size: int) -> tuple[Any, int]:
+def _mapped(a: Array, axis: int | None, size: int) -> tuple[Array, int]:
     if axis is None:
         return jnp.broadcast_to(a, (size, *a.shape)), 0
     return a, axis

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,8 +179,7 @@ def step_arguments(cell: Cell, inputs: Inputs) -> Arguments:
 
     def first() -> Arguments:
         noise = {} if noises is None else noises.draw(cell, inputs.xs.dtype, 0, 1)
-        one: Any = jax.tree.map(lambda a: a[0], (inputs.xs, inputs.inputs, noise))
-        x, more, drawn = one
+        x, more, drawn = jax.tree.map(lambda a: a[0], (inputs.xs, inputs.inputs, noise))
         return Arguments(inputs.params, x, inputs.initial, more, drawn)
 
     return jax.eval_shape(first)

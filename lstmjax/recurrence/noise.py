@@ -1,15 +1,17 @@
 """Where a cell's random numbers come from: row keys and places in time, never a device."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Int, Key, PRNGKeyArray
 
 from lstmjax.cells.base import Cell
 from lstmjax.cells.noise import Noise
+from lstmjax.recurrence.refs import Index
 from lstmjax.traced import Size
 
 RowKeys = Key[Array, " B"]
@@ -38,7 +40,7 @@ def as_keys(keys: Keys | Array | None, batch_size: Size) -> Keys | None:
     if keys is None or isinstance(keys, Keys):
         return keys
     typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-    given: Any = keys if typed else jax.random.wrap_key_data(keys)
+    given = keys if typed else jax.random.wrap_key_data(keys)
     if given.ndim == 0:
         return Keys(row_keys(given, batch_size), jax.random.fold_in(given, 2**31))
     if given.shape != (batch_size,):
@@ -61,17 +63,17 @@ class Noises(NamedTuple):
     steps: Int[Array, " T"]
     sequences: Int[Array, "T B"] | None
 
-    def draw(self, cell: Cell, dtype: Any, first: Any, count: int) -> dict[str, Array]:
+    def draw(self, cell: Cell, dtype: DTypeLike, first: Index, count: int) -> dict[str, Array]:
         """The numbers of ``count`` steps from ``first`` on, by name: ``(count, B, width)``."""
         drawn = {}
         steps = jax.lax.dynamic_slice_in_dim(self.steps, first, count)
         steps = jnp.broadcast_to(steps[:, None], (count, *self.keys.shape))
         for number, (name, noise) in enumerate(cell.noise.items()):
             keys = jax.vmap(lambda key, n=number: jax.random.fold_in(key, n))(self.keys)
-            shape = (cell.width(noise.width, 0),)
+            width = cell.width(noise.width, 0)
 
-            def one(key: Array, place: Any, noise: Noise = noise, shape: Any = shape) -> Array:
-                return noise.draw(jax.random.fold_in(key, place), shape, dtype)
+            def one(key: Array, place: Index, noise: Noise = noise, width: int = width) -> Array:
+                return noise.draw(jax.random.fold_in(key, place), (width,), dtype)
 
             if noise.every == "step":
                 drawn[name] = jax.vmap(jax.vmap(one), (None, 0))(keys, steps)

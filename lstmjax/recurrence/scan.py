@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,10 @@ class Scan(Engine):
         return scan_over_time(cell, transition, inputs, how, self.recompute)
 
 
+_Now = tuple[Array, Array, dict[str, Array], Array | None, Array | None]
+"""Of a step: its number, x, step inputs, which rows are valid, which are reset."""
+
+
 def scan_over_time(
     cell: Cell,
     transition: Callable[[Arguments], Carry],
@@ -46,10 +50,10 @@ def scan_over_time(
     how: How,
     recompute: bool = True,
 ) -> tuple[Outputs, Carry]:
-    """Any transition in place of the cell's own, one step after another."""
+    """Some transition in place of the cell's own, one step after another."""
     dtype, noises = inputs.xs.dtype, inputs.noises
 
-    def body(carry: Carry, now: Any) -> tuple[Carry, Outputs]:
+    def body(carry: Carry, now: _Now) -> tuple[Carry, Outputs]:
         t, x, more, valid, reset = now
         if reset is not None:
             carry = select_rows(reset, inputs.start, carry)

@@ -7,20 +7,20 @@ Kernels compute pre-activations themselves; `Step` has all else. It exists for c
 import dataclasses
 import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 from jaxtyping import PyTree
 
-from lstmjax.cells.base import Carry, Cell, Params, Parts, _record, arguments, recurs, start
+from lstmjax.cells.base import Carry, Cell, Named, Params, Parts, _record, arguments, recurs, start
 from lstmjax.recurrence.engine import Workload, overridden
 from lstmjax.traced import NoRule, Program, needed, trace
 
 
 class StepArguments(NamedTuple):
-    """What ``step`` takes, by blocks.
+    """What ``step`` takes, by blocks: as arrays or shapes.
 
     Attributes:
         pre: the gates' blocks, ``(B, H)`` each; of a cell with its parts apart those of the input
@@ -32,15 +32,15 @@ class StepArguments(NamedTuple):
         noise: by name, ``(B, width)``.
     """
 
-    pre: list[Any]
+    pre: list[Array]
     carry: Carry
-    units: dict[str, Any]
-    others: dict[str, Any]
-    inputs: dict[str, Any]
-    noise: dict[str, Any]
+    units: dict[str, Array]
+    others: dict[str, Array]
+    inputs: dict[str, Array]
+    noise: dict[str, Array]
 
 
-ROWS = StepArguments(0, 0, -1, -1, 0, 0)  # type: ignore[arg-type]
+ROWS = (0, 0, -1, -1, 0, 0)
 """Which axis of each argument the rows are, -1 for none."""
 
 
@@ -74,25 +74,25 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
     shapes, own = _shapes(cell, batch, features, training)
     count, x = len(cell.gates), ShapeDtypeStruct((batch, features), jnp.float32)
 
-    def one_step(*given: Any) -> Carry:
-        args = StepArguments(*given)
-        pre: Any = cell.named(args.pre[:count])
+    def one_step(*given: PyTree) -> Carry:
+        args: StepArguments = StepArguments(*given)
+        pre: Named | Parts[Named] = cell.named(args.pre[:count])
         if cell.parts_apart:
             apart = _record("gate with recurrence", cell.recurrent)(*args.pre[count:])
-            pre = Parts(pre, apart)
+            pre = Parts(cell.named(args.pre[:count]), apart)
         others = {
             name: args.others[name].reshape(shape) if name in args.others else jnp.zeros(shape)
             for name, shape in own.items()
         }
-        params = {"units": {name: a[0] for name, a in args.units.items()}, "step": others}
+        params: Params = {"units": {name: a[0] for name, a in args.units.items()}, "step": others}
         more = arguments(cell, x, args.inputs, args.noise)
         return cell.apply_step(pre, args.carry, params, **more)
 
     with jax.default_matmul_precision("highest"):
-        forward = trace(one_step, *shapes, rows=tuple(ROWS))
-        if (read := _read(forward, shapes)) != shapes.others:  # the rest is for `Cell.prepare`
-            shapes = shapes._replace(others=read)
-            forward = trace(one_step, *shapes, rows=tuple(ROWS))
+        forward = trace(one_step, *shapes, rows=ROWS)
+        if (read := _read(forward, shapes)) != sorted(shapes.others):  # others: for `Cell.prepare`
+            shapes = shapes._replace(others={name: shapes.others[name] for name in read})
+            forward = trace(one_step, *shapes, rows=ROWS)
     backward = _derivative(forward, shapes)
     if any(isinstance(const, jax.core.Tracer) for const in forward.consts):
         raise NoRule("it closes over a value that is being traced")
@@ -109,14 +109,14 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
     return Step(forward, backward, recur, back, shapes)
 
 
-def _read(forward: Program, shapes: StepArguments) -> dict[str, Any]:
-    """Those of ``step_params`` that a step reads."""
+def _read(forward: Program, shapes: StepArguments) -> list[str]:
+    """Names of those of ``step_params`` that a step reads."""
     jaxpr = forward.closed.jaxpr
     read = {id(a) for eqn in needed(jaxpr) for a in eqn.invars} | set(map(id, jaxpr.outvars))
     before = len(jax.tree.leaves(shapes[:3]))
     names = sorted(shapes.others)
     variables = dict(zip(names, jaxpr.invars[before : before + len(names)], strict=True))
-    return {name: shapes.others[name] for name in names if id(variables[name]) in read}
+    return [name for name in names if id(variables[name]) in read]
 
 
 def _shapes(
@@ -124,38 +124,39 @@ def _shapes(
 ) -> tuple[StepArguments, dict[str, tuple[int, ...]]]:
     """Of a step's arguments, and of its ``step_params`` as the cell declares them."""
 
-    def rows(n: int) -> Any:
-        return ShapeDtypeStruct((batch, n), jnp.float32)
+    def zeros(*shape: int) -> Array:
+        return jnp.zeros(shape, jnp.float32)
 
-    def make() -> tuple[Params, Carry]:
+    def make() -> tuple[StepArguments, dict[str, Array]]:
         params = cell.prepare(cell.init(jax.random.key(0), features))
-        return params, start(cell, params, batch, features, jnp.float32)
+        own = {name: params["step"][name] for name in cell.step_params}
+        blocks = len(cell.gates) + (len(cell.recurrent) if cell.parts_apart else 0)
+        drawn = cell.noise.items() if training else ()
+        args = StepArguments(
+            pre=[zeros(batch, cell.hidden_size) for _ in range(blocks)],
+            carry=start(cell, params, batch, features, jnp.float32),
+            units={name: zeros(1, cell.hidden_size) for name in cell.unit_params},
+            others={n: zeros(*(1,) * (2 - a.ndim), *a.shape) for n, a in own.items()},
+            inputs={
+                name: zeros(batch, cell.width(width, features))
+                for name, width in cell.step_inputs.items()
+            },
+            noise={n: zeros(batch, cell.width(noise.width, features)) for n, noise in drawn},
+        )
+        return args, own
 
-    params, carry = jax.eval_shape(make)
-    units = {
-        name: ShapeDtypeStruct((1, cell.hidden_size), jnp.float32) for name in cell.unit_params
-    }
-    own = {name: params["step"][name].shape for name in cell.step_params}
-    others = {
-        name: ShapeDtypeStruct((1,) * (2 - len(shape)) + shape, jnp.float32)
-        for name, shape in own.items()
-    }
-    blocks = len(cell.gates) + (len(cell.recurrent) if cell.parts_apart else 0)
-    inputs = {n: rows(cell.width(width, features)) for n, width in cell.step_inputs.items()}
-    drawn = cell.noise.items() if training else ()
-    noise = {n: rows(cell.width(a.width, features)) for n, a in drawn}
-    pre = [rows(cell.hidden_size)] * blocks
-    return StepArguments(pre, carry, units, others, inputs, noise), own
+    shapes, own = jax.eval_shape(make)
+    return shapes, {name: a.shape for name, a in own.items()}
 
 
 def _derivative(forward: Program, shapes: StepArguments) -> Program:
     """The vector-Jacobian product of a step."""
 
-    def back(*given: Any) -> StepArguments:
+    def back(*given: PyTree) -> StepArguments:
         *args, d_carry = given
         noise = args[-1]
 
-        def step(*moving: Any) -> Carry:
+        def step(*moving: PyTree) -> Carry:
             return forward.evaluate(jax.tree.leaves((*moving, noise)))
 
         d = jax.vjp(step, *args[:-1])[1](d_carry)
@@ -185,7 +186,7 @@ def standard(cell: Cell, params: Params) -> Params:
         return jnp.concatenate([blocks.get(gate, zero) for gate in cell.gates], -1)
 
     block = units // cell.heads
-    filled = dict(params)
+    filled = params.copy()
     if cell.recurrent != cell.gates:
         filled["recurrent_kernel"] = spread(
             params.get("recurrent_kernel"), cell.recurrent, (block,)

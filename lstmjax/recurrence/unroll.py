@@ -3,19 +3,20 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from lstmjax.cells.base import Carry, Cell, Params, start
 from lstmjax.cells.contract import layout, transition_program
 from lstmjax.errors import ContractError
-from lstmjax.precision import as_precision
+from lstmjax.precision import PrecisionLike, as_precision
 from lstmjax.recurrence.choice import choose_engine
 from lstmjax.recurrence.engine import (
     Engine,
@@ -40,14 +41,14 @@ def unroll(
     *,
     lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
     padding: Padding = "right",
-    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[Any] | None = None,
-    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[Any] | None = None,
+    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
     inputs: Mapping[str, Array] | None = None,
     keys: Keys | Array | None = None,
     reverse: bool = False,
     time_major: bool = False,
     return_states: bool = False,
-    precision: Any = "float32",
+    precision: PrecisionLike = "float32",
     engine: str | Engine | None = None,
 ) -> Any:
     """Run ``cell`` over every time step of a batch.
@@ -113,16 +114,20 @@ def unroll(
     return (outs.h, final, outs.state) if return_states else (outs.h, final)
 
 
+_Axis = TypeVar("_Axis")
+"""Of a shape its size; of a sharding the mesh axis along which it is cut."""
+
+
 class _Given(NamedTuple):
     """What `unroll` was called with; inside, time-major and with one axis of rows."""
 
-    xs: Any
+    xs: Array
     initial: Carry | None
-    lengths: Any
-    mask: Any
-    resets: Any
-    inputs: dict[str, Any]
-    keys: Any
+    lengths: Array | None
+    mask: Array | None
+    resets: Array | None
+    inputs: dict[str, Array]
+    keys: Keys | Array | None
 
 
 class _Settings(NamedTuple):
@@ -135,19 +140,19 @@ class _Settings(NamedTuple):
     engine: str | Engine | None
     platform: str
 
-    def batch(self, shape: Sequence[Any]) -> tuple[Any, ...]:
+    def batch(self, shape: Sequence[_Axis]) -> tuple[_Axis, ...]:
         """The axes of the batch in the shape of an input."""
         return tuple(shape[1:-1] if self.time_major else shape[:-2])
 
 
-def _as_array(a: Any) -> Any:
+def _as_array(a: PyTree) -> PyTree:
     """Lists become arrays."""
     return np.asarray(a) if isinstance(a, list) else a
 
 
 def _on_mesh(settings: _Settings, params: Params, given: _Given) -> tuple[Outputs, Carry]:
     """`_run`, and where types of arrays say how they are spread, results spread like the input."""
-    spread: Any = getattr(jax.typeof(given.xs), "sharding", None)
+    spread = getattr(jax.typeof(given.xs), "sharding", None)
     if spread is None or AxisType.Explicit not in spread.mesh.axis_types:
         return _run(settings, params, given)
     rows = settings.batch((*spread.spec, *[None] * (given.xs.ndim - len(spread.spec))))
@@ -230,7 +235,7 @@ def _nothing(inputs: Inputs, how: How) -> Outputs:
 # --- What was given ------------------------------------------------------------------------------
 
 
-def _one_batch_axis(settings: _Settings, given: _Given, batch: tuple[Any, ...]) -> _Given:
+def _one_batch_axis(settings: _Settings, given: _Given, batch: tuple[Size, ...]) -> _Given:
     """Time-major, with one axis of rows in place of none or several."""
 
     def rows(a: Array) -> Array:
@@ -264,7 +269,7 @@ def _one_batch_axis(settings: _Settings, given: _Given, batch: tuple[Any, ...]) 
 
 
 def _as_given(
-    settings: _Settings, outs: Outputs, final: Carry, batch: tuple[Any, ...]
+    settings: _Settings, outs: Outputs, final: Carry, batch: tuple[Size, ...]
 ) -> tuple[Outputs, Carry]:
     """Outputs and carry with the axes that the inputs had."""
 
@@ -309,7 +314,7 @@ def _check(settings: _Settings, params: Params, given: _Given) -> None:
     _check_inputs(cell, given.inputs, over_time, shape[-1])
 
 
-def _check_parameters(cell: Cell, params: Params, features: int, dtype: Any) -> None:
+def _check_parameters(cell: Cell, params: Params, features: int, dtype: DTypeLike) -> None:
     """Raise `ValueError` where parameters and inputs do not fit the cell."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"x must be floating point, got {dtype}")
@@ -322,7 +327,9 @@ def _check_parameters(cell: Cell, params: Params, features: int, dtype: Any) -> 
             '(for fast products keep float32 and pass precision="bfloat16")'
         )
     wanted = _parameter_shapes(cell, features)
-    found = {jax.tree_util.keystr(p): np.shape(a) for p, a in _leaves(params)}
+    found = {
+        jax.tree_util.keystr(p): np.shape(a) for p, a in jax.tree_util.tree_leaves_with_path(params)
+    }
     for name, shape in wanted.items():
         if name not in found:
             raise ContractError(
@@ -336,7 +343,7 @@ def _check_parameters(cell: Cell, params: Params, features: int, dtype: Any) -> 
 
 
 def _check_inputs(
-    cell: Cell, inputs: Mapping[str, Array], over_time: tuple[Any, ...], features: int
+    cell: Cell, inputs: Mapping[str, Array], over_time: tuple[Size, ...], features: int
 ) -> None:
     declared = cell.step_inputs
     missing = sorted(set(declared) - set(inputs) - {"x"})
@@ -362,7 +369,7 @@ def _check_inputs(
             raise ContractError(f"inputs[{key!r}] has {given} numbers a row, not {width}")
 
 
-def _check_carry(cell: Cell, initial: Any, begun: Carry) -> None:
+def _check_carry(cell: Cell, initial: object, begun: Carry) -> None:
     """Raise `ContractError` where an initial carry is not one of this cell and batch."""
     name = type(cell).__name__
     given, wanted = (str(jax.tree.structure(a)) for a in (initial, begun))
@@ -376,7 +383,7 @@ def _check_carry(cell: Cell, initial: Any, begun: Carry) -> None:
         raise ContractError(f"initial must be {layout(begun)}, got {layout(initial)}")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if isinstance(value, Carry):
         return f"Carry(h, {_kind(value.state)})"
     if isinstance(value, tuple) and not hasattr(value, "_fields"):
@@ -384,15 +391,14 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
 @functools.lru_cache(maxsize=256)
 def _parameter_shapes(cell: Cell, features: int) -> dict[str, tuple[int, ...]]:
     """Of what `Cell.init` draws, by path."""
     shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
-    return {jax.tree_util.keystr(path): a.shape for path, a in _leaves(shapes)}
+    return {
+        jax.tree_util.keystr(path): a.shape
+        for path, a in jax.tree_util.tree_leaves_with_path(shapes)
+    }
 
 
 def _reversed(resets: Array) -> Array:

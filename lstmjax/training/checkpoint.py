@@ -16,16 +16,19 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from types import ModuleType
+from typing import Any, TypedDict, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from lstmjax import files
 from lstmjax.errors import StorageError, UserError, first_line, os_error, reason
 from lstmjax.training.devices import place
 from lstmjax.training.processes import arrays_from_first, from_first, is_first
+from lstmjax.training.report import Record
 from lstmjax.training.step import Sums, TrainState
 
 MANIFEST = "manifest.json"
@@ -50,7 +53,35 @@ class Position:
     sums: Sums = dataclasses.field(default_factory=Sums)
     since: Sums = dataclasses.field(default_factory=Sums)
     seconds: float = 0.0
-    history: tuple[Mapping[str, Any], ...] = ()
+    history: tuple[Record, ...] = ()
+
+
+class _Place(TypedDict):
+    """A `Position` as JSON has it."""
+
+    epoch: int
+    batch: int
+    sums: list[float]
+    since: list[float]
+    seconds: float
+    history: list[Record]
+
+
+class _Described(TypedDict):
+    """What is known of an array."""
+
+    shape: list[int]
+    dtype: str
+    sha256: str
+
+
+class _Manifest(TypedDict):
+    """What a checkpoint says of itself."""
+
+    format: int
+    step: int
+    position: _Place
+    leaves: dict[str, _Described]
 
 
 class Damaged(Exception):
@@ -83,7 +114,7 @@ class Checkpoints:
             raise StorageError(f"cannot write {folder}: {reason(error)}") from error
 
     @functools.cached_property
-    def _orbax(self) -> Any:
+    def _orbax(self) -> ModuleType:
         import orbax.checkpoint  # slow to import: not before something is saved or read
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # it reports each save at length
@@ -146,7 +177,7 @@ class Checkpoints:
                 + ". Mend that, then go on: the same command with --resume"
             ) from error
 
-    def _write(self, step: int, leaves: dict[str, np.ndarray], position: Position) -> None:
+    def _write(self, step: int, leaves: dict[str, Array | np.ndarray], position: Position) -> None:
         temporary = self._folder / f".{step}{files.TEMPORARY}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -182,7 +213,7 @@ class Checkpoints:
         tree = jax.tree.structure(like)
         arrays = [np.empty(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(like)]
 
-        def read() -> dict[str, Any] | None:
+        def read() -> _Place | None:
             found = self._newest_sound(like)
             if found is None:
                 return None
@@ -198,7 +229,7 @@ class Checkpoints:
         ]
         return jax.tree.unflatten(tree, placed), _position(place_in_data)
 
-    def _newest_sound(self, like: TrainState) -> tuple[list[np.ndarray], dict[str, Any]] | None:
+    def _newest_sound(self, like: TrainState) -> tuple[list[np.ndarray], _Place] | None:
         steps = self._steps()
         for step in reversed(steps):
             try:
@@ -228,7 +259,7 @@ class Checkpoints:
         except OSError as error:
             raise StorageError(f"cannot put {aside} aside: {reason(error)}") from error
 
-    def _read(self, step: int, like: TrainState) -> tuple[list[np.ndarray], dict[str, Any]]:
+    def _read(self, step: int, like: TrainState) -> tuple[list[np.ndarray], _Place]:
         folder = self._folder / str(step)
         try:
             content = _read_manifest(folder)
@@ -268,9 +299,13 @@ class Checkpoints:
         self._writer.shutdown()
 
 
-def _unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
+_Raised = TypeVar("_Raised")
+"""What Python hands to `sys.unraisablehook`."""
+
+
+def _unless_late(hook: Callable[[_Raised], object], unraisable: _Raised) -> None:
     """Pass over what TensorStore's threads raise when a write that has failed is given up."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    if "Event loop is closed" not in str(getattr(unraisable, "exc_value", "")):
         hook(unraisable)
 
 
@@ -280,49 +315,55 @@ def copied(state: TrainState) -> TrainState:
     return jax.tree.map(jnp.copy, state)
 
 
-def _leaves(state: TrainState) -> dict[str, Any]:
+def _leaves(state: TrainState) -> dict[str, Array | np.ndarray]:
     """The arrays of a state by name."""
     found = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
-def _describe(leaf: np.ndarray) -> dict[str, Any]:
+def _describe(leaf: Array | np.ndarray) -> _Described:
     leaf = np.asarray(leaf)
     content = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-    return {"shape": [*leaf.shape], "dtype": str(leaf.dtype), "sha256": _digest(content)}
+    return {"shape": [*leaf.shape], "dtype": str(leaf.dtype), "sha256": _digest(content.data)}
 
 
-def _digest(content: Any) -> str:
+def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+def _read_manifest(folder: pathlib.Path) -> _Manifest:
     try:
-        sealed = files.read_json(folder / MANIFEST)
+        sealed = files.as_object(files.read_json(folder / MANIFEST))
         text = sealed["content"]
-        if sealed["sha256"] != _digest(text.encode()):
+        if not isinstance(text, str) or sealed["sha256"] != _digest(text.encode()):
             raise ValueError("it has another checksum")
-        content = files.parse_json(text)
+        content = files.as_object(files.parse_json(text))
         if content["format"] != _FORMAT:
             raise UserError(
                 f"{folder} was written by another version of lstmjax: go on with that one"
             )
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
         raise Damaged(f"{MANIFEST}: {first_line(error)}") from error
-    return content
+    return cast(_Manifest, content)  # its checksum says that it is what was written
 
 
-def _position(place_in_data: Mapping[str, Any]) -> Position:
-    fields = dict(place_in_data)
-    for name in ("sums", "since"):
-        fields[name] = Sums(*fields[name])
-    return Position(**{**fields, "history": tuple(fields["history"])})
+def _position(place_in_data: _Place) -> Position:
+    return Position(
+        epoch=place_in_data["epoch"],
+        batch=place_in_data["batch"],
+        sums=Sums(*place_in_data["sums"]),
+        since=Sums(*place_in_data["since"]),
+        seconds=place_in_data["seconds"],
+        history=tuple(place_in_data["history"]),
+    )
 
 
-def _compare(folder: pathlib.Path, saved: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+def _compare(
+    folder: pathlib.Path, saved: Mapping[str, _Described], like: Mapping[str, Array | np.ndarray]
+) -> None:
     """Raise `UserError` unless a sound checkpoint is of this model and optimizer."""
 
-    def line(shape: Sequence[int], dtype: Any) -> str:
+    def line(shape: Sequence[int], dtype: np.dtype | str) -> str:
         return f"{dtype}{[*shape]}"
 
     there = {name: line(leaf["shape"], leaf["dtype"]) for name, leaf in saved.items()}

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TextIO, TypeVar
 
 import jax
 
@@ -23,7 +23,7 @@ ConfigT = TypeVar("ConfigT")
 
 
 def run_command(
-    recipes: Mapping[str, ConfigT], main: Callable[[ConfigT], Any], description: str
+    recipes: Mapping[str, ConfigT], main: Callable[[ConfigT], object], description: str
 ) -> None:
     """Parse the command line and run ``main(config)``.
 
@@ -98,7 +98,7 @@ _LOST = ("Connection closed", "Connection reset", "UNAVAILABLE", "Gloo", "heartb
 class _Unbreakable:
     """A stream that swallows what cannot be written: a full disk, a reader that is gone."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -110,7 +110,7 @@ class _Unbreakable:
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TextIO
 
 import jax
 
@@ -34,8 +34,8 @@ def keep_compiled() -> Iterator[None]:
     checksum that it was seen with. Whoever has set ``JAX_COMPILATION_CACHE_DIR``, or
     ``JAX_ENABLE_COMPILATION_CACHE=0``, has it that way instead.
     """
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+    config = jax.config
+    if config.read("jax_compilation_cache_dir") or not config.read("jax_enable_compilation_cache"):
         yield
         return
     folder = _folder()
@@ -71,8 +71,7 @@ def _make_ready(folder: pathlib.Path) -> None:
 def _check_sums(folder: pathlib.Path) -> None:
     """Delete programs that are not what they were when first seen; note those seen now."""
     try:
-        seen = files.read_json(folder / SUMS)
-        seen = seen if isinstance(seen, dict) else {}
+        seen = files.as_object(files.read_json(folder / SUMS))
     except (OSError, ValueError):
         seen = {}
     sums = {}
@@ -96,17 +95,24 @@ def _damaged_are_deleted(folder: pathlib.Path) -> Iterator[None]:
         warnings.filterwarnings("always", _UNREADABLE)
         show = warnings.showwarning
 
-        def delete_or_show(message: Any, *details: Any) -> None:
+        def delete_or_show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             found = re.match(_UNREADABLE + "'(.*?)'", str(message))
             if not found:
-                show(message, *details)
+                show(message, category, filename, lineno, file, line)
                 return
             for path in folder.glob(f"{glob.escape(found[1])}-*"):
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             print(f"a damaged program was deleted and is compiled anew: {found[1]}")
 
-        warnings.showwarning = delete_or_show  # type: ignore[assignment]
+        warnings.showwarning = delete_or_show
         yield
 
 

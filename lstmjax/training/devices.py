@@ -6,11 +6,12 @@ import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from lstmjax.errors import UserError
 
@@ -60,9 +61,9 @@ def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mes
     return jax.make_mesh((len(chosen),), (BATCH,), devices=chosen, axis_types=(AxisType.Auto,))
 
 
-def _dividing(found: Sequence[Any], rows: int | None) -> list[Any]:
+def _dividing(found: Sequence[jax.Device], rows: int | None) -> list[jax.Device]:
     """As many of the devices as divide the rows, the same number of each process."""
-    by_process: dict[int, list[Any]] = {}
+    by_process: dict[int, list[jax.Device]] = {}
     for device in found:
         by_process.setdefault(device.process_index, []).append(device)
     several, each = len(by_process), min(map(len, by_process.values()))
@@ -75,12 +76,12 @@ def _dividing(found: Sequence[Any], rows: int | None) -> list[Any]:
     return [device for process in sorted(by_process) for device in by_process[process][:each]]
 
 
-def local_device(devices: Iterable[Any]) -> Any:
+def local_device(devices: Iterable[jax.Device]) -> jax.Device:
     """The first of the devices that this process has."""
     return next(device for device in devices if device.process_index == jax.process_index())
 
 
-def place(tree: Any, sharding: Sharding) -> Any:
+def place(tree: PyTree, sharding: Sharding) -> PyTree:
     """Host arrays on the devices: this process's rows of them, or the whole if it is replicated."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -105,7 +106,7 @@ def accelerator_name(mesh: Mesh) -> str:
     return f"{device.platform} ({device.device_kind})"
 
 
-def quick_compilation(mesh: Mesh) -> dict[str, Any]:
+def quick_compilation(mesh: Mesh) -> dict[str, str]:
     """Compiler options for the programs of a training run.
 
     On CPU, LLVM's first level of optimization: for the recipes here half the compile time, the same

@@ -6,10 +6,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from lstmjax import stopping
 from lstmjax.data import Batch, Batches
@@ -76,7 +76,7 @@ def fit(
     resume: bool = False,
     checkpoint_every: int = 0,
     keep: int = 2,
-) -> tuple[TrainState, list[dict[str, Any]]]:
+) -> tuple[TrainState, list[dict[str, float | str]]]:
     """Train for ``epochs`` epochs, evaluating after each.
 
     Every epoch's end is checkpointed, and so is the place where SIGINT, SIGTERM or SIGHUP arrives.
@@ -158,7 +158,7 @@ def _logged(at: Position, step: int, batches: int) -> list[int]:
 
 def evaluate(
     steps: Steps,
-    params: Any,
+    params: PyTree,
     batches: Batches,
     mesh: Mesh,
     name: str = "",
@@ -316,7 +316,7 @@ class _Meter:
         self.since = Sums()
 
 
-def _record(at: Position, step: int, batches: int) -> dict[str, Any]:
+def _record(at: Position, step: int, batches: int) -> dict[str, float | str]:
     assert at.batch == batches, "an epoch is recorded once it is complete"
     return {
         "kind": "epoch",

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -53,13 +53,14 @@ def join(coordinator: str = "", processes: int = 0, process_id: int = -1) -> Non
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
-    where: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT}
-    if any(given):
-        where |= {"coordinator_address": coordinator, "num_processes": processes}
-        where |= {"process_id": process_id}
     _speak_at_the_end()
     try:
-        jax.distributed.initialize(**where)
+        jax.distributed.initialize(
+            coordinator_address=coordinator if any(given) else None,
+            num_processes=processes if any(given) else None,
+            process_id=process_id if any(given) else None,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
     except Exception as error:
         raise PeerError(
             f"the processes of this run do not find each other ({first_line(error)[:200]}): start "
@@ -86,7 +87,7 @@ def _speak_at_the_end() -> None:
     libc.signal(signal.SIGABRT, _handler)
 
 
-_handler: Any = None  # must outlive the call that installs it
+_handler: object = None  # must outlive the call that installs it
 
 
 def _under_a_scheduler() -> bool:
@@ -104,7 +105,7 @@ def from_first(make: Callable[[], ResultT]) -> ResultT:
     """What ``make`` returns, or raises as a `UserError`, in the first process; JSON, for all."""
     if jax.process_count() == 1:
         return make()
-    told: dict[str, Any] = {}
+    told: dict[str, object] = {}
     problem = None
     if is_first():
         try:
@@ -114,12 +115,12 @@ def from_first(make: Callable[[], ResultT]) -> ResultT:
     text = np.frombuffer(json.dumps(told).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = np.resize(text, size) if is_first() else np.zeros(size, np.uint8)
-    told = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
+    heard = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
     if problem is not None:
         raise problem
-    if "error" in told:
-        raise UserError(f"the first process says: {told['error']}")
-    return told["value"]
+    if "error" in heard:
+        raise UserError(f"the first process says: {heard['error']}")
+    return heard["value"]
 
 
 def arrays_from_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -129,7 +130,7 @@ def arrays_from_first(arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [np.asarray(a) for a in multihost_utils.broadcast_one_to_all(arrays)]
 
 
-def any_told(stop: Any) -> bool:
+def any_told(stop: object) -> bool:
     """Whether any of the processes was told to stop; all of them ask."""
     if jax.process_count() == 1:
         return bool(stop)
@@ -149,7 +150,7 @@ class Agreement:
     passes through; the sum is read some steps later, so that no step waits for it.
     """
 
-    def __init__(self, mesh: Mesh, stop: Any) -> None:
+    def __init__(self, mesh: Mesh, stop: object) -> None:
         self._mesh, self._stop = mesh, stop
         self._sums: collections.deque[Array] = collections.deque()
         self._sum = jax.jit(

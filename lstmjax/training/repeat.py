@@ -3,13 +3,14 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lstmjax import files
 from lstmjax.errors import UserError, first_line
-from lstmjax.training.report import CELL, RunFolder, differences
+from lstmjax.files import Json
+from lstmjax.training.report import CELL, DataclassInstance, RunFolder, differences
 
-ConfigT = TypeVar("ConfigT")
+ConfigT = TypeVar("ConfigT", bound=DataclassInstance)
 
 
 class Differs(UserError):
@@ -34,11 +35,12 @@ def config_of(folder: pathlib.Path, like: ConfigT) -> ConfigT:
     return _filled(like, values, folder)
 
 
-def _filled(like: Any, values: Mapping[str, Any], folder: pathlib.Path) -> Any:
-    changed = {}
+def _filled(like: ConfigT, values: Mapping[str, Json], folder: pathlib.Path) -> ConfigT:
+    changed: dict[str, object] = {}
     for field in dataclasses.fields(like):
         before, value = getattr(like, field.name), values.get(field.name)
-        if dataclasses.is_dataclass(before) and isinstance(value, dict):
+        nested = dataclasses.is_dataclass(before) and not isinstance(before, type)
+        if nested and isinstance(value, dict):
             changed[field.name] = _filled(before, value, folder)
         elif field.name in values:
             value = tuple(value) if isinstance(value, list) else value
@@ -71,12 +73,14 @@ def compare(before: RunFolder, now: RunFolder) -> str:
     )
 
 
-def _numbers(folder: pathlib.Path) -> dict[str, Any]:
+def _numbers(folder: pathlib.Path) -> dict[str, Json]:
     """All that a run measured, times aside."""
     try:
-        result = files.read_json(folder / "result.json")
-        found = _measured(result)
-        for record in result.get("epochs", []):
+        result = files.as_object(files.read_json(folder / "result.json"))
+        found, epochs = _measured(result), result.get("epochs", [])
+        if not isinstance(epochs, list):
+            raise ValueError("its epochs are no list")
+        for record in map(files.as_object, epochs):
             named = _measured(record).items()
             found |= {f"{key} of epoch {record['epoch']}": value for key, value in named}
         return found
@@ -86,5 +90,5 @@ def _numbers(folder: pathlib.Path) -> dict[str, Any]:
         ) from error
 
 
-def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(record: Mapping[str, Json]) -> dict[str, Json]:
     return {k: value for k, value in record.items() if k.endswith(("_loss", "_accuracy"))}

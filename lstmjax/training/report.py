@@ -11,12 +11,13 @@ import platform
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from jax.sharding import Mesh
 
 from lstmjax import files
 from lstmjax.errors import DISK_FAILS, StorageError, UserError, reason
+from lstmjax.files import Json
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
 
@@ -42,6 +43,24 @@ def run_name(*parts: str, cell: str, seed: int) -> str:
     'imdb-default-MyCell-seed3'
     """
     return "-".join([*parts, cell.rpartition(":")[2], f"seed{seed}"])
+
+
+Record: TypeAlias = Mapping[str, float | str]
+"""A line of the metrics: numbers by name, and its ``kind``, ``"step"`` or ``"epoch"``."""
+
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    class Seeded(DataclassInstance, Protocol):
+        """The config of a run: a dataclass with a seed."""
+
+        @property
+        def seed(self) -> int:
+            """What everything random follows from."""
+            ...
+else:
+    DataclassInstance = Seeded = object
 
 
 class RunFolder:
@@ -72,12 +91,12 @@ class RunFolder:
     def open(
         cls,
         name: str,
-        config: Mapping[str, Any],
+        config: Mapping[str, Json],
         *,
         path: pathlib.Path | None = None,
         resume: bool = False,
         start: bool | None = None,
-        environment: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Json] | None = None,
         cell_source: bytes | None = None,
     ) -> "RunFolder":
         """The folder of a run: a new one, or with ``resume`` the one to go on with.
@@ -145,8 +164,8 @@ class RunFolder:
     def create(
         cls,
         path: pathlib.Path,
-        config: Mapping[str, Any],
-        environment: Mapping[str, Any] | None = None,
+        config: Mapping[str, Json],
+        environment: Mapping[str, Json] | None = None,
         cell_source: bytes | None = None,
     ) -> "RunFolder":
         """A new run's folder, locked; what a start that was cut short left there does not count.
@@ -178,8 +197,8 @@ class RunFolder:
     def reopen(
         cls,
         path: pathlib.Path,
-        config: Mapping[str, Any],
-        environment: Mapping[str, Any] | None = None,
+        config: Mapping[str, Json],
+        environment: Mapping[str, Json] | None = None,
     ) -> "RunFolder":
         """The folder of a run to go on with, locked.
 
@@ -206,17 +225,14 @@ class RunFolder:
             raise
         return run
 
-    def config(self) -> Any:
+    def config(self) -> dict[str, Json]:
         """What the run in this folder was asked for.
 
         Raises:
             UserError: there is none.
         """
         try:
-            config = files.read_json(self.path / "config.json")
-            if not isinstance(config, dict):
-                raise ValueError("no object")
-            return config
+            return files.as_object(files.read_json(self.path / "config.json"))
         except (OSError, ValueError) as error:
             remedy = "start without --resume"
             if _holds_a_run(self.path):
@@ -225,15 +241,13 @@ class RunFolder:
                 f"nothing to resume in {self.path}: no readable config.json; {remedy}"
             ) from error
 
-    def environment(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Json]:
         """What ``environment.json`` says, nothing if it cannot be read."""
         with contextlib.suppress(OSError, ValueError):
-            found = files.read_json(self.path / "environment.json")
-            if isinstance(found, dict):
-                return found
+            return files.as_object(files.read_json(self.path / "environment.json"))
         return {}
 
-    def _tell_changes(self, now: Mapping[str, Any]) -> None:
+    def _tell_changes(self, now: Mapping[str, Json]) -> None:
         """Announce on standard error what the results depend on and what has changed since."""
         changed = differences(self.environment(), json.loads(json.dumps(now)))
         if changed:
@@ -264,7 +278,7 @@ class RunFolder:
         self.close()
 
     def write_result(
-        self, config: Any, mesh: Mesh, outcome: Mapping[str, Any], **facts: Any
+        self, config: Seeded, mesh: Mesh, outcome: Mapping[str, object], **facts: object
     ) -> None:
         """Write ``result.json``: the outcome first, then the facts and what every run records.
 
@@ -283,7 +297,7 @@ class RunFolder:
         }
         self.write("result.json", {**outcome, **facts, **common})
 
-    def write(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: object) -> None:
         """Write ``value`` as JSON, as a whole or not at all.
 
         Raises:
@@ -294,7 +308,7 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(f"{self.path / name}", error) from error
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """Append one line to ``metrics.jsonl``.
 
         Raises:
@@ -312,7 +326,7 @@ class RunFolder:
             with self._metrics.open("rb") as file:
                 os.fsync(file.fileno())
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """The records in ``metrics.jsonl``, in its order; what is none is passed over."""
         try:
             lines = files.read_bytes(self._metrics, MAX_METRICS_BYTES).split(b"\n")
@@ -324,9 +338,7 @@ class RunFolder:
             raise UserError(f"{self._metrics} is {error}: move it elsewhere") from error
         return [record for line in lines if (record := _record(line)) is not None]
 
-    def rewind(
-        self, step: int, history: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()
-    ) -> None:
+    def rewind(self, step: int, history: Sequence[Record], steps: Sequence[int] = ()) -> None:
         """Put ``metrics.jsonl`` back to what it was after ``step`` steps.
 
         Lines that are missing, doubled or damaged are told on standard error.
@@ -370,18 +382,16 @@ class RunFolder:
 class _Elsewhere(RunFolder):
     """The run's folder to a process that leaves it to the first one."""
 
-    def write(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: object) -> None:
         pass
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         pass
 
     def sync(self) -> None:
         pass
 
-    def rewind(
-        self, step: int, history: Sequence[Mapping[str, Any]], steps: Sequence[int] = ()
-    ) -> None:
+    def rewind(self, step: int, history: Sequence[Record], steps: Sequence[int] = ()) -> None:
         pass
 
     def draw_curves(self, title: str) -> None:
@@ -396,8 +406,8 @@ def prepare_drawing() -> None:
 def draw_curves(
     path: pathlib.Path,
     title: str,
-    steps: Sequence[Mapping[str, Any]],
-    epochs: Sequence[Mapping[str, Any]] = (),
+    steps: Sequence[Record],
+    epochs: Sequence[Record] = (),
 ) -> None:
     """Draw the training loss by step and, where there are epochs, accuracies by epoch.
 
@@ -427,12 +437,12 @@ def draw_curves(
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
-def as_dict(config: Any) -> dict[str, Any]:
+def as_dict(config: DataclassInstance) -> dict[str, Json]:
     """A config dataclass as JSON-ready values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def differences(before: Any, now: Any, name: str = "") -> list[str]:
+def differences(before: Json, now: Json, name: str = "") -> list[str]:
     """A phrase for every value that differs between two JSON values."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = sorted({*before, *now})
@@ -444,22 +454,28 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [] if before == now else [f"{name}: {_short(before)} there, {_short(now)} here"]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> Record | None:
     """What one line of the metrics records, None if it is damaged."""
     try:
         record = files.parse_json(line)
     except ValueError:
         return None
-    whole = isinstance(record, dict) and record.get("kind") in ("step", "epoch")
-    if not whole or not all(type(record.get(name)) is int for name in ("step", "epoch")):
+    if not isinstance(record, dict) or record.get("kind") not in ("step", "epoch"):
         return None
-    numbers = {key: value for key, value in record.items() if key != "kind"}
-    return record if all(type(v) in (int, float) for v in numbers.values()) else None
+    if not all(type(record.get(name)) is int for name in ("step", "epoch")):
+        return None
+    found: dict[str, float | str] = {}
+    for key, value in record.items():
+        if type(value) not in ((str,) if key == "kind" else (int, float)):
+            return None
+        assert isinstance(value, int | float | str)
+        found[key] = value
+    return found
 
 
 def _holds_a_run(path: pathlib.Path) -> bool:
@@ -477,7 +493,7 @@ def _holds_a_run(path: pathlib.Path) -> bool:
     return path.exists() and any(entry.name not in left for entry in path.iterdir())
 
 
-def _environment(more: Mapping[str, Any] | None) -> dict[str, Any]:
+def _environment(more: Mapping[str, Json] | None) -> dict[str, Json]:
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     return {"versions": versions(), **machine, **(more or {})}
 

@@ -161,7 +161,7 @@ def make_steps(
         keys = keys_of(key, state.step, batch.ids.shape[0])
         return update(state, *gradient(state.params, batch, keys))
 
-    def lower_train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> jax.stages.Lowered:
+    def lower_train(state: TrainState, batch: Batch, key: PyTree) -> jax.stages.Lowered:
         keys = keys_of.eval_shape(key, state.step, batch.ids.shape[0])
         return gradient.lower(state.params, batch, keys)
 

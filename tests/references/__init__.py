@@ -62,7 +62,7 @@ PAPERS = {
     "LRU": Paper(cells.LRU(5), independent.lru),
     "RGLRU": Paper(cells.RGLRU(5), independent.rg_lru, features=5),
     "SLSTM": Paper(cells.SLSTM(6, heads=2), xlstm.slstm, positive=("n",)),
-    "MLSTM": Paper(cells.MLSTM(6, heads=2), xlstm.mlstm),
+    "MLSTM": Paper(cells.MLSTM(6, heads=2), xlstm.mlstm, positive=("n",)),
     "CfC": Paper(cells.CfC(5), continuous.cfc),
     "PhasedLSTM": Paper(cells.PhasedLSTM(5), continuous.phased, positive=("open",)),
     "AntisymmetricRNN": Paper(cells.AntisymmetricRNN(5), continuous.antisymmetric),

@@ -10,25 +10,31 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from lstmjax.cells.contract import Arguments
 from lstmjax.precision import PRODUCT, Dot
 from lstmjax.traced import (
+    AnyArray,
+    Atom,
     Program,
     Runner,
     Value,
+    aval_of,
     bind_as_traced,
     callee,
     is_literal,
     live,
     needed,
+    shape_of,
 )
 
 Kind = Literal["x", "h", "other"]
@@ -47,8 +53,8 @@ class Factor(NamedTuple):
     """
 
     kind: Kind
-    left: Any
-    weight: Any
+    left: Var
+    weight: Var
     left_axes: tuple[tuple[int, ...], tuple[int, ...]]
     weight_axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -70,8 +76,8 @@ class Site:
     """
 
     factors: tuple[Factor, ...]
-    out: Any
-    bias: Any = None
+    out: Var
+    bias: Var | None = None
 
     @property
     def row(self) -> int:
@@ -81,8 +87,15 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the sum without its rows: shared axes, then free ones."""
-        shape = self.out.aval.shape
+        shape = shape_of(self.out)
         return tuple(n for axis, n in enumerate(shape) if axis != self.row)
+
+
+_Item = JaxprEqn | Site
+"""What a step is made of."""
+
+_Outs = tuple[list[ArrayLike], list[list[Array]]]
+"""Leaves of the new carry, and the left sides of each site."""
 
 
 class Body:
@@ -98,7 +111,7 @@ class Body:
         self._parts(jaxpr)
         self._find_sites(jaxpr)
 
-    def _parts(self, jaxpr: Any) -> None:
+    def _parts(self, jaxpr: Jaxpr) -> None:
         """Sort the operations: on parameters alone, on numbers alone, on rows."""
         kind = dict.fromkeys(map(id, (*self.parameters, *jaxpr.constvars)), "parameters")
         kind |= dict.fromkeys(map(id, self.arguments), "rows")
@@ -115,14 +128,14 @@ class Body:
         self.eqns = live(self.eqns, jaxpr.outvars)
         self._kind = kind
 
-    def _find_sites(self, jaxpr: Any) -> None:
+    def _find_sites(self, jaxpr: Jaxpr) -> None:
         """Take products with parameters out of the operations."""
         uses = collections.Counter(
             id(a) for a in (*(a for eqn in self.eqns for a in eqn.invars), *jaxpr.outvars)
         )
         made = {id(var): eqn for eqn in self.eqns for var in eqn.outvars}
         found: dict[int, Site] = {}  # by the variable that holds the result
-        items: dict[int, Any] = {}  # by the equation that comes to be one
+        items: dict[int, _Item] = {}  # by the equation that comes to be one
         for eqn in self.eqns:
             items[id(eqn)] = eqn
             if (factor := self._factor(eqn)) is not None:
@@ -149,12 +162,12 @@ class Body:
         constants = {id(a): a for a in reads if not is_literal(a) and id(a) not in written}
         self.constants = list(constants.values())
 
-    def _kept(self, eqn: Any, jaxpr: Any) -> bool:
+    def _kept(self, eqn: JaxprEqn, jaxpr: Jaxpr) -> bool:
         """Whether somebody reads what an operation gives, now that biases are parts of sites."""
         reads = {id(a) for item in self.items for a in _reads(item)} | set(map(id, jaxpr.outvars))
         return bool(eqn.effects) or any(id(var) in reads for var in eqn.outvars)
 
-    def _sum(self, eqn: Any, sites: list["Site"], made: dict[int, Any]) -> "Site | None":
+    def _sum(self, eqn: JaxprEqn, sites: list["Site"], made: dict[int, JaxprEqn]) -> "Site | None":
         """What adds two plain products without a bias, or a bias to products; else None."""
         out, factors = eqn.outvars[0], tuple(f for site in sites for f in site.factors)
         if not sites or any(site.bias is not None or not _plain(site.factors) for site in sites):
@@ -163,20 +176,20 @@ class Body:
             return Site(factors, out)
         other = next(a for a in eqn.invars if a is not sites[0].out)
         if not is_literal(other) and self._kind.get(id(other)) == "parameters":
-            eqn = made.get(id(other))
-            if eqn is not None and eqn.primitive.name == "broadcast_in_dim":
-                other = eqn.invars[0]
-            width = out.aval.shape[-1]
-            if not is_literal(other) and other.aval.shape in ((width,), (1, width)):
+            maker = made.get(id(other))
+            if maker is not None and maker.primitive.name == "broadcast_in_dim":
+                other = maker.invars[0]
+            width = shape_of(out)[-1]
+            if isinstance(other, Var) and shape_of(other) in ((width,), (1, width)):
                 return Site(factors, out, other)
         return None
 
-    def _factor(self, eqn: Any) -> Factor | None:
+    def _factor(self, eqn: JaxprEqn) -> Factor | None:
         """What a product is, if it is one of rows with parameters."""
         if eqn.params.get("name") != PRODUCT:
             return None
         left, right = eqn.invars
-        if is_literal(left) or is_literal(right):
+        if not (isinstance(left, Var) and isinstance(right, Var)):
             return None
         if self._kind[id(left)] != "rows" or self._kind[id(right)] == "rows":
             return None
@@ -185,18 +198,18 @@ class Body:
         if len(inner.eqns) != 1 or len(dots) != 1 or list(dots[0].invars) != list(inner.invars):
             return None
         (summed, shared) = dots[0].params["dimension_numbers"]
-        free = [a for a in range(left.aval.ndim) if a not in summed[0] and a not in shared[0]]
-        if len(free) != 1 or left.aval.shape[free[0]] != self.args.x.shape[0]:
+        free = [a for a in range(aval_of(left).ndim) if a not in summed[0] and a not in shared[0]]
+        if len(free) != 1 or shape_of(left)[free[0]] != self.args.x.shape[0]:
             return None
         weight_free = [
-            a for a in range(right.aval.ndim) if a not in summed[1] and a not in shared[1]
+            a for a in range(aval_of(right).ndim) if a not in summed[1] and a not in shared[1]
         ]
         left_axes = tuple(map(int, shared[0])), tuple(map(int, summed[0]))
         axes = tuple(map(int, shared[1])), tuple(weight_free), tuple(map(int, summed[1]))
         kind = self._kind_of(left, left_axes)
         return Factor(kind, left, right, left_axes, axes)
 
-    def _kind_of(self, left: Any, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Kind:
+    def _kind_of(self, left: Atom, axes: tuple[tuple[int, ...], tuple[int, ...]]) -> Kind:
         """What a left side is; h cut into heads is h."""
         x, h = self.arguments[:2]
         if left is x:
@@ -208,7 +221,7 @@ class Body:
     # What depends on parameters alone
 
     def before(
-        self, params: PyTree, consts: Sequence[Any], *, whole: bool
+        self, params: PyTree, consts: Sequence[AnyArray], *, whole: bool
     ) -> tuple[list[Array], list[Array], list[Array]]:
         """Weights, biases and constants of the loop, from the parameters.
 
@@ -226,12 +239,12 @@ class Body:
             for var, a in zip((*jaxpr.constvars, *self.parameters), args, strict=True)
         }
         runner.execute(self.prelude, known)
-        weights = [runner.whole(known[id(a)], a.aval).array for a in self.weights]
-        biases = [runner.whole(known[id(a)], a.aval).array for a in self.biases]
+        weights = [runner.whole(known[id(a)], aval_of(a)).array for a in self.weights]
+        biases = [runner.whole(known[id(a)], aval_of(a)).array for a in self.biases]
         constants = [known[id(a)] for a in self.constants]
         if whole:
             pairs = zip(constants, self.constants, strict=True)
-            constants = [runner.whole(v, a.aval) for v, a in pairs]
+            constants = [runner.whole(v, aval_of(a)) for v, a in pairs]
         return weights, biases, [jnp.asarray(value.array) for value in constants]
 
     # The step, and its derivative
@@ -239,8 +252,8 @@ class Body:
     def forward(
         self,
         runner: Runner,
-        constants: Sequence[Any],
-        args: Sequence[Any],
+        constants: Sequence[AnyArray],
+        args: Sequence[AnyArray],
         product: Callable[[Site, list[Value]], Value],
     ) -> list[Array]:
         """Run one step: the leaves of the new carry, rows last."""
@@ -253,7 +266,7 @@ class Body:
             else:
                 runner.execute([item], known)
         outs = self.program.closed.jaxpr.outvars
-        return [runner.leave(runner.read(a, known), 0, a.aval) for a in outs]
+        return [runner.leave(runner.read(a, known), 0, aval_of(a)) for a in outs]
 
     @functools.cached_property
     def backward(self) -> "Backward":
@@ -267,11 +280,11 @@ def _plain(factors: Sequence[Factor]) -> bool:
     return all((f.left_axes, f.weight_axes) == axes for f in factors)
 
 
-def _reads(item: Any) -> Sequence[Any]:
+def _reads(item: _Item) -> Sequence[Atom]:
     return [f.left for f in item.factors] if isinstance(item, Site) else item.invars
 
 
-def _writes(item: Any) -> Sequence[Any]:
+def _writes(item: _Item) -> Sequence[Var]:
     return [item.out] if isinstance(item, Site) else item.outvars
 
 
@@ -285,9 +298,9 @@ class Backward:
     def __init__(self, body: Body) -> None:
         self.body = body
         like = jax.ShapeDtypeStruct
-        constants = [like(a.aval.shape, a.aval.dtype) for a in body.constants]
-        arguments = [like(a.aval.shape, a.aval.dtype) for a in body.arguments]
-        outs = [like(a.aval.shape, a.aval.dtype) for a in body.program.closed.jaxpr.outvars]
+        constants = [like(shape_of(a), aval_of(a).dtype) for a in body.constants]
+        arguments = [like(shape_of(a), aval_of(a).dtype) for a in body.arguments]
+        outs = [like(shape_of(a), aval_of(a).dtype) for a in body.program.closed.jaxpr.outvars]
         self.recorded = [
             (number, k)
             for number, site in enumerate(body.sites)
@@ -296,12 +309,14 @@ class Backward:
         ]
         count = len(constants), len(arguments), len(body.sites)
 
-        def run(constants: Any, arguments: Any, d_outs: Any) -> Any:
-            zeros = [jnp.zeros(site.out.aval.shape, site.out.aval.dtype) for site in body.sites]
+        def run(
+            constants: list[Array], arguments: list[Array], d_outs: list[Array]
+        ) -> tuple[list[Array], list[Array], list[Array], list[Array]]:
+            zeros = [jnp.zeros(shape_of(site.out), aval_of(site.out).dtype) for site in body.sites]
             floating = [_is_float(a) for a in (*constants, *arguments)]
             every = [*constants, *arguments]
 
-            def step(moving: Any, zeros: Any) -> Any:
+            def step(moving: list[Array], zeros: list[Array]) -> _Outs:
                 rest = iter(moving)
                 full = [next(rest) if f else a for a, f in zip(every, floating, strict=True)]
                 return _evaluate(body, full[: count[0]], full[count[0] :], zeros)
@@ -324,7 +339,7 @@ class Backward:
         outs = self.closed.jaxpr.outvars[len(self.body.constants) :]
         carries = len(self.body.program.closed.jaxpr.outvars)
 
-        def zero(atom: Any) -> bool:
+        def zero(atom: Atom) -> bool:
             if is_literal(atom):
                 return not np.any(atom.val)
             eqn = made.get(id(atom))
@@ -343,11 +358,13 @@ class Backward:
             for eqn in self.closed.jaxpr.eqns
             if eqn.primitive.name == "concatenate"
             and id(eqn.outvars[0]) in wanted
-            and eqn.params["dimension"] == len(eqn.outvars[0].aval.shape) - 1
+            and eqn.params["dimension"] == len(shape_of(eqn.outvars[0])) - 1
         }
 
 
-def _evaluate(body: Body, constants: Any, arguments: Any, zeros: Any) -> Any:
+def _evaluate(
+    body: Body, constants: list[Array], arguments: list[Array], zeros: list[Array]
+) -> _Outs:
     """One step as it was traced, zeros added to what products give: outputs, left sides."""
     known = dict(zip(map(id, body.constants), constants, strict=True))
     known |= dict(zip(map(id, body.arguments), arguments, strict=True))
@@ -363,13 +380,13 @@ def _evaluate(body: Body, constants: Any, arguments: Any, zeros: Any) -> Any:
     return [a.val if is_literal(a) else known[id(a)] for a in outs], left
 
 
-def _is_float(a: Any) -> bool:
+def _is_float(a: Array) -> bool:
     return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def _cut(site: Site, number: int, left: tuple[Array, ...]) -> Array:
     """Stands for a site's products in a traced derivative: a call that names it."""
-    like = site.out.aval
+    like = aval_of(site.out)
     shapes = [(a.shape, a.dtype) for a in left]
 
     @jax.custom_vjp
@@ -386,7 +403,9 @@ def _cut(site: Site, number: int, left: tuple[Array, ...]) -> Array:
     return product(*left)
 
 
-def _call(name: str, shapes: Sequence[Any], args: Sequence[Array]) -> list[Array]:
+def _call(
+    name: str, shapes: Sequence[tuple[tuple[int, ...], np.dtype]], args: Sequence[Array]
+) -> list[Array]:
     def stand_in(*args: Array) -> list[Array]:
         return [jnp.zeros(*shape) for shape in shapes]
 
@@ -394,7 +413,7 @@ def _call(name: str, shapes: Sequence[Any], args: Sequence[Array]) -> list[Array
     return jax.jit(stand_in)(*args)
 
 
-def plain_product(dot: Dot, eqn: Any, ins: list[Value]) -> list[Value] | None:
+def plain_product(dot: Dot, eqn: JaxprEqn, ins: list[Value]) -> list[Value] | None:
     """The products of a traced transition by ``dot``, for a runner that goes as traced."""
     if eqn.params.get("name") != PRODUCT:
         return None

@@ -16,12 +16,15 @@ every product has the rows of the batch along the vector registers.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import JaxprEqn
+from jax.tree_util import PyTreeDef
+from jax.typing import DTypeLike
 from jaxtyping import Bool, PyTree
 
 from lstmjax.cells.base import Carry, Cell
@@ -29,7 +32,7 @@ from lstmjax.cells.contract import Arguments, not_mapped, shapes_of, transition_
 from lstmjax.precision import PRODUCT, make_dot, make_matmul
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
 from lstmjax.recurrence.derived.body import Body, Site, plain_product
-from lstmjax.recurrence.derived.products import Product, in_one, zeros
+from lstmjax.recurrence.derived.products import Product, Sums, in_one, zeros
 from lstmjax.recurrence.engine import (
     Engine,
     How,
@@ -40,13 +43,16 @@ from lstmjax.recurrence.engine import (
     platform,
     step_arguments,
 )
+from lstmjax.recurrence.refs import Index
 from lstmjax.recurrence.scan import harmless, scan_over_time
 from lstmjax.traced import (
     INLINED,
     AsTraced,
+    Atom,
     Program,
     Runner,
     Value,
+    aval_of,
     callee,
     unknown,
     vary_alike,
@@ -104,7 +110,7 @@ class Derived(Engine):
         steps = inputs.xs.shape[0]
         body = Body(program, args)
         mapped = not_mapped(cell, args) is None and unknown(body.backward.closed.jaxpr) is None
-        width = sum(site.out.aval.size for site in body.sites) or inputs.initial.h.size
+        width = sum(aval_of(site.out).size for site in body.sites) or inputs.initial.h.size
         size = self._chunk_size(steps, width * inputs.xs.itemsize)
         plan = _Plan(cell, body, mapped, size, self.save, how)
         prepared = _in_chunks(inputs, size, how.reverse)
@@ -179,8 +185,11 @@ class _Plan(NamedTuple):
     how: How
 
 
-Index = Any
-"""A place in time: traced, or where `jax.disable_jit` runs loops in Python an int."""
+_Kept = TypeVar("_Kept")
+"""What a walk through a chunk keeps of its steps: a pytree."""
+
+_Written = tuple[Carry | None, Outputs | None]
+"""Carries saved, and outputs, of the steps so far; None where they are not kept."""
 
 _Given = tuple[Inputs, list[Array]]
 """The inputs, and the values that the step closes over."""
@@ -208,8 +217,8 @@ def _run_chunks(
     def shown(carry: Carry) -> Outputs:
         return carry if plan.how.states else carry._replace(state=None)
 
-    def run_chunk(k: Index, loop: Any) -> Any:
-        def keep(kept: Any, new: Carry, i: Index) -> Any:
+    def run_chunk(k: Index, loop: tuple[Carry, _Written]) -> tuple[Carry, _Written]:
+        def keep(kept: _Written, new: Carry, i: Index) -> _Written:
             (saved, outs), t = kept, k * size + i
             if every_step:
                 return _write(saved, new, t + 1), outs
@@ -232,7 +241,7 @@ def _run_chunks(
 
 
 def _run_chunks_back(
-    plan: _Plan, given: _Given, saved: Carry, d_results: tuple[Outputs, Carry], wanted: Any
+    plan: _Plan, given: _Given, saved: Carry, d_results: tuple[Outputs, Carry], wanted: PyTree[bool]
 ) -> tuple[Inputs, list[Array]]:
     """All steps backward: the gradients of all inputs that are asked for."""
     inputs, _ = given
@@ -248,7 +257,7 @@ def _run_chunks_back(
             before, at = rnn.carries_before(k, _at(saved, k)), 0
         return rnn.walk_back(k, loop, before, at, d_leaves)
 
-    carry: Any = jax.tree.structure(inputs.initial)
+    carry: PyTreeDef = jax.tree.structure(inputs.initial)
     others = [None] * (carry.num_leaves - 1)
     d_leaves = carry.flatten_up_to(d_outs) if plan.how.states else [d_outs.h, *others]
     d_carry = _rows_last(or_zeros(d_final, inputs.initial))
@@ -256,7 +265,7 @@ def _run_chunks_back(
     return rnn.gradients(loop)
 
 
-def _active_chunks(plan: _Plan, inputs: Inputs) -> tuple[Any, Any]:
+def _active_chunks(plan: _Plan, inputs: Inputs) -> tuple[Index, Index]:
     """The first chunk with anything to do, and the one after the last."""
     mask, resets = inputs.mask, inputs.resets
     count = inputs.xs.shape[0] // plan.chunk
@@ -273,18 +282,18 @@ def _active_chunks(plan: _Plan, inputs: Inputs) -> tuple[Any, Any]:
 # it computes is thrown away): told so, JAX leaves out the arithmetic that would wrap them.
 
 
-def _at(tree: PyTree, place: Any) -> PyTree:
+def _at(tree: PyTree, place: Index) -> PyTree:
     def at(a: Array) -> Array:
         return lax.dynamic_index_in_dim(a, place, keepdims=False, allow_negative_indices=False)
 
     return jax.tree.map(at, tree)
 
 
-def _chunk(a: Array, first: Any, size: int) -> Array:
+def _chunk(a: Array, first: Index, size: int) -> Array:
     return lax.dynamic_slice_in_dim(a, first, size, allow_negative_indices=False)
 
 
-def _write(target: PyTree, part: PyTree, place: Any, axis: int = 0) -> PyTree:
+def _write(target: PyTree, part: PyTree, place: Index, axis: int = 0) -> PyTree:
     def write(a: Array, b: Array) -> Array:
         b = b.astype(a.dtype)
         return lax.dynamic_update_index_in_dim(a, b, place, axis, allow_negative_indices=False)
@@ -316,9 +325,23 @@ def _floating(a: Array) -> bool:
     return bool(jnp.issubdtype(a.dtype, jnp.floating))
 
 
-def _like(a: Array) -> tuple[tuple[int, ...], Any]:
+def _like(a: Array) -> tuple[tuple[int, ...], DTypeLike]:
     """Shape and type of the gradient of an array; of whole numbers it is a zero."""
     return (a.shape, a.dtype) if _floating(a) else ((), jnp.float32)
+
+
+class _Rooms(NamedTuple):
+    """Room for what one chunk gives; what it holds before does not matter.
+
+    Attributes:
+        results: for the gradients of the sites' results, ``(n, chunk, B)``.
+        rows: for those of one step, ``(n, B)``.
+        left: for left sides that are recorded, ``(n, chunk, B)``.
+    """
+
+    results: list[Array]
+    rows: list[Array]
+    left: list[Array]
 
 
 class _Gradients(NamedTuple):
@@ -331,30 +354,31 @@ class _Gradients(NamedTuple):
         sums: of the products' parameters, as `Product` keeps them.
         xs: of the input through products, ``(T / chunk, D, chunk B)``; None where nobody asks.
         direct: of the input and of ``step_inputs``, without products, ``(T, n, B)``.
-        rooms: whose contents do not matter: of products' results for a chunk and for a step, of
-            left sides for a chunk.
+        rooms: to write into.
     """
 
     carry: Carry
     start: Carry | None
     constants: list[Array]
-    sums: list[Any]
+    sums: list[Sums]
     xs: Array | None
     direct: list[Array | None]
-    rooms: Any
+    rooms: _Rooms
 
 
 class _Recurrence:
     """A cell's recurrence, chunk by chunk, there and back; carries have their rows last."""
 
-    def __init__(self, plan: _Plan, given: _Given, wanted: Any = None) -> None:
+    def __init__(self, plan: _Plan, given: _Given, wanted: PyTree[bool] = None) -> None:
         self.plan, self.body, self.size = plan, plan.body, plan.chunk
         self.inputs, closed = given
         self.xs, self.mask, self.resets = (self.inputs.xs, self.inputs.mask, self.inputs.resets)
         self.start = _rows_last(self.inputs.start)
         self.wanted = wanted
 
-        def before(params: PyTree, closed: list[Array]) -> Any:
+        def before(
+            params: PyTree, closed: list[Array]
+        ) -> tuple[list[Array], list[Array], list[Array]]:
             return self.body.before(params, closed, whole=not plan.mapped)
 
         given_before = self.inputs.params, list(closed)
@@ -414,13 +438,13 @@ class _Recurrence:
         k: Index,
         steps: int,
         carry: Carry,
-        kept: Any,
-        keep: Callable[[Any, Carry, Array], Any],
-    ) -> tuple[Carry, Any]:
+        kept: _Kept,
+        keep: Callable[[_Kept, Carry, Index], _Kept],
+    ) -> tuple[Carry, _Kept]:
         """Run so many steps of chunk ``k``, and ``keep(kept, new carry, i)`` after the i-th."""
         noise = self.drawn(k)
 
-        def step(i: Index, loop: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        def step(i: Index, loop: tuple[Carry, _Kept]) -> tuple[Carry, _Kept]:
             t = k * self.size + i
             carry = self.begun(t, loop[0])
             new = self.step(t, carry, _at(noise, i))
@@ -458,7 +482,7 @@ class _Recurrence:
         if inputs.start is not None and any(jax.tree.leaves(self.wanted[0].start)):
             start = jax.tree.map(jnp.zeros_like, self.start)
         constants = [vary_alike(jnp.zeros(*_like(a)), self.xs) for a in self.constants]
-        rooms = (
+        rooms = _Rooms(
             [p.room(self.size, batch, self.xs) for p in self.products],
             [p.room(1, batch, self.xs)[:, 0] for p in self.products],
             [
@@ -470,7 +494,7 @@ class _Recurrence:
         return _Gradients(d_carry, start, constants, sums, xs, direct, rooms)
 
     def walk_back(
-        self, k: Index, loop: _Gradients, before: Carry, at: Any, d_outs: list[Any]
+        self, k: Index, loop: _Gradients, before: Carry, at: Index, d_outs: list[Array | None]
     ) -> _Gradients:
         """Run chunk ``k`` backward, the carries before its steps being those from ``at`` on."""
         noise = self.drawn(k)
@@ -507,7 +531,7 @@ class _Recurrence:
         loop: _Gradients,
         carry: Carry,
         noise: list[Array],
-        d_outs: list[Any],
+        d_outs: list[Array | None],
     ) -> _Gradients:
         """Take one step back."""
         results, rows, recorded = loop.rooms
@@ -539,7 +563,13 @@ class _Recurrence:
         recorded = [_write(room, a, i, axis=1) for room, a in zip(recorded, d.left, strict=True)]
         constants = [a + b for a, b in zip(loop.constants, d.constants, strict=True)]
         return _Gradients(
-            d_old, start, constants, loop.sums, loop.xs, direct, (results, back.rows, recorded)
+            d_old,
+            start,
+            constants,
+            loop.sums,
+            loop.xs,
+            direct,
+            _Rooms(results, back.rows, recorded),
         )
 
     def gradients(self, loop: _Gradients) -> tuple[Inputs, list[Array]]:
@@ -626,10 +656,10 @@ class _StepBack:
         sizes = len(rnn.constants), len(arguments), len(rnn.body.sites)
         first, second, third = (sum(sizes[: k + 1]) for k in range(3))
         constants = [
-            runner.sum_to(value, var.aval, _like(a)[0])
+            runner.sum_to(value, aval_of(var), _like(a)[0])
             for (value, var), a in zip(pairs[:first], rnn.constants, strict=True)
         ]
-        d_arguments = [runner.leave(v, 0, var.aval) for v, var in pairs[first:second]]
+        d_arguments = [runner.leave(v, 0, aval_of(var)) for v, var in pairs[first:second]]
         results = [
             self.result(number, value, var)
             for number, (value, var) in enumerate(pairs[second:third])
@@ -646,15 +676,15 @@ class _StepBack:
             [a.reshape(-1, a.shape[-1]) for a in left],
         )
 
-    def result(self, number: int, value: Value, var: Any) -> Array:
+    def result(self, number: int, value: Value, var: Atom) -> Array:
         """The gradient of a site's result."""
         if id(var) in self.rnn.body.backward.pieces and self.rnn.plan.mapped:
             return self.rows[number]
-        d = self.runner.leave(value, self.rnn.body.sites[number].row, var.aval)
+        d = self.runner.leave(value, self.rnn.body.sites[number].row, aval_of(var))
         d = d.reshape(-1, d.shape[-1])
         return d if self.valid is None else jnp.where(self.valid, d, 0)
 
-    def take(self, eqn: Any, ins: list[Value]) -> list[Value] | None:
+    def take(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value] | None:
         """Products, and the gradients of their results that come in pieces."""
         name = str(eqn.params.get("name", ""))
         if name.startswith(f"{PRODUCT}:"):
@@ -665,17 +695,19 @@ class _StepBack:
         number = self.rnn.body.backward.pieces.get(id(eqn.outvars[0])) if eqn.outvars else None
         if number is None or not self.rnn.plan.mapped:
             return None
-        pieces = [self.runner.leave(v, 0, a.aval) for v, a in zip(ins, eqn.invars, strict=True)]
+        pieces = [self.runner.leave(v, 0, aval_of(a)) for v, a in zip(ins, eqn.invars, strict=True)]
         if self.valid is not None:
             pieces = [jnp.where(self.valid, a, 0) for a in pieces]
         self.rows[number] = in_one(self.rows[number], pieces)
         return [Value(self.rows[number], 0)]
 
-    def product(self, product: "Product", which: str, eqn: Any, ins: list[Value]) -> list[Value]:
+    def product(
+        self, product: "Product", which: str, eqn: JaxprEqn, ins: list[Value]
+    ) -> list[Value]:
         """A product, or the gradient of its left sides from that of its result."""
         runner, row = self.runner, product.site.row
         if which == "forward":
             return [runner.enter(product.forward(product.leave(runner, ins)), row)]
-        d = runner.leave(ins[0], row, eqn.invars[0].aval)
+        d = runner.leave(ins[0], row, aval_of(eqn.invars[0]))
         found = product.back(d.reshape(-1, d.shape[-1]))
         return [runner.enter(a, place) for a, place in found]

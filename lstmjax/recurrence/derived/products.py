@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from lstmjax.recurrence.derived.body import Factor, Site
-from lstmjax.traced import Runner, Value, vary_alike
+from lstmjax.traced import Runner, Value, aval_of, shape_of, vary_alike
+
+Sums = tuple[Array, Array | None]
+"""Gradients of a site's stacked weights and of its bias, so far."""
 
 
 def zeros(shape: Sequence[int], like: Array) -> Array:
@@ -39,7 +42,7 @@ class Product:
     def __init__(
         self,
         matmul: Callable[[Array, Array], Array],
-        narrow: Any,
+        narrow: DTypeLike,
         site: Site,
         weights: list[Array],
         bias: Array | None,
@@ -70,7 +73,8 @@ class Product:
         """Left sides, rows last: of all factors, or of one."""
         factors = self.site.factors if only is None else [self.site.factors[only]]
         return [
-            runner.leave(value, f.row, f.left.aval) for value, f in zip(left, factors, strict=True)
+            runner.leave(value, f.row, aval_of(f.left))
+            for value, f in zip(left, factors, strict=True)
         ]
 
     def forward(self, left: list[Array]) -> Array:
@@ -97,7 +101,7 @@ class Product:
         for factor, weight in zip(self.site.factors, self.backs, strict=True):
             if factor.kind == "x":
                 continue
-            left = factor.left.aval.shape
+            left = shape_of(factor.left)
             axes = [a for part in factor.left_axes for a in part]
             one = self.matmul(weight, d).reshape(*(left[a] for a in axes), d.shape[-1])
             order = sorted(axes)
@@ -111,12 +115,12 @@ class Product:
         """
         return zeros((math.prod(self.site.shape), size, batch), like)
 
-    def no_gradient(self, like: Array) -> Any:
+    def no_gradient(self, like: Array) -> Sums:
         """Zeros to add `shares` to."""
         bias = None if self.bias is None else zeros((self.bias.size,), like)
         return zeros(self.there.shape, like), bias
 
-    def shares(self, d: Array, lefts: list[Array]) -> Any:
+    def shares(self, d: Array, lefts: list[Array]) -> Sums:
         """A chunk's share of the gradients of weights and bias.
 
         Args:
@@ -140,7 +144,7 @@ class Product:
                 share = one if share is None else share + one
         return share
 
-    def turned(self, sums: Any) -> tuple[list[Array], Array | None]:
+    def turned(self, sums: Sums) -> tuple[list[Array], Array | None]:
         """Sums of `shares`, shaped like weights and bias."""
         # Else XLA would turn the operands instead, and XLA:CPU has no such product in bfloat16.
         whole, bias = lax.optimization_barrier(sums)

@@ -8,14 +8,15 @@ way and runs a traced program on tiles of any shape, every argument being a whol
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.core import Jaxpr, JaxprEqn
+from jax.typing import DTypeLike
 
-from lstmjax.traced import INLINED, Program, callee, is_literal, needed
+from lstmjax.traced import INLINED, Atom, Program, aval_of, callee, is_literal, needed
 
 Value = Array | np.ndarray
 """A tile, or the number that all elements of a tile would have."""
@@ -62,7 +63,7 @@ class Emission:
 # --- What cannot be emitted ----------------------------------------------------------------------
 
 
-def _refusals(jaxpr: Any, consts: Iterable[Any], sums: bool) -> Iterator[str]:
+def _refusals(jaxpr: Jaxpr, consts: Iterable[Value], sums: bool) -> Iterator[str]:
     for const in consts:
         if np.size(const) != 1:
             yield f"it holds a constant of shape {np.shape(const)}"
@@ -80,12 +81,12 @@ def _refusals(jaxpr: Any, consts: Iterable[Any], sums: bool) -> Iterator[str]:
 
 
 def _evaluate(
-    jaxpr: Any, consts: Iterable[Any], args: list[Value], shape: tuple[int, ...]
+    jaxpr: Jaxpr, consts: Iterable[Value], args: list[Value], shape: tuple[int, ...]
 ) -> list[Value]:
     known: dict[int, Value] = {}
 
-    def read(var: Any) -> Value:
-        return np.asarray(var.val, var.aval.dtype) if is_literal(var) else known[id(var)]
+    def read(var: Atom) -> Value:
+        return np.asarray(var.val, aval_of(var).dtype) if is_literal(var) else known[id(var)]
 
     known.update(zip(map(id, jaxpr.constvars), map(_number, consts), strict=True))
     known.update(zip(map(id, jaxpr.invars), args, strict=True))
@@ -101,19 +102,19 @@ def _evaluate(
     return [read(var) for var in jaxpr.outvars]
 
 
-def _fold(eqn: Any, ins: list[Value]) -> Value:
+def _fold(eqn: JaxprEqn, ins: list[Value]) -> Value:
     """An operation on numbers only, done now."""
     if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze", "expand_dims"):
         return ins[0]
     with jax.ensure_compile_time_eval():
-        arrays = [jnp.asarray(x, v.aval.dtype) for x, v in zip(ins, eqn.invars, strict=True)]
+        arrays = [jnp.asarray(x, aval_of(v).dtype) for x, v in zip(ins, eqn.invars, strict=True)]
         return _number(eqn.primitive.bind(*arrays, **eqn.params))
 
 
-def _emit(eqn: Any, ins: list[Value], shape: tuple[int, ...]) -> Value:
+def _emit(eqn: JaxprEqn, ins: list[Value], shape: tuple[int, ...]) -> Value:
     name = eqn.primitive.name
     ins = [
-        x if np.shape(x) else np.asarray(x, var.aval.dtype)
+        x if np.shape(x) else np.asarray(x, aval_of(var).dtype)
         for x, var in zip(ins, eqn.invars, strict=True)
     ]
     if name in RULES:
@@ -121,7 +122,7 @@ def _emit(eqn: Any, ins: list[Value], shape: tuple[int, ...]) -> Value:
     return eqn.primitive.bind(*(_full(x, shape) for x in ins), **eqn.params)
 
 
-def _number(value: Any) -> np.ndarray:
+def _number(value: Value) -> np.ndarray:
     return np.asarray(value).reshape(())
 
 
@@ -132,7 +133,7 @@ def _full(value: Value, shape: tuple[int, ...]) -> Array:
 # --- Rules ---------------------------------------------------------------------------------------
 
 
-def _convert(x: Array, new_dtype: Any, **_: Any) -> Array:
+def _convert(x: Array, new_dtype: DTypeLike, **_: object) -> Array:
     if x.dtype == jnp.bool_ and new_dtype != jnp.bool_:
         return lax.select(x, jnp.ones_like(x, new_dtype), jnp.zeros_like(x, new_dtype))
     if new_dtype == jnp.bool_:
@@ -140,7 +141,7 @@ def _convert(x: Array, new_dtype: Any, **_: Any) -> Array:
     return lax.convert_element_type(x, new_dtype)
 
 
-def _log1p(x: Array, **_: Any) -> Array:
+def _log1p(x: Array, **_: object) -> Array:
     """Within half of zero, where 1 + x rounds: 2 artanh(s) by its series, s = x / (2 + x)."""
     s = x / (2 + x)
     series = jnp.zeros_like(x)
@@ -149,7 +150,7 @@ def _log1p(x: Array, **_: Any) -> Array:
     return lax.select(lax.abs(x) < 0.5, s * series, lax.log(1 + x))
 
 
-def _expm1(x: Array, **_: Any) -> Array:
+def _expm1(x: Array, **_: object) -> Array:
     """Taylor's series within half of zero, where exp(x) - 1 cancels."""
     series = jnp.ones_like(x)
     for n in range(9, 1, -1):
@@ -157,7 +158,7 @@ def _expm1(x: Array, **_: Any) -> Array:
     return lax.select(lax.abs(x) < 0.5, x * series, lax.exp(x) - 1)
 
 
-def _sqrt(x: Array, **_: Any) -> Array:
+def _sqrt(x: Array, **_: object) -> Array:
     proper = (x > 0) & (x < jnp.inf)
     root = x * lax.rsqrt(lax.select(proper, x, jnp.ones_like(x)))
     return lax.select(x < 0, jnp.full_like(x, jnp.nan), lax.select(proper, root, x))
@@ -168,7 +169,7 @@ def _floor(x: Array) -> Array:
     return lax.select(nearest > x, nearest - 1, nearest)
 
 
-def _round(x: Array, rounding_method: Any) -> Array:
+def _round(x: Array, rounding_method: lax.RoundingMethod) -> Array:
     if rounding_method == lax.RoundingMethod.TO_NEAREST_EVEN:
         return lax.round(x, rounding_method)
     away = _floor(lax.abs(x) + 0.5)  # of the largest number below one half this makes 1
@@ -195,13 +196,13 @@ def _pow(x: Array, y: Array) -> Array:
     return lax.select(y == 0, jnp.ones_like(x), lax.select(x < 0, negative, size))
 
 
-def _sinh(x: Array, **_: Any) -> Array:
+def _sinh(x: Array, **_: object) -> Array:
     small, half = _expm1(x), _half_exp(lax.abs(x))
     near = (small + small / (small + 1)) * 0.5
     return lax.select(lax.abs(x) < 0.5, near, lax.sign(x) * (half - 0.25 / half))
 
 
-def _cosh(x: Array, **_: Any) -> Array:
+def _cosh(x: Array, **_: object) -> Array:
     half = _half_exp(lax.abs(x))
     return half + 0.25 / half
 
@@ -212,13 +213,13 @@ def _half_exp(x: Array) -> Array:
     return root * 0.5 * root
 
 
-def _asinh(x: Array, **_: Any) -> Array:
+def _asinh(x: Array, **_: object) -> Array:
     size = lax.abs(x)
     near = _log1p(size + size * (size / (1 + _sqrt(size * size + 1))))
     return lax.sign(x) * _or_log_of_twice(size, near)
 
 
-def _acosh(x: Array, **_: Any) -> Array:
+def _acosh(x: Array, **_: object) -> Array:
     return _or_log_of_twice(x, lax.log(x + _sqrt(x - 1) * _sqrt(x + 1)))
 
 
@@ -233,11 +234,11 @@ def _not(x: Array) -> Array:
     return lax.bitwise_xor(x, jnp.full_like(x, np.invert(x.dtype.type(0))))
 
 
-def _cbrt(x: Array, **_: Any) -> Array:
+def _cbrt(x: Array, **_: object) -> Array:
     return lax.sign(x) * lax.exp(lax.log(lax.abs(x)) * (1 / 3))
 
 
-def _same(x: Array, **_: Any) -> Array:
+def _same(x: Array, **_: object) -> Array:
     return x
 
 

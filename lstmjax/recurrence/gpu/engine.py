@@ -9,11 +9,12 @@ weights are one product each over all of time.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry, Cell, Params
 from lstmjax.precision import Precision, make_dot
@@ -89,7 +90,7 @@ class PallasGPU(Engine):
     depth: int | None = None
     fast_math: bool | None = None
     attached: bool = True
-    interpret: Any = None
+    interpret: object = None
 
     def __post_init__(self) -> None:
         if self.rows is not None and (self.rows < 8 or self.rows % 8):
@@ -164,7 +165,7 @@ class PallasGPU(Engine):
         return _recurrence(_How(job, how, *plans))(inputs)
 
 
-def _attached() -> Any:
+def _attached() -> jax.Device:
     return jax.local_devices(backend="gpu")[0]
 
 
@@ -202,11 +203,14 @@ def _recurrence(how: _How) -> Callable[[Inputs], tuple[Outputs, Carry]]:
     )
 
 
+_Saved = tuple[list[Array], list[Array]]
+"""The carry that entered the first step, and that which left each, padded."""
+
+
 # --- Forward and backward ------------------------------------------------------------------------
 
 
-def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Outputs, Carry], Any]:
-    """Saves the carry that entered the first step, and those that left each, padded."""
+def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Outputs, Carry], _Saved]:
     params = standard(how.cell, inputs.params)
     mask, resets, initial = inputs.mask, inputs.resets, inputs.initial
     steps, batch, _ = inputs.xs.shape
@@ -228,13 +232,17 @@ def _forward(how: _How, inputs: Inputs) -> tuple[tuple[Outputs, Carry], Any]:
     )
     after, final = cut(outs, sizes.carry)
     unpadded = [_unpad(how, a, batch) for a in (after if how.how.states else after[:1])]
-    shown = Carry(unpadded[0], how.cell.State(*unpadded[1:]) if how.how.states else None)
+    shown = Carry(unpadded[0], how.cell.State._make(unpadded[1:]) if how.how.states else None)
     final = [_unpad(how, a, batch) for a in final]
     return (cleared(mask, shown), _as_carry(how, final)), (carry, after)
 
 
 def _backward(
-    how: _How, inputs: Inputs, saved: Any, d_outputs: tuple[Outputs, Carry], wanted: Any
+    how: _How,
+    inputs: Inputs,
+    saved: _Saved,
+    d_outputs: tuple[Outputs, Carry],
+    wanted: PyTree[bool],
 ) -> Inputs:
     """The gradients of parameters, inputs and initial carry."""
     mask, resets, initial = inputs.mask, inputs.resets, inputs.initial
@@ -308,14 +316,24 @@ def _real(how: _How, arrays: list[Array], batch: int) -> list[Array]:
     return found
 
 
-def _run(what: Recurrence, plan: GPUPlan, **operands: Any) -> list[Array]:
+def _run(
+    what: Recurrence,
+    plan: GPUPlan,
+    *,
+    weights: Array,
+    inputs: list[Array],
+    flags: list[Array],
+    constants: list[Array],
+    carry: list[Array],
+    exchanged: list[Array],
+) -> list[Array]:
     """Call a kernel on padded arrays; returns the outputs and the final carry."""
-    if callable(plan.interpret):
-        make = plan.interpret
-    else:
-        from lstmjax.recurrence.gpu.kernel import recurrence_kernel as make  # of no use elsewhere
-    order = ("inputs", "flags", "constants", "carry", "exchanged")
-    arrays = [operands["weights"], *(array for name in order for array in operands[name])]
+    make = plan.interpret
+    if not callable(make):
+        from lstmjax.recurrence.gpu.kernel import recurrence_kernel  # of no use elsewhere
+
+        make = recurrence_kernel
+    arrays = [weights, *inputs, *flags, *constants, *carry, *exchanged]
     # A kernel does not say along which axes of a mesh its results vary: as its operands do.
     return vary_alike(list(make(what, plan)(*arrays)), arrays)
 
@@ -336,7 +354,7 @@ def _flags(how: _How, mask: Array | None, resets: Array | None) -> list[Array]:
 
 
 def _as_carry(how: _How, arrays: list[Array]) -> Carry:
-    return Carry(arrays[0], how.cell.State(*arrays[1:]))
+    return Carry(arrays[0], how.cell.State._make(arrays[1:]))
 
 
 def _entering(

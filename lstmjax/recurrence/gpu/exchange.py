@@ -14,7 +14,7 @@ All of this is what threads do, one by one; the interpreter knows none of it.
 """
 
 import types
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 from jax import Array
@@ -23,6 +23,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm
 
+from lstmjax.recurrence.refs import Index, Ref
+
 THREADS = 128
 """Of a warpgroup."""
 
@@ -30,7 +32,7 @@ _NUMBER = plgpu.Layout.WG_SPLAT
 _TILE = plgpu.RefType((plgpu.TilingTransform((64, 8)), plgpu.SwizzleTransform(128)))
 
 
-def set_up(signals: Any) -> None:
+def set_up(signals: Ref) -> None:
     """Make signals of memory ``(n, 2) int32``, and wait until all blocks of the cluster have."""
     for slot in range(signals.shape[0]):
         _with_signal(
@@ -45,7 +47,7 @@ def set_up(signals: Any) -> None:
     )
 
 
-def send(tile: Array, target: Any, signal: Any, block: Any) -> None:
+def send(tile: Array, target: Ref, signal: Ref, block: Index) -> None:
     """Write a tile to where ``target`` is in another block's memory, and its bytes to its signal.
 
     Args:
@@ -57,11 +59,17 @@ def send(tile: Array, target: Any, signal: Any, block: Any) -> None:
     types_ = (plgpu.Layout.WGMMA_TRANSPOSED, _TILE, plgpu.RefType(), _NUMBER)
 
     @plgpu.inline_mgpu(arg_types=types_)
-    def write(_: Any, tile: Any, target: Any, signal: Any, block: Any) -> None:
+    def write(
+        _: object,
+        tile: mosaic.FragmentedArray,
+        target: ir.Value,
+        signal: ir.Value,
+        block: mosaic.FragmentedArray,
+    ) -> None:
         pointer = mosaic.utils.memref_ptr(signal)
         tile.store_tiled_async(
             target,
-            types.SimpleNamespace(get_ptr=lambda: pointer),
+            cast(mosaic.BarrierRef, types.SimpleNamespace(get_ptr=lambda: pointer)),
             cluster_dim=gpu.Dimension.x,
             cluster_idx=arith.index_cast(ir.IndexType.get(), block.registers.item()),
             swizzle=128,
@@ -71,7 +79,7 @@ def send(tile: Array, target: Any, signal: Any, block: Any) -> None:
     write(tile, target, signal, jnp.int32(block))
 
 
-def expect(signal: Any, number: int) -> None:
+def expect(signal: Ref, number: int) -> None:
     """Say once in a phase that ``number`` bytes are to come, and that this thread is done."""
     share, rest = divmod(number, THREADS)
     assert not rest
@@ -82,11 +90,11 @@ def expect(signal: Any, number: int) -> None:
     )
 
 
-def wait(signal: Any, phase: Any) -> None:
+def wait(signal: Ref, phase: Index) -> None:
     """Until phase ``phase``, counted from 0, has ended; what came is then seen by tensor cores."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _NUMBER))
-    def wait(_: Any, signal: Any, parity: Any) -> None:
+    def wait(_: object, signal: ir.Value, parity: mosaic.FragmentedArray) -> None:
         _inline(
             "{ .reg .pred ended; AGAIN: "
             "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 ended, [$0], $1; "
@@ -109,21 +117,21 @@ def wait_for_copies() -> None:
 
 def _ptx(text: str) -> None:
     @plgpu.inline_mgpu()
-    def run(_: Any) -> None:
+    def run(_: object) -> None:
         _inline(text, [])
 
     run()
 
 
-def _with_signal(signal: Any, text: str) -> None:
+def _with_signal(signal: Ref, text: str) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def run(_: Any, signal: Any) -> None:
+    def run(_: object, signal: ir.Value) -> None:
         _inline(text, [mosaic.utils.memref_ptr(signal)])
 
     run(signal)
 
 
-def _inline(text: str, operands: list[Any]) -> None:
+def _inline(text: str, operands: list[ir.Value]) -> None:
     constraints = ",".join("r" for _ in operands)
     nothing = ir.Type.parse("!llvm.void")
     llvm.inline_asm(nothing, operands, text, constraints, has_side_effects=True)

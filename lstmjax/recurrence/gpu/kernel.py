@@ -20,7 +20,7 @@ they did in the step before is done: two slots in turn, for tiles and for output
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, Tiles, barriers, buffers
+from lstmjax.recurrence.refs import Index, MosaicRef
 from lstmjax.recurrence.split import split
+
+
+class _Mesh(TypedDict, total=False):
+    """What runs beside one another, as `plgpu.kernel` takes it."""
+
+    cluster: tuple[int, ...]
+    cluster_names: tuple[str, ...]
+    num_threads: int
+    thread_name: str
 
 
 def recurrence_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
@@ -42,8 +52,9 @@ def recurrence_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Arr
         it returns the outputs and the final carry.
     """
     tiles = what.units // TILE
+    mesh: _Mesh
     if plan.cluster:
-        mesh: dict[str, Any] = {"cluster": (tiles,), "cluster_names": ("tile",)}
+        mesh = {"cluster": (tiles,), "cluster_names": ("tile",)}
     else:
         mesh = {"num_threads": tiles, "thread_name": "tile"}
     per_step = [(what.steps, what.batch, n * what.units) for n in what.outputs]
@@ -65,9 +76,9 @@ def recurrence_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Arr
     return lambda *operands: kernel(jnp.ones(1, jnp.int32), *operands)
 
 
-def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
+def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, pl.MemoryRef | plgpu.Barrier]:
     """Shared memory in the order in which the tensor cores and the copy engine want it."""
-    scratch: dict[str, Any] = {}
+    scratch: dict[str, pl.MemoryRef | plgpu.Barrier] = {}
     for name, (shape, width) in buffers(what, plan).items():
         tiling = plgpu.TilingTransform((8, 128 // width))
         scratch[name] = plgpu.SMEM(
@@ -89,11 +100,13 @@ def _scratch(what: Recurrence, plan: GPUPlan) -> dict[str, Any]:
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 _index = inspect.signature(plgpu.load).parameters.get("idx")
-_INDEX: tuple[Any, ...] = ((),) if _index and _index.default is inspect.Parameter.empty else ()
+_INDEX: tuple[tuple[()], ...] = (
+    ((),) if _index and _index.default is inspect.Parameter.empty else ()
+)
 """JAX 0.10 wants an index in `plgpu.load`, 0.11 warns of one, 0.12 takes none."""
 
 
-def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
+def _load(ref: MosaicRef, plan: GPUPlan, *, optimized: bool = True) -> Array:
     """``(rows, TILE)`` in memory to a tile in registers."""
     if plan.bare:
         return ref[...].T
@@ -101,7 +114,7 @@ def _load(ref: Any, plan: GPUPlan, *, optimized: bool = True) -> Array:
     return plgpu.load(ref, *_INDEX, layout=_TRANSPOSED, optimized=optimized)
 
 
-def _load_flag(ref: Any, plan: GPUPlan) -> Array:
+def _load_flag(ref: MosaicRef, plan: GPUPlan) -> Array:
     """``(rows,)`` in memory to a tile that has the same number for all units."""
     if plan.bare:
         flag = ref[...]
@@ -110,14 +123,14 @@ def _load_flag(ref: Any, plan: GPUPlan) -> Array:
     return lax.broadcast_in_dim(flag, (TILE, plan.rows), (1,))
 
 
-def _load_operand(ref: Any, plan: GPUPlan) -> Array:
+def _load_operand(ref: MosaicRef, plan: GPUPlan) -> Array:
     """``(TILE, TILE)`` in memory to the registers that a product reads its left operand from."""
     if plan.bare:
         return ref[...]
     return plgpu.load(ref, *_INDEX, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def _store(ref: Any, tile: Array, plan: GPUPlan) -> None:
+def _store(ref: MosaicRef, tile: Array, plan: GPUPlan) -> None:
     if plan.bare:
         ref[...] = tile.T
     else:
@@ -135,20 +148,11 @@ def _as_carried(tiles: Tiles, plan: GPUPlan) -> tuple[Array, ...]:
     return tuple(_as_tile(x, plan) * 1.0 for x in tiles)
 
 
-def _add_product(total: Any, left: Any, right: Any, plan: GPUPlan) -> Any:
-    """``total + left right^T``: issued to the tensor cores, or computed by the interpreter."""
-    if not plan.bare:
-        plgpu.wgmma(total, left, right.transpose((1, 0)))
-        return total
-    left = left if isinstance(left, Array) else left[...]
-    return total + jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
-
-
-def _remainder(i: Any, n: int) -> Any:
+def _remainder(i: Index, n: int) -> Index:
     return i % n if isinstance(i, int) else lax.rem(i, n)
 
 
-def _divided(i: Any, n: int) -> tuple[Any, Any]:
+def _divided(i: Index, n: int) -> tuple[Index, Index]:
     return divmod(i, n) if isinstance(i, int) else (lax.div(i, n), lax.rem(i, n))
 
 
@@ -163,7 +167,7 @@ class _Body:
         self.what, self.plan = what, plan
         self.tiles = what.units // TILE
 
-    def __call__(self, *refs: Any, **scratch: Any) -> None:
+    def __call__(self, *refs: MosaicRef, **scratch: MosaicRef) -> None:
         what, plan = self.what, self.plan
         self._unpack(refs, scratch)
         for i in range(min(plan.buffers - 1, what.steps)):
@@ -196,10 +200,10 @@ class _Body:
             _store(self._mine(ref), tile, plan)
         plgpu.wait_smem_to_gmem(0)
 
-    def _unpack(self, refs: tuple[Any, ...], scratch: dict[str, Any]) -> None:
+    def _unpack(self, refs: tuple[MosaicRef, ...], scratch: dict[str, MosaicRef]) -> None:
         what, (self.one, self.weights, *rest) = self.what, refs
 
-        def take(n: int) -> list[Any]:
+        def take(n: int) -> list[MosaicRef]:
             taken, rest[:] = rest[:n], rest[n:]
             return taken
 
@@ -211,17 +215,17 @@ class _Body:
         self.owner = jnp.int32(0) if self.plan.cluster else self.tile
         self.rows = pl.ds(lax.axis_index("block") * self.plan.rows, self.plan.rows)
 
-    def _columns(self, block: Any) -> Any:
+    def _columns(self, block: Index) -> slice | pl.Slice:
         """This tile's units in the given block of H columns."""
         return pl.ds(block * self.what.units + self.tile * TILE, TILE)
 
-    def _mine(self, ref: Any) -> Any:
+    def _mine(self, ref: MosaicRef) -> MosaicRef:
         return ref.at[self.rows, self._columns(0)]
 
-    def _time(self, i: Any) -> Any:
+    def _time(self, i: Index) -> Index:
         return self.what.steps - 1 - i if self.what.downward else i
 
-    def _each(self, times: int, do: Callable[[Any], None]) -> None:
+    def _each(self, times: int, do: Callable[[Index], None]) -> None:
         """A loop that stays one: unrolled, its addresses alone would take up all the registers.
 
         Hence a bound that the compiler does not know.
@@ -239,7 +243,7 @@ class _Body:
 
     # Inputs, flags and constants
 
-    def _fetch(self, i: Any) -> None:
+    def _fetch(self, i: Index) -> None:
         """Start the copy of everything that step ``i`` needs into its buffer."""
         slot, t = _remainder(i, self.plan.buffers), self._time(i)
         here = self._inputs_here(slot)
@@ -254,7 +258,7 @@ class _Body:
             bounds = plgpu.OOBFillMode.PROMISE_IN_BOUNDS
             plgpu.copy_gmem_to_smem(ref.at[t, self.rows], target, here, oob_mode=bounds)
 
-    def _inputs_here(self, slot: Any) -> Any:
+    def _inputs_here(self, slot: Index) -> MosaicRef:
         owners = 1 if self.plan.cluster else self.tiles
         return self.scratch["inputs_here"].at[slot * owners + self.owner]
 
@@ -274,8 +278,8 @@ class _Body:
         """Wait for W and the constants; returns what of W is in registers, gate by gate."""
         what, plan = self.what, self.plan
         resident: list[list[Array]] = [[] for _ in range(what.gates)]
-        here: Any = self.scratch.get("constants_here")
-        here = None if here is None else here.at[self.owner]
+        barriers = self.scratch.get("constants_here")
+        here: MosaicRef = None if barriers is None else barriers.at[self.owner]
         for k, ref in enumerate(self.constant_refs):
             target = self.scratch["constants"].at[self.owner, k]
             plgpu.copy_gmem_to_smem(self._mine(ref), target, here)
@@ -290,7 +294,7 @@ class _Body:
             plgpu.barrier_wait(here)
         return resident
 
-    def _weights(self, part: Any, k: Any, g: int) -> Any:
+    def _weights(self, part: Index, k: Index, g: int) -> MosaicRef:
         """A tile of W in shared memory."""
         at = (part * self.tiles + k - self.plan.resident) * self.what.gates + g
         return self.scratch["weights"].at[self.owner, at]
@@ -302,51 +306,64 @@ class _Body:
 
     # Products and what they multiply
 
-    def _exchanged(self, slot: Any, k: Any, g: int, part: Any) -> Any:
+    def _exchanged(self, slot: Index, k: Index, g: int, part: Index) -> MosaicRef:
         """What tile ``k`` published for gate ``g``."""
         at = (0 if self.what.shared else g) * self.plan.parts + part
         return self.scratch["exchanged"].at[slot, k, at]
 
     def _products(
-        self, i: Any, resident: list[list[Array]], meanwhile: Callable[[], tuple[Tiles, Tiles]]
+        self, i: Index, resident: list[list[Array]], meanwhile: Callable[[], tuple[Tiles, Tiles]]
     ) -> tuple[Tiles, Tiles, Tiles]:
         """W_g times what was published for step ``i``, and the results of ``meanwhile``."""
         what, plan, slot = self.what, self.plan, _remainder(i, 2)
         self._wait_for_exchanged(i)
         if plan.bare:
-            zero = jnp.zeros((TILE, plan.rows), jnp.float32)
-            return self._multiply(slot, resident, [zero] * what.gates), *meanwhile()
+            totals = [jnp.zeros((TILE, plan.rows), jnp.float32)] * what.gates
 
-        def multiply(*sums: Any) -> tuple[Tiles, Tiles, Tiles]:
-            self._multiply(slot, resident, list(sums))
+            def add_to(g: int, left: MosaicRef | Array, right: MosaicRef) -> None:
+                left = left if isinstance(left, Array) else left[...]
+                product = jnp.dot(left, right[...].T, preferred_element_type=jnp.float32)
+                totals[g] = totals[g] + product
+
+            self._multiply(slot, resident, add_to)
+            return totals, *meanwhile()
+
+        def multiply(*sums: MosaicRef) -> tuple[Tiles, Tiles, Tiles]:
+            def add_to(g: int, left: MosaicRef | Array, right: MosaicRef) -> None:
+                plgpu.wgmma(sums[g], left, right.transpose((1, 0)))
+
+            self._multiply(slot, resident, add_to)
             inputs, flags = meanwhile()
             return [_as_tile(a[...], plan) for a in sums], inputs, flags
 
         accumulator = plgpu.ACC((TILE, plan.rows), jnp.float32)
         return pl.run_scoped(multiply, *[accumulator] * what.gates)
 
-    def _multiply(self, slot: Any, resident: list[list[Array]], sums: list[Any]) -> list[Any]:
-        """Add W_g times what was published to each of ``sums``.
+    def _multiply(
+        self,
+        slot: Index,
+        resident: list[list[Array]],
+        add_to: Callable[[int, MosaicRef | Array, MosaicRef], None],
+    ) -> None:
+        """W_g times what was published, for each g: ``add_to(g, left, right)``, left right^T.
 
         Of float32 numbers in parts, products of two small parts are left out.
         """
         plan, gates = self.plan, range(self.what.gates)
 
-        def add(k: Any, right: Any, weights: Callable[[int], Any]) -> None:
+        def add(k: Index, right: Index, weights: Callable[[int], MosaicRef | Array]) -> None:
             for g in gates:
-                sums[g] = _add_product(
-                    sums[g], weights(g), self._exchanged(slot, k, g, right), plan
-                )
+                add_to(g, weights(g), self._exchanged(slot, k, g, right))
 
-        def from_registers(right: Any) -> None:
+        def from_registers(right: Index) -> None:
             for k, tiles in enumerate(zip(*resident, strict=True)):
                 add(k, right, tiles.__getitem__)
 
-        def large_parts(i: Any) -> None:
+        def large_parts(i: Index) -> None:
             right, k = _divided(i, self.tiles - plan.resident)
             add(k + plan.resident, right, lambda g: self._weights(0, k + plan.resident, g))
 
-        def small_parts(i: Any) -> None:  # times the first; then the second times the second, ...
+        def small_parts(i: Index) -> None:  # times the first; then the second times the second, ...
             pair, k = _divided(i, self.tiles)
             part, right = _divided(pair, 2)
             add(k, right, lambda g: self._weights(1 + part, k, g))
@@ -356,11 +373,10 @@ class _Body:
                 from_registers(right)
         self._each(plan.parts * (self.tiles - plan.resident), large_parts)
         self._each(plan.parts * (plan.parts - 1) // 2 * self.tiles, small_parts)
-        return sums
 
     # Between steps
 
-    def _publish(self, i: Any, exchanged: Tiles, outputs: Tiles) -> None:
+    def _publish(self, i: Index, exchanged: Tiles, outputs: Tiles) -> None:
         """Hand tiles to all who multiply them in step ``i``, and those of the last to `_write`.
 
         Nobody waits here. What others may do once they have all tiles of the step, this thread has
@@ -388,18 +404,18 @@ class _Body:
         else:
             plgpu.barrier_arrive(self.scratch["exchanged_here"].at[slot])
 
-    def _send(self, pairs: list[tuple[Array, Any]], slot: Any) -> None:
+    def _send(self, pairs: list[tuple[Array, MosaicRef]], slot: Index) -> None:
         """Write tiles into the shared memory of every block of the cluster."""
         signal = self.scratch["signals"].at[slot]
         tiles = [(_as_tile(tile, self.plan), at.transpose((1, 0))) for tile, at in pairs]
 
-        def to(block: Array) -> None:
+        def to(block: Index) -> None:
             for tile, target in tiles:
                 exchange.send(tile, target, signal, block)
 
         self._each(self.tiles, to)
 
-    def _wait_for_exchanged(self, i: Any) -> None:
+    def _wait_for_exchanged(self, i: Index) -> None:
         """For the tiles that are multiplied in step ``i``."""
         slot, phase = _divided(i, 2)[::-1]
         if self.plan.cluster:
@@ -407,11 +423,11 @@ class _Body:
         else:
             plgpu.barrier_wait(self.scratch["exchanged_here"].at[slot])
 
-    def _output(self, i: Any, k: int) -> Any:
+    def _output(self, i: Index, k: int) -> MosaicRef:
         """Where tile ``k`` of the outputs of step ``i`` waits to be copied."""
         return self.scratch["outputs"].at[_remainder(i, 2), self.owner, k]
 
-    def _write(self, i: Any) -> None:
+    def _write(self, i: Index) -> None:
         """Start the copy of the outputs of step ``i`` to where they belong.
 
         All have been published since, so that they are complete.
@@ -434,6 +450,6 @@ def _release(plan: GPUPlan) -> None:
         exchange.fence()
 
 
-def _blocks(refs: list[Any], counts: tuple[int, ...]) -> list[tuple[Any, int]]:
+def _blocks(refs: list[MosaicRef], counts: tuple[int, ...]) -> list[tuple[MosaicRef, int]]:
     """Each block of H columns of each array."""
     return [(ref, block) for ref, n in zip(refs, counts, strict=True) for block in range(n)]

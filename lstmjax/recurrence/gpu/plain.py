@@ -7,7 +7,6 @@ interpreter has those and takes a second a step.
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -15,6 +14,9 @@ from jax import Array, lax
 from lstmjax.recurrence.gpu.cells import cut
 from lstmjax.recurrence.gpu.plan import GPUPlan, Recurrence
 from lstmjax.recurrence.split import split_outside
+
+_Loop = tuple[list[Array], list[Array]]
+"""Carry, and what is exchanged."""
 
 
 def plain_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
@@ -45,7 +47,7 @@ def plain_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
 
             return [*map(product, range(what.gates))]
 
-        def step(loop: Any, now: Any) -> Any:
+        def step(loop: _Loop, now: tuple[list[Array], list[Array]]) -> tuple[_Loop, list[Array]]:
             carry, exchanged = loop
             tiles = [
                 tile

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from jax import Array
 
@@ -63,7 +62,7 @@ class GPUPlan:
     buffers: int = 3
     parts: int = 1
     fast_math: bool = False
-    interpret: Any = None
+    interpret: object = None
 
     @property
     def bare(self) -> bool:

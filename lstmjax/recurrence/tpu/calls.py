@@ -5,26 +5,30 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jax import Array, ShapeDtypeStruct
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry
 from lstmjax.recurrence.derivatives import or_zeros
 from lstmjax.recurrence.engine import Inputs, Outputs, cleared
 from lstmjax.recurrence.layout import dense, up
+from lstmjax.recurrence.refs import Index
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.step import standard
 from lstmjax.recurrence.tpu.kernel import (
+    Carries,
+    Gradients,
     Kept,
     Operands,
     backward_kernel,
     forward_kernel,
-    map_parameters,
 )
 from lstmjax.recurrence.tpu.plan import DEFAULT_VMEM, TPUPlan
 
@@ -84,7 +88,7 @@ def _spread(plan: TPUPlan, a: Array) -> Array:
     return a.reshape(-1, gates * plan.lanes)
 
 
-def _flags(plan: TPUPlan, a: Array | None, dtype: Any) -> Array | None:
+def _flags(plan: TPUPlan, a: Array | None, dtype: DTypeLike) -> Array | None:
     """``(T, B)`` to ``(B/R, T/C, R, C)``: time along the lanes, so that little is padded."""
     if a is None:
         return None
@@ -97,39 +101,42 @@ def _flags(plan: TPUPlan, a: Array | None, dtype: Any) -> Array | None:
 # --- Calls ---------------------------------------------------------------------------------------
 
 
+_Shaped: TypeAlias = Array | ShapeDtypeStruct
+
+
 class Blocks(NamedTuple):
     """Block shapes and index maps for the kinds of arrays there are; the grid is (rows, time)."""
 
     plan: TPUPlan
-    chunk: Callable[[Any], Any]  # which chunk the i-th on the grid is
+    chunk: Callable[[Index], Index]  # which chunk the i-th on the grid is
 
-    def steps(self, a: Any) -> pl.BlockSpec:
+    def steps(self, a: _Shaped) -> pl.BlockSpec:
         """``(T, B, n)``."""
         block = (self.plan.chunk, self.plan.rows, a.shape[2])
         return pl.BlockSpec(block, lambda b, i: (self.chunk(i), b, 0))
 
-    def chunks(self, a: Any) -> pl.BlockSpec:
+    def chunks(self, a: _Shaped) -> pl.BlockSpec:
         """``(T/C, B, n)``."""
         block = (1, self.plan.rows, a.shape[2])
         return pl.BlockSpec(block, lambda b, i: (self.chunk(i), b, 0))
 
-    def rows(self, a: Any) -> pl.BlockSpec:
+    def rows(self, a: _Shaped) -> pl.BlockSpec:
         """``(B, n)``."""
         return pl.BlockSpec((self.plan.rows, a.shape[1]), lambda b, i: (b, 0))
 
-    def flags(self, a: Any) -> pl.BlockSpec:
+    def flags(self, a: _Shaped) -> pl.BlockSpec:
         """``(B/R, T/C, R, C)``."""
         return pl.BlockSpec((1, 1, *a.shape[2:]), lambda b, i: (b, self.chunk(i), 0, 0))
 
-    def sums(self, a: Any) -> pl.BlockSpec:
+    def sums(self, a: _Shaped) -> pl.BlockSpec:
         """``(B/R, m, n)``: one for each block of rows."""
         return pl.BlockSpec((1, *a.shape[1:]), lambda b, i: (b, 0, 0))
 
-    def whole(self, a: Any) -> pl.BlockSpec:
+    def whole(self, a: _Shaped) -> pl.BlockSpec:
         """The same for all."""
         return pl.BlockSpec(a.shape, lambda b, i: (0,) * len(a.shape))
 
-    def operands(self, operands: Operands) -> Operands:
+    def operands(self, operands: Operands) -> PyTree[pl.BlockSpec]:
         """Those of all operands."""
         whole, rows, flags = self.whole, self.rows, self.flags
         kinds = (self.steps, *(whole,) * 6, self.steps, rows, rows, flags, flags)
@@ -142,9 +149,24 @@ def _blocks(plan: TPUPlan, operands: Operands, *, reverse: bool) -> tuple[Blocks
     return Blocks(plan, lambda i: grid[1] - 1 - i if reverse else i), grid
 
 
+class _Cut(TypedDict):
+    """How arrays are cut, as `pl.pallas_call` takes it."""
+
+    grid: tuple[int, int]
+    in_specs: PyTree
+    out_specs: PyTree
+    out_shape: PyTree
+    scratch_shapes: PyTree
+
+
 def _call(
-    plan: TPUPlan, kernel: Callable[..., None], vmem: int, operands: Any, aliases: Any, **how: Any
-) -> Any:
+    plan: TPUPlan,
+    kernel: Callable[..., None],
+    vmem: int,
+    operands: tuple[PyTree, ...],
+    aliases: dict[int, int],
+    **how: Unpack[_Cut],
+) -> PyTree:
     name = f"{kernel.__name__}_{type(plan.cell).__name__}"
     # A limit, even a small one, takes 16 MiB from what the compiler may keep in VMEM throughout.
     limit = vmem if vmem > DEFAULT_VMEM else None
@@ -177,7 +199,7 @@ def _forward(
     blocks, grid = _blocks(plan, operands, reverse=plan.reverse)
     operands = _split(plan, operands)
 
-    def carries(*shape: int) -> Any:
+    def carries(*shape: int) -> Carries:
         return jax.tree.map(lambda _: _shape(operands, *shape), operands.initial)
 
     hs = _shape(operands, steps, batch, size)
@@ -211,22 +233,23 @@ def _backward(
     d_hs: Array | None,
     d_final: Carry,
     differentiate_xs: bool,
-) -> Operands:
+) -> Gradients:
     """The gradients of all operands."""
     blocks, grid = _blocks(plan, operands, reverse=not plan.reverse)
 
-    def summed(a: Array) -> Any:
-        return ShapeDtypeStruct((grid[0], *a.shape), a.dtype)
+    def like(tree: PyTree, *blocks: int) -> PyTree[ShapeDtypeStruct]:
+        return jax.tree.map(lambda a: _shape(operands, *blocks, *a.shape), tree)
 
-    xs = operands.xs if differentiate_xs else None
-    d = map_parameters(summed, operands)._replace(xs=xs, start=None, valid=None, reset=None)
-    d = d._replace(steps=operands.steps[0] or None)
-    d = jax.tree.map(lambda a: _shape(operands, *a.shape), d)
-    d_specs = map_parameters(blocks.sums, d)._replace(
-        xs=jax.tree.map(blocks.steps, d.xs),
-        steps=jax.tree.map(blocks.steps, d.steps),
-        initial=jax.tree.map(blocks.rows, d.initial),
+    d = Gradients._make(
+        [
+            like(operands.xs) if differentiate_xs else None,
+            *like(operands.parameters, grid[0]),
+            like(operands.steps[0] or None),
+            like(operands.initial),
+        ]
     )
+    kinds = (blocks.steps, *(blocks.sums,) * 6, blocks.steps, blocks.rows)
+    d_specs = Gradients._make(map(jax.tree.map, kinds, d))
     scratch = _scratch(plan, operands)
     # The gradient of xs takes their place: a chunk is read before it is written.
     aliases = {0: 0} if differentiate_xs else {}
@@ -249,17 +272,19 @@ def _backward(
         out_shape=[d],
         scratch_shapes=[scratch],
     )
-    return map_parameters(lambda a: a.sum(0), d)
+    sums = jax.tree.map(lambda a: a.sum(0), d.parameters)
+    return Gradients._make([d.xs, *sums, d.steps, d.initial])
 
 
-def _scratch(plan: TPUPlan, operands: Operands) -> Kept:
+def _scratch(plan: TPUPlan, operands: Operands) -> PyTree[pl.MemoryRef]:
+    """`Kept`."""
     cell, (_, _, features) = plan.cell, operands.xs.shape
     size, width = cell.hidden_size, len(cell.gates) * plan.lanes
 
-    def each_step(n: int) -> Any:
+    def each_step(n: int) -> PyTree[pl.MemoryRef]:
         return pltpu.VMEM((plan.chunk, plan.rows, n), jnp.float32)
 
-    def in_parts(n: int) -> Any:
+    def in_parts(n: int) -> PyTree[pl.MemoryRef]:
         return pltpu.VMEM((plan.parts, plan.chunk, plan.rows, n), jnp.bfloat16)
 
     pres = 2 if cell.parts_apart else 1
@@ -278,10 +303,12 @@ def _scratch(plan: TPUPlan, operands: Operands) -> Kept:
 
 def _split(plan: TPUPlan, operands: Operands) -> Operands:
     """The weights in parts."""
-    return operands._replace(
-        kernel=jnp.stack(split_outside(operands.kernel, plan.parts)),
-        recurrent_kernel=jnp.stack(split_outside(operands.recurrent_kernel, plan.parts)),
-    )
+
+    def parts(a: Array) -> Array:
+        return jnp.stack(split_outside(a, plan.parts))
+
+    kernels = jax.tree.map(parts, (operands.kernel, operands.recurrent_kernel))
+    return operands._replace(kernel=kernels[0], recurrent_kernel=kernels[1])
 
 
 # --- What `with_derivative` takes -----------------------------------------------------------------
@@ -307,7 +334,7 @@ def backward(
     inputs: Inputs,
     saved: tuple[Array, Carry],
     d_outputs: tuple[Outputs, Carry],
-    wanted: Any,
+    wanted: PyTree[bool],
 ) -> Inputs:
     """The gradients of all inputs but flags, keys and what resets put in place."""
     hs, entering = saved
@@ -315,7 +342,7 @@ def backward(
     d_hs = None if d_outs is None else d_outs.h
     names = ("params", "xs", "initial", "inputs")
 
-    def lay_out(*moving: Any) -> Operands:
+    def lay_out(*moving: PyTree) -> Operands:
         return laid_out(plan, inputs._replace(**dict(zip(names, moving, strict=True))))
 
     operands, pull_back = jax.vjp(lay_out, *(getattr(inputs, name) for name in names))
@@ -324,9 +351,12 @@ def backward(
     d_final = or_zeros(d_final, inputs.initial)
     d_final = jax.tree.map(lambda a, b: _filled(a, b.shape), d_final, operands.initial)
     d = _backward(plan, operands, hs, entering, d_hs, d_final, wanted.xs)
-    d = d._replace(steps=(d.steps or {}, jax.tree.map(lambda a: None, operands.steps[1])))
+    steps = d.steps or {}, jax.tree.map(lambda a: None, operands.steps[1])
+    d_operands = Operands._make([d.xs, *d.parameters, steps, d.initial, None, None, None])
     nothing = jax.tree.map(lambda a: None, inputs)
-    return nothing._replace(**dict(zip(names, pull_back(or_zeros(d, operands)), strict=True)))
+    return nothing._replace(
+        **dict(zip(names, pull_back(or_zeros(d_operands, operands)), strict=True))
+    )
 
 
 def _filled(a: Array, shape: tuple[int, ...]) -> Array:

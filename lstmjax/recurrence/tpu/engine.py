@@ -7,9 +7,10 @@ is imported, and Pallas with it, when a recurrence first runs here.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from lstmjax.cells.base import Carry, Cell
 from lstmjax.recurrence.derivatives import with_derivative
@@ -176,11 +177,15 @@ def _inexpressible(step: Step) -> str | None:
     return next((name for name in names if name not in known), None)
 
 
-def _operations(jaxpr: Any) -> Iterator[str]:
+def _operations(jaxpr: Jaxpr) -> Iterator[str]:
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda a: hasattr(a, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from _operations(getattr(inner, "jaxpr", inner))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if isinstance(inner, ClosedJaxpr):
+                inner = inner.jaxpr
+            if isinstance(inner, Jaxpr):
+                yield from _operations(inner)
+
+
+def _is_jaxpr(value: object) -> bool:
+    return isinstance(value, Jaxpr | ClosedJaxpr)

@@ -12,22 +12,31 @@ Shapes: ``R`` rows of a block, ``C`` steps of a chunk, ``D`` features, ``H`` uni
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from types import EllipsisType
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry
+from lstmjax.recurrence.refs import Index, Ref
 from lstmjax.recurrence.split import split
 from lstmjax.recurrence.step import StepArguments
 from lstmjax.recurrence.tpu.plan import LANES, TPUPlan
 
+Block: TypeAlias = Array | Ref
+"""An array outside of a kernel, a reference to a block of it inside."""
+
+Carries: TypeAlias = PyTree
+"""A `Carry` of them, or None."""
+
 
 class Operands(NamedTuple):
-    """What a recurrence depends on: arrays outside of a kernel, references inside.
+    """What a recurrence depends on.
 
     Attributes:
         xs: ``(T, B, D)``.
@@ -44,24 +53,47 @@ class Operands(NamedTuple):
         reset: 1 where a sequence begins, likewise.
     """
 
-    xs: Any
-    kernel: Any
-    recurrent_kernel: Any
-    bias: Any
-    recurrent_bias: Any
-    units: Any
-    others: Any
-    steps: Any
-    initial: Any
-    start: Any
-    valid: Any
-    reset: Any
+    xs: Block
+    kernel: Block
+    recurrent_kernel: Block
+    bias: Block
+    recurrent_bias: Block | None
+    units: dict[str, Block]
+    others: dict[str, Block]
+    steps: tuple[dict[str, Block], dict[str, Block]]
+    initial: Carries
+    start: Carries
+    valid: Block | None
+    reset: Block | None
+
+    @property
+    def parameters(self) -> tuple[PyTree, ...]:
+        """From the kernel to ``others``."""
+        return self[1:7]
 
 
-def map_parameters(f: Callable[[Any], Any], operands: Operands) -> Operands:
-    """With ``f`` of each parameter in its place."""
-    names = ("kernel", "recurrent_kernel", "bias", "recurrent_bias", "units", "others")
-    return operands._replace(**{n: jax.tree.map(f, getattr(operands, n)) for n in names})
+class Gradients(NamedTuple):
+    """Of `Operands`; those of parameters are sums over a block of rows, ``(B/R, ...)``.
+
+    Attributes:
+        xs: None where nobody asks.
+        steps: of the step inputs; None where there are none.
+    """
+
+    xs: Ref | None
+    kernel: Ref
+    recurrent_kernel: Ref
+    bias: Ref
+    recurrent_bias: Ref | None
+    units: dict[str, Ref]
+    others: dict[str, Ref]
+    steps: dict[str, Ref] | None
+    initial: Carries
+
+    @property
+    def parameters(self) -> tuple[PyTree, ...]:
+        """From the kernel to ``others``."""
+        return self[1:7]
 
 
 class Kept(NamedTuple):
@@ -76,12 +108,12 @@ class Kept(NamedTuple):
         d_carry: gradient of the carry between two chunks, ``(R, H)``.
     """
 
-    x: Any
-    h: Any
-    pre: Any
-    carry: Any
-    d_pre: Any
-    d_carry: Any
+    x: Ref
+    h: Ref
+    pre: tuple[Ref, ...]
+    carry: Carries
+    d_pre: tuple[Ref, ...]
+    d_carry: Carries
 
 
 # --- Products ------------------------------------------------------------------------------------
@@ -108,54 +140,56 @@ def product(a: Sequence[Array], b: Sequence[Array], axes: tuple[int, int] = (1, 
 # --- One step ------------------------------------------------------------------------------------
 
 
-def read(refs: Any) -> Any:
+def read(refs: PyTree) -> PyTree:
     """The whole contents of every reference in a tree."""
     return jax.tree.map(lambda ref: ref[...], refs)
 
 
-def write(refs: Any, values: Any, index: Any = ...) -> None:
+def write(refs: PyTree, values: PyTree, index: Index | EllipsisType = ...) -> None:
     """Store a tree of values, each at ``index`` of its reference."""
 
-    def store(ref: Any, value: Array) -> None:
+    def store(ref: Ref, value: Array) -> None:
         ref[index] = value
 
     jax.tree.map(store, refs, values)
 
 
-def _flag(ref: Any, t: Any) -> Array:
+def _flag(ref: Block, t: Index) -> Array:
     """Column ``t`` of a chunk's flags, ``(R, 1)``."""
     flags = ref[0, 0]
     column = lax.broadcasted_iota(jnp.int32, flags.shape, 1) == t
     return jnp.sum(jnp.where(column, flags, 0.0), axis=1, keepdims=True)
 
 
-def _choose(flag: Array, yes: Any, no: Any) -> Any:
+def _choose(flag: Array, yes: PyTree, no: PyTree) -> PyTree:
     def choose(a: Array, b: Array) -> Array:
         return jnp.where(jnp.broadcast_to(flag, a.shape) > 0, a, b)
 
     return jax.tree.map(choose, yes, no)
 
 
-def _zeros(tree: Any) -> Any:
+def _zeros(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def _entered(ins: Operands, t: Any, carry: Carry) -> Carry:
+def _entered(ins: Operands, t: Index, carry: Carry) -> Carry:
     """The carry that step ``t`` starts from."""
     return carry if ins.reset is None else _choose(_flag(ins.reset, t), read(ins.start), carry)
 
 
-def _left(ins: Operands, t: Any, new: Carry, old: Carry) -> Carry:
+def _left(ins: Operands, t: Index, new: Carry, old: Carry) -> Carry:
     """The carry that step ``t`` leaves."""
     return new if ins.valid is None else _choose(_flag(ins.valid, t), new, old)
 
 
-def _pre_activations(plan: TPUPlan, ins: Operands, x: Any, h: Any) -> tuple[Array, ...]:
+def _pre_activations(
+    plan: TPUPlan, ins: Operands, x: Sequence[Array], h: Sequence[Array]
+) -> tuple[Array, ...]:
     """``(R, G*L)`` each: the sum, or the input part and the recurrent part."""
     parts = range(plan.parts)
     pre_x = product(x, [ins.kernel[p] for p in parts]) + ins.bias[...]
     pre_h = product(h, [ins.recurrent_kernel[p] for p in parts])
-    if plan.cell.parts_apart:
+    if ins.recurrent_bias is not None:
         return pre_x, pre_h + ins.recurrent_bias[...]
     return (pre_x + pre_h,)
 
@@ -172,19 +206,19 @@ def _blocks(plan: TPUPlan, pre: tuple[Array, ...]) -> list[Array]:
     ]
 
 
-def _at(refs: Any, t: Any) -> Any:
+def _at(refs: PyTree, t: Index) -> PyTree:
     """What references hold of step ``t``."""
     return jax.tree.map(lambda ref: ref[t], refs)
 
 
-def _seen(plan: TPUPlan, ins: Operands, t: Any, h: Array) -> Array:
+def _seen(plan: TPUPlan, ins: Operands, t: Index, h: Array) -> Array:
     """What the recurrent product sees of h."""
     recur = plan.step.recur
     return h if recur is None else recur.run("first", h, _at(ins.steps, t)[1])
 
 
 def _arguments(
-    plan: TPUPlan, ins: Operands, t: Any, pre: tuple[Array, ...], carry: Carry
+    plan: TPUPlan, ins: Operands, t: Index, pre: tuple[Array, ...], carry: Carry
 ) -> StepArguments:
     """Of the programs of a step."""
     units, others = read((ins.units, ins.others))
@@ -195,7 +229,12 @@ def _arguments(
 
 
 def forward_kernel(
-    plan: TPUPlan, ins: Operands, hs: Any, entering: Any, final: Any, carried: Any
+    plan: TPUPlan,
+    ins: Operands,
+    hs: Ref,
+    entering: Carries,
+    final: Carries,
+    carried: Carries,
 ) -> None:
     """Run one chunk.
 
@@ -215,7 +254,7 @@ def forward_kernel(
     if entering is not None:
         write(entering, read(carried), 0)
 
-    def body(k: Any, carry: Carry) -> Carry:
+    def body(k: Index, carry: Carry) -> Carry:
         t = plan.place(k)
         carry = _entered(ins, t, carry)
         seen = _seen(plan, ins, t, carry.h)
@@ -236,11 +275,11 @@ def forward_kernel(
 def backward_kernel(
     plan: TPUPlan,
     ins: Operands,
-    hs: Any,
-    entering: Any,
-    d_hs: Any,
-    d_final: Any,
-    d: Operands,
+    hs: Ref,
+    entering: Carries,
+    d_hs: Ref | None,
+    d_final: Carries,
+    d: Gradients,
     kept: Kept,
 ) -> None:
     """Take one chunk back; chunks come in the reverse of their order in the forward kernel.
@@ -259,7 +298,7 @@ def backward_kernel(
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
         write(kept.d_carry, read(d_final))
-        map_parameters(_clear, d)
+        jax.tree.map(_clear, d.parameters)
         _clear_lanes(plan, kept)
 
     _sweep(plan, ins, hs, entering, kept)
@@ -267,14 +306,14 @@ def backward_kernel(
     _weight_gradients(plan, ins, d, kept)
 
 
-def _clear(ref: Any) -> None:
-    ref[...] = jnp.zeros_like(ref)
+def _clear(ref: Ref) -> None:
+    ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
 
 def _clear_lanes(plan: TPUPlan, kept: Kept) -> None:
     """Zeros in the lanes of ``d_pre`` behind each gate, that nothing else ever writes."""
 
-    def body(t: Any, _: None) -> None:
+    def body(t: Index, _: None) -> None:
         for ref in kept.d_pre:
             for p in range(plan.parts):
                 ref[p, t] = jnp.zeros_like(ref[p, t])
@@ -284,10 +323,10 @@ def _clear_lanes(plan: TPUPlan, kept: Kept) -> None:
         lax.fori_loop(0, plan.chunk, body, None)
 
 
-def _sweep(plan: TPUPlan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> None:
+def _sweep(plan: TPUPlan, ins: Operands, hs: Ref, entering: Carries, kept: Kept) -> None:
     """Forward over the chunk, h being known: state and pre-activations of every step."""
 
-    def body(k: Any, carry: Any) -> Carry:
+    def body(k: Index, carry: Carry) -> Carry:
         t = plan.place(k)
         carry = _entered(ins, t, carry)
         seen = _seen(plan, ins, t, carry.h)
@@ -296,7 +335,9 @@ def _sweep(plan: TPUPlan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> 
         for p in range(plan.parts):
             kept.x[p, t], kept.h[p, t] = x[p], h[p]
         write(kept.pre, pre, t)
-        write(kept.carry, carry if plan.keeps_h else carry._replace(h=None), t)
+        write(kept.carry.state, carry.state, t)
+        if plan.keeps_h:
+            write(kept.carry.h, carry.h, t)
         new = plan.step.forward.run("first", *_arguments(plan, ins, t, pre, carry))
         return _left(ins, t, new, carry)._replace(h=hs[t])
 
@@ -304,11 +345,11 @@ def _sweep(plan: TPUPlan, ins: Operands, hs: Any, entering: Any, kept: Kept) -> 
     lax.fori_loop(0, plan.chunk, body, first, unroll=plan.unroll)
 
 
-def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Any, d: Operands, kept: Kept) -> None:
+def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Ref | None, d: Gradients, kept: Kept) -> None:
     """Backward over the chunk: only what has to be done step by step."""
     parts = range(plan.parts)
 
-    def body(k: Any, d_carry: Carry) -> Carry:
+    def body(k: Index, d_carry: Carry) -> Carry:
         t = plan.place(plan.chunk - 1 - k)
         d_new = d_carry
         if d_hs is not None:
@@ -341,12 +382,12 @@ def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Any, d: Operands, kept: Kept)
     write(d.initial, first)
 
 
-def _kept_rows(ins: Operands, t: Any, tree: Any) -> Any:
+def _kept_rows(ins: Operands, t: Index, tree: PyTree) -> PyTree:
     """Zeros in the rows whose step does not count, whatever stands there."""
     return tree if ins.valid is None else _choose(_flag(ins.valid, t), tree, _zeros(tree))
 
 
-def _store_gates(plan: TPUPlan, d_pre: list[Array], t: Any, d: Operands, kept: Kept) -> None:
+def _store_gates(plan: TPUPlan, d_pre: list[Array], t: Index, d: Gradients, kept: Kept) -> None:
     """Lay the gradients of a step's gates side by side, and add them to those of the bias."""
     cell, rest = plan.cell, iter(d_pre)
     for ref, bias, names in zip(
@@ -357,20 +398,21 @@ def _store_gates(plan: TPUPlan, d_pre: list[Array], t: Any, d: Operands, kept: K
                 continue
             value = next(rest)
             lanes = slice(g * plan.lanes, g * plan.lanes + cell.hidden_size)
+            assert bias is not None
             bias[0, :, lanes] += jnp.sum(value, axis=0, keepdims=True)
             for p, part in enumerate(split(value, plan.parts)):
                 ref[p, t, :, lanes] = part
 
 
-def _weight_gradients(plan: TPUPlan, ins: Operands, d: Operands, kept: Kept) -> None:
+def _weight_gradients(plan: TPUPlan, ins: Operands, d: Gradients, kept: Kept) -> None:
     """The products that need not wait for one another, ``group`` steps at once."""
     parts = range(plan.parts)
     kernel = [ins.kernel[p] for p in parts]
 
-    def body(k: Any, _: None) -> None:
+    def body(k: Index, _: None) -> None:
         steps = pl.ds(k * plan.group, plan.group)
 
-        def rows(ref: Any) -> list[Array]:
+        def rows(ref: Ref) -> list[Array]:
             return [ref[p, steps].reshape(-1, ref.shape[-1]) for p in parts]
 
         d_pre_x, d_pre_h = rows(kept.d_pre[0]), rows(kept.d_pre[-1])

@@ -5,11 +5,11 @@ Pallas is not imported unless there is a TPU. `tpu.kernel` says what the letters
 
 import dataclasses
 import math
-from typing import Any
 
 from lstmjax.cells.base import Cell
 from lstmjax.precision import Precision
 from lstmjax.recurrence.layout import MIB, up
+from lstmjax.recurrence.refs import Index
 from lstmjax.recurrence.step import Step
 
 LANES = 128
@@ -68,7 +68,7 @@ class TPUPlan:
         """Whether the backward pass needs h_{t-1} beside the products'."""
         return self.cell.uses_h or self.step.recur is not None
 
-    def place(self, k: Any) -> Any:
+    def place(self, k: Index) -> Index:
         """Where in its chunk the step lies that is processed k-th."""
         return self.chunk - 1 - k if self.reverse else k
 

@@ -1,0 +1,115 @@
+"""Layers before and behind the recurrent ones: embedding, convolution, dense."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, PRNGKeyArray
+
+from lstmjax.layers.base import cleared
+from lstmjax.precision import DotGeneral, PrecisionLike, as_precision
+
+
+class ConvPool(nnx.Module):
+    """Convolution over time, ReLU, max pooling: a front end that shortens the sequence.
+
+    The convolution pads with zeros ("same"); masked inputs count as zeros, and a pooled step is
+    valid if any of its steps was. A last, incomplete window is pooled as it is. Windows are counted
+    from the first step, so left padding of a length that they do not divide shifts them.
+
+    Example:
+        >>> layer = ConvPool(3, filters=8, pool=2, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((4, 7, 3)))[0].shape
+        (4, 4, 8)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        filters: int,
+        *,
+        width: int = 3,
+        pool: int = 2,
+        precision: PrecisionLike = "float32",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        fast = as_precision(precision) == "bfloat16"
+        self.conv = nnx.Conv(
+            input_size,
+            filters,
+            kernel_size=(width,),
+            kernel_init=nnx.initializers.glorot_uniform(),
+            precision="highest",
+            dtype=jnp.bfloat16 if fast else dtype,
+            param_dtype=param_dtype,
+            preferred_element_type=jnp.float32 if fast else None,
+            rngs=rngs,
+        )
+        self.dtype = dtype
+        self.pool = pool
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B P F"], Bool[Array, "B P"] | None]:
+        """Pooled features ``(B, ceil(T / pool), filters)`` and their mask."""
+        dtype = self.dtype or x.dtype
+        x = nnx.relu(self.conv(cleared(x, mask))).astype(dtype)
+        if mask is not None:
+            x = cleared(x, mask)
+            mask = self._windows(mask).any(axis=2)
+        return self._windows(x).max(axis=2), mask
+
+    def _windows(self, a: Array) -> Array:
+        batch, steps, *rest = a.shape
+        windows = -(-steps // self.pool)
+        a = jnp.pad(a, [(0, 0), (0, windows * self.pool - steps)] + [(0, 0)] * len(rest))
+        return a.reshape(batch, windows, self.pool, *rest)
+
+
+def embedding(
+    vocabulary_size: int,
+    size: int,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Embed:
+    """A table of vectors, uniform in ±0.05 as in Keras."""
+    return nnx.Embed(
+        vocabulary_size,
+        size,
+        embedding_init=_uniform,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def dense(
+    input_size: int,
+    size: int,
+    *,
+    precision: PrecisionLike = "float32",
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear layer, Glorot-uniform as in Keras, in the given precision."""
+    return nnx.Linear(
+        input_size,
+        size,
+        kernel_init=nnx.initializers.glorot_uniform(),
+        dot_general=DotGeneral(as_precision(precision)),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def _uniform(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **_: object
+) -> Array:
+    return jax.random.uniform(key, shape, dtype, -0.05, 0.05)
