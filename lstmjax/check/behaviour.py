@@ -1,14 +1,14 @@
 """Checks of what a cell does over time: rows, carry, masks, resets, directions, extremes."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from lstmjax.cells.base import Cell
-from lstmjax.check.problem import EVERY_STEP, FAST, MIXED, B, Flags, T, distance, named
+from lstmjax.cells.base import Cell, Params
+from lstmjax.check.problem import EVERY_STEP, FAST, MIXED, B, Flags, Numbers, T, distance, named
 from lstmjax.check.report import Failure
 from lstmjax.check.subject import Subject, agree, allowed, not_finite, overflow, told
 from lstmjax.recurrence import Derived, unroll
@@ -164,8 +164,9 @@ def long(subject: Subject) -> str:
     cell, problem = subject.cell, subject.problem
     rng = np.random.default_rng(2)
 
-    def draw(*shape: int) -> Any:
-        return rng.uniform(0.1, 1, shape).astype(np.float32)
+    def draw(*shape: int) -> Numbers:
+        found: Numbers = rng.uniform(0.1, 1, shape).astype(np.float32)
+        return found
 
     with jax.enable_x64(False):
         params = cell.init(jax.random.key(0), problem.features)
@@ -190,10 +191,12 @@ def long(subject: Subject) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
-def _long(cell: Cell, params: Any, x: Any, inputs: Any) -> Any:
+def _long(
+    cell: Cell, params: Params, x: Array, inputs: dict[str, Array]
+) -> tuple[Array, tuple[Params, Array]]:
     """The largest output of each step, and the gradient of the mean."""
 
-    def run(params: Any, x: Any) -> Any:
+    def run(params: Params, x: Array) -> tuple[Array, Array]:
         hs, _ = unroll(cell, params, x, inputs=inputs, engine=Derived())
         return jnp.mean(hs), jnp.max(jnp.abs(hs), axis=(0, 2))
 

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from lstmjax.cells import LSTM
-from lstmjax.cells.base import Cell
+from lstmjax.cells.base import Cell, Params
 from lstmjax.check.problem import features_of
 from lstmjax.recurrence import PallasGPU, Workload, choose_engine, unroll
 from lstmjax.recurrence.engine import overridden, platform
@@ -83,7 +83,7 @@ def speed(cell: Cell, turns: int = 5) -> str:
     )
 
 
-def _runner(cell: Cell, features: int) -> Callable[[], Any]:
+def _runner(cell: Cell, features: int) -> Callable[[], object]:
     keys = jax.random.split(jax.random.key(0), 3)
     params = cell.init(keys[0], features)
     x = jax.random.normal(keys[1], (BATCH, STEPS, features))
@@ -95,8 +95,8 @@ def _runner(cell: Cell, features: int) -> Callable[[], Any]:
     noise = keys[2] if cell.noise else None
 
     @jax.jit
-    def run(params: Any, x: Any) -> Any:
-        def total(params: Any, x: Any) -> Any:
+    def run(params: Params, x: Array) -> tuple[Params, Array]:
+        def total(params: Params, x: Array) -> Array:
             return jnp.sum(unroll(cell, params, x, inputs=inputs, keys=noise)[0])
 
         return jax.grad(total, argnums=(0, 1))(params, x)

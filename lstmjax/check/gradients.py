@@ -1,11 +1,12 @@
 """Checks of gradients and engines: what is computed one way against what is computed another."""
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
+from lstmjax.cells.base import Carry, Params
 from lstmjax.check import source
 from lstmjax.check.behaviour import DERIVED
 from lstmjax.check.problem import (
@@ -14,6 +15,7 @@ from lstmjax.check.problem import (
     MIXED,
     B,
     Found,
+    Numbers,
     Problem,
     T,
     distance,
@@ -45,7 +47,7 @@ def gradient(subject: Subject) -> str:
         direction = rng.choice([-1.0, 1.0], a.shape) * rng.uniform(0.5, 1, a.shape)
         size = step * max(float(np.max(np.abs(a), initial=0.0)), 0.1)
 
-        def moved(by: Any, k: int = k, a: Any = a) -> float:
+        def moved(by: Numbers, k: int = k, a: Numbers = a) -> float:
             near = [*leaves[:k], np.asarray(a + by, a.dtype), *leaves[k + 1 :]]
             return _weighted(problem.run(moving=jax.tree.unflatten(structure, near)))
 
@@ -154,7 +156,7 @@ def mapped(subject: Subject) -> str:
 
     @functools.partial(jax.jit, compiler_options=FAST)
     @jax.vmap
-    def together(params: Any) -> Any:
+    def together(params: Params) -> tuple[Array, Carry]:
         one = m._replace(params=params)
         return values(problem.cell, DERIVED, one, problem.fixed, EVERY_STEP, problem.keys)
 

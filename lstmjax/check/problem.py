@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +16,32 @@ from lstmjax.recurrence import Engine, Keys, Scan, unroll
 from lstmjax.recurrence.noise import as_keys
 
 B, T = 3, 7
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+if TYPE_CHECKING:
+    Numbers: TypeAlias = PyTree
+else:
+    Numbers = np.ndarray | np.generic | Array
+    """An array of JAX or NumPy."""
+
+FAST: dict[str, str | bool | int | float] = {"xla_backend_optimization_level": 0}
 """Compiler options: these programs run for less time than it takes to make them."""
 
 
 class Moving(NamedTuple):
     """What values are computed from and gradients taken of, as pytrees of float arrays."""
 
-    params: Any
-    x: Any
-    inputs: dict[str, Any]
-    h: Any
-    state: Any
+    params: PyTree
+    x: Numbers
+    inputs: dict[str, Numbers]
+    h: Numbers
+    state: PyTree
 
 
 class Flags(NamedTuple):
     """What says which steps count, ``(B, T)``; given always, so that one program serves all."""
 
-    mask: Any
-    resets: Any
+    mask: Numbers
+    resets: Numbers
 
 
 EVERY_STEP = Flags(np.ones((B, T), bool), np.zeros((B, T), bool))
@@ -52,21 +60,27 @@ class Found(NamedTuple):
         gradients: a `Moving`, of a random weighting of all outputs; None where none were asked for.
     """
 
-    hs: Any
+    hs: Numbers
     final: Carry
     gradients: Moving | None = None
 
     @property
-    def values(self) -> tuple[Any, Carry]:
+    def values(self) -> tuple[Numbers, Carry]:
         """Without the gradients."""
         return self.hs, self.final
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=FAST)
 def _run(
-    cell: Cell, engine: Engine, reverse: bool, moving: Moving, fixed: Any, flags: Any, keys: Any
+    cell: Cell,
+    engine: Engine,
+    reverse: bool,
+    moving: Moving,
+    fixed: PyTree,
+    flags: Flags,
+    keys: Keys | None,
 ) -> Found:
-    def outputs(m: Moving) -> tuple[list[Array], Any]:
+    def outputs(m: Moving) -> tuple[list[Array], tuple[Array, Carry]]:
         hs, final = values(cell, engine, m, fixed, flags, keys, reverse=reverse)
         leaves = jax.tree.leaves((hs, final))
         return [a for a in leaves if jnp.issubdtype(a.dtype, jnp.floating)], (hs, final)
@@ -78,12 +92,17 @@ def _run(
 
 
 def values(
-    cell: Cell, engine: Engine | None, m: Moving, fixed: Any, flags: Any, keys: Any, **how: Any
-) -> tuple[Any, Carry]:
+    cell: Cell,
+    engine: Engine | None,
+    m: Moving,
+    fixed: PyTree,
+    flags: Flags,
+    keys: Keys | None,
+    reverse: bool = False,
+) -> tuple[Array, Carry]:
     """By `unroll`."""
     initial = Carry(m.h, _merged(m.state, fixed))
-    options = {} if flags is None else flags._asdict()
-    return unroll(
+    found: tuple[Array, Carry] = unroll(
         cell,
         m.params,
         m.x,
@@ -91,9 +110,11 @@ def values(
         inputs=m.inputs,
         keys=keys,
         engine=engine,
-        **options,
-        **how,
+        mask=flags.mask,
+        resets=flags.resets,
+        reverse=reverse,
     )
+    return found
 
 
 def _merged(floats: PyTree, others: PyTree) -> PyTree:
@@ -115,10 +136,11 @@ def _parted(tree: PyTree) -> tuple[PyTree, PyTree]:
 run_values = jax.jit(values, static_argnums=(0, 1), compiler_options=FAST)
 
 
-def weights(numpy: Any, number: int, like: Any) -> Any:
+def weights(numpy: ModuleType, number: int, like: Numbers) -> Numbers:
     """Of the outputs in the sum that is differentiated: none is zero, no two are alike."""
     places = numpy.arange(like.size, dtype=like.dtype).reshape(like.shape)
-    return numpy.cos(1.7 * places + number) + 0.1
+    found: Numbers = numpy.cos(1.7 * places + number) + 0.1
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +160,7 @@ class Problem:
     features: int
     dtype: str
     moving: Moving
-    fixed: Any
+    fixed: PyTree
     keys: Keys | None
 
     def run(
@@ -205,7 +227,7 @@ def make_problem(cell: Cell, dtype: str) -> Problem:
     """Random numbers for a cell, always the same."""
     rng, features = np.random.default_rng(0), features_of(cell)
 
-    def near(a: Any) -> Any:
+    def near(a: Numbers) -> Numbers:
         """Of the sign that it has, for what must be positive, say; but nowhere zero."""
         a = np.asarray(a)
         if not jnp.issubdtype(a.dtype, jnp.floating):
@@ -228,10 +250,10 @@ def make_problem(cell: Cell, dtype: str) -> Problem:
     return Problem(cell, features, dtype, Moving(params, x, inputs, h, floats), others, keys)
 
 
-def named(tree: PyTree) -> dict[str, Any]:
+def named(tree: PyTree) -> dict[str, Numbers]:
     """The arrays of a tree by a name that a person reads: ``params.units.p_o``."""
 
-    def plain(key: Any) -> str:
+    def plain(key: object) -> str:
         for attribute in ("name", "key", "idx"):
             if hasattr(key, attribute):
                 return str(getattr(key, attribute))
@@ -241,7 +263,7 @@ def named(tree: PyTree) -> dict[str, Any]:
     return {".".join(map(plain, path)): a for path, a in leaves}
 
 
-def distance(a: Any, b: Any) -> float:
+def distance(a: Numbers, b: Numbers) -> float:
     """max |a - b| / max |b|; infinite where either is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):

@@ -1,7 +1,7 @@
 """What a check found, for a person and for a machine."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 Status = Literal["ok", "failed", "not run"]
 
@@ -73,7 +73,7 @@ class Report:
         """The result of a check, by name."""
         return next(result for result in self.results if result.name == name)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As plain numbers and strings."""
         return dataclasses.asdict(self) | {"ok": self.ok}
 

@@ -2,16 +2,18 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.extend.core import Jaxpr, JaxprEqn
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry, Cell
 from lstmjax.cells.contract import Arguments, shapes_of, trace_transition
 from lstmjax.errors import installed, user_line
-from lstmjax.traced import AsTraced, Program, Value, is_literal, trace
+from lstmjax.traced import AnyArray, AsTraced, Program, Value, aval_of, is_literal, trace
 
 RANDOM = ("random_", "threefry", "rng_", "shuffle")
 NO_DERIVATIVE = {
@@ -30,7 +32,7 @@ def fresh_trace(cell: Cell, features: int, dtype: str, batch: int = 2) -> tuple[
     return trace_transition(cell, shapes), shapes
 
 
-def operations(jaxpr: Any, line: str = "") -> Iterator[tuple[Any, str]]:
+def operations(jaxpr: Jaxpr, line: str = "") -> Iterator[tuple[JaxprEqn, str]]:
     """All operations of a trace, with the user's line, those inside of calls too."""
     for eqn in jaxpr.eqns:
         at = line or user_line(eqn)
@@ -38,7 +40,7 @@ def operations(jaxpr: Any, line: str = "") -> Iterator[tuple[Any, str]]:
         for part in eqn.params.values():
             for inner in part if isinstance(part, tuple | list) else (part,):
                 inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
+                if isinstance(inner, Jaxpr):
                     yield from operations(inner, at)
 
 
@@ -55,7 +57,7 @@ def narrowed(program: Program, dtype: str) -> str | None:
     bits = jnp.finfo(dtype).bits
     for eqn, line in operations(program.closed.jaxpr):
         for var in eqn.outvars:
-            found = var.aval.dtype
+            found = aval_of(var).dtype
             if jnp.issubdtype(found, jnp.floating) and jnp.finfo(found).bits < bits:
                 return f"{found}{line}"
     return None
@@ -81,8 +83,8 @@ def blocked(program: Program) -> list[str]:
 def difference(a: Program, b: Program) -> str | None:
     """Where two traces of one step differ, as a line of the user's; None where they are one."""
     ours, theirs = list(operations(a.closed.jaxpr)), list(operations(b.closed.jaxpr))
-    for (one, line), (other, _) in zip(ours, theirs, strict=False):
-        if _text(one) != _text(other) or _numbers(one) != _numbers(other):
+    for (eqn, line), (again, _) in zip(ours, theirs, strict=False):
+        if _text(eqn) != _text(again) or _numbers(eqn) != _numbers(again):
             return line
     if len(ours) != len(theirs) or len(a.consts) != len(b.consts):
         return ""
@@ -92,17 +94,17 @@ def difference(a: Program, b: Program) -> str | None:
     return None
 
 
-def _text(eqn: Any) -> str:
+def _text(eqn: JaxprEqn) -> str:
     names = [str(atom.aval) for atom in (*eqn.invars, *eqn.outvars)]
     inner = sorted(f"{k}={v}" for k, v in eqn.params.items() if isinstance(v, int | str | tuple))
     return re.sub("0x[0-9a-f]+", "", f"{eqn.primitive.name} {names} {inner}")
 
 
-def _numbers(eqn: Any) -> list[Any]:
+def _numbers(eqn: JaxprEqn) -> list[object]:
     return [np.asarray(a.val).tolist() for a in eqn.invars if is_literal(a)]
 
 
-def _same_constant(a: Any, b: Any) -> bool:
+def _same_constant(a: AnyArray, b: AnyArray) -> bool:
     if any(isinstance(c, jax.core.Tracer) for c in (a, b)):
         return a is b
     if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
@@ -135,7 +137,7 @@ class _Watching(AsTraced):
         super().__init__()
         self.found: str | None = None
 
-    def equation(self, eqn: Any, ins: list[Value]) -> list[Value]:
+    def equation(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
         """As traced; looks at the results."""
         outs = super().equation(eqn, ins)
         if self.found is None and _finite(ins) and not _finite(outs):
@@ -151,7 +153,7 @@ def _finite(values: Sequence[Value]) -> bool:
     )
 
 
-def first_not_finite(cell: Cell, args: Arguments, xs: Any) -> str | None:
+def first_not_finite(cell: Cell, args: Arguments, xs: Array) -> str | None:
     """The operation that first gives infinity or NaN over the steps, or in their derivatives.
 
     Args:
@@ -165,11 +167,11 @@ def first_not_finite(cell: Cell, args: Arguments, xs: Any) -> str | None:
     program = trace_transition(cell, args)
     jaxpr = program.closed.jaxpr
 
-    def back(*given: Any) -> Any:
+    def back(*given: PyTree) -> PyTree:
         *arrays, d_carry = given
         floats = [k for k, a in enumerate(jax.tree.leaves(arrays)) if a.dtype.kind == "f"]
 
-        def step(*moving: Any) -> Carry:
+        def step(*moving: Array) -> Carry:
             leaves = list(jax.tree.leaves(arrays))
             for k, a in zip(floats, moving, strict=True):
                 leaves[k] = a

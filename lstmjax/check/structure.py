@@ -1,16 +1,17 @@
 """Checks of what a cell is: its contract, its program, its parameters, its state."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Cell
 from lstmjax.cells.contract import check_contract
 from lstmjax.check import source
-from lstmjax.check.problem import B, Found, Moving, Problem, features_of, named, worst
+from lstmjax.check.problem import B, Found, Moving, Numbers, Problem, features_of, named, worst
 from lstmjax.check.report import Failure
 from lstmjax.check.subject import Subject, listed, told
 from lstmjax.errors import UserError
@@ -75,7 +76,7 @@ def pure(subject: Subject) -> str:
     return "the same program whenever it is traced, the same numbers whenever it runs"
 
 
-def _pairs(a: Any, b: Any) -> Any:
+def _pairs(a: PyTree, b: PyTree) -> Iterator[tuple[Numbers, Numbers]]:
     return zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
 
 
@@ -106,7 +107,7 @@ def init(subject: Subject) -> str:
     """Parameters come from the key alone, and are finite."""
     cell, problem = subject.cell, subject.problem
 
-    def draw(seed: int) -> dict[str, Any]:
+    def draw(seed: int) -> dict[str, Numbers]:
         return named(cell.init(jax.random.key(seed), problem.features, jnp.dtype(problem.dtype)))
 
     one, again, other = draw(0), draw(0), draw(1)
@@ -158,7 +159,7 @@ def used(subject: Subject) -> str:
     return "every gate, parameter and input that is declared has an effect"
 
 
-def other(a: Any) -> Any:
+def other(a: Numbers) -> Numbers:
     """Other numbers of the same sign."""
     ramp = np.linspace(0.55, 1.45, np.size(a)).reshape(np.shape(a)) if np.size(a) > 1 else 1.4
     return np.asarray(a * ramp, np.asarray(a).dtype)

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from lstmjax.cells.base import Cell
 from lstmjax.cells.contract import Arguments, shapes_of, transition_program
@@ -16,6 +17,7 @@ from lstmjax.check import source
 from lstmjax.check.problem import (
     B,
     Found,
+    Numbers,
     Problem,
     T,
     features_of,
@@ -26,7 +28,7 @@ from lstmjax.check.problem import (
 from lstmjax.check.report import Failure
 from lstmjax.errors import first_line, user_line
 
-Reference = Callable[..., Any]
+Reference = Callable[..., Sequence[PyTree]]
 """``(params, x, h, state, **inputs) -> (h, state)`` in NumPy; see `lstmjax.check_cell`."""
 
 
@@ -79,7 +81,9 @@ def allowed(problem: Problem, *, gradient: bool = False) -> float:
     return float(16 * 2.0**-24 * math.sqrt(terms))
 
 
-def agree(told: str, a: Any, b: Any, problem: Problem, cause: str = "", remedy: str = "") -> None:
+def agree(
+    told: str, a: PyTree, b: PyTree, problem: Problem, cause: str = "", remedy: str = ""
+) -> None:
     """Raise `Failure` where two results differ; two `Found` with gradients, in those, too."""
     parts = [(a[:2], b[:2], False)]
     if isinstance(a, Found) and isinstance(b, Found) and None not in (a.gradients, b.gradients):
@@ -108,7 +112,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def overflow(told: str, problem: Problem, x: Any) -> Failure:
+def overflow(told: str, problem: Problem, x: Numbers) -> Failure:
     """A failure that names the operation which first gives what is not finite."""
     cell, m = problem.cell, problem.moving
     at = None
