@@ -29,7 +29,7 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
         LSTM(hidden_size=100)
     """
     path, _, name = spec.rpartition(":")
-    module = _run_file(path) if ":" in spec else importlib.import_module("lstmjax.cells")
+    module = run_file(path) if ":" in spec else importlib.import_module("lstmjax.cells")
     classes = {
         key: value
         for key, value in vars(module).items()
@@ -53,7 +53,12 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
     return cell
 
 
-def _run_file(path: str) -> ModuleType:
+def run_file(path: str) -> ModuleType:
+    """Import a user's file; it may import its neighbours.
+
+    Raises:
+        UserError: there is none, or it does not run.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"no cell file {path!r}; give --cell as path/to/file.py:MyCell")

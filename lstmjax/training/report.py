@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from lstmjax import files
@@ -412,19 +413,26 @@ def draw_curves(
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="tab:blue", lw=1)
+    left.plot([r["step"] for r in steps], _numbers([r["loss"] for r in steps]), lw=1)
     left.set(xlabel="step", ylabel="training loss (mean since the last point)")
     curves = epochs or steps
     names = sorted({name for r in curves for name in r if name.endswith("accuracy")})
     for name in names:
-        points = [(r["step"], 100 * r[name]) for r in curves if name in r]
-        marker = "o" if epochs else None
-        right.plot(*zip(*points, strict=True), marker=marker, lw=1, label=name.replace("_", " "))
+        at = [r["step"] for r in curves if name in r]
+        values = 100 * _numbers([r[name] for r in curves if name in r])
+        marker, label = "o" if epochs else None, name.replace("_", " ")
+        lines = right.plot(at, values, marker=marker, lw=1)
+        lines[0].set_label(label if len(lines) == 1 else f"{label}, {len(lines)} seeds")
     right.set(xlabel="step", ylabel="accuracy (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     right.legend()
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+
+
+def _numbers(values: Sequence[Any]) -> np.ndarray:
+    """A row a value; of replicas, a column each, with a gap where one is not finite."""
+    return np.array(values, float)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -458,8 +466,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
     whole = isinstance(record, dict) and record.get("kind") in ("step", "epoch")
     if not whole or not all(type(record.get(name)) is int for name in ("step", "epoch")):
         return None
-    numbers = {key: value for key, value in record.items() if key != "kind"}
-    return record if all(type(v) in (int, float) for v in numbers.values()) else None
+    numbers = [value for key, value in record.items() if key != "kind"]
+    return record if all(map(_is_figure, numbers)) else None
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is a number, or of replicas a list of them, None for those that diverged."""
+    if isinstance(value, list):
+        return all(type(a) in (int, float, type(None)) for a in value)
+    return type(value) in (int, float)
 
 
 def _holds_a_run(path: pathlib.Path) -> bool:

@@ -1,0 +1,456 @@
+"""Training on a task: one model, or many side by side in one program."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from flax import nnx
+from jax.sharding import Mesh
+
+from lstmjax import stopping, training
+from lstmjax.cells import Cell, load_cell, source_digest
+from lstmjax.data import SideBySide, Source
+from lstmjax.errors import UserError
+from lstmjax.layers import Recurrent
+from lstmjax.models import count_parameters, summary
+from lstmjax.recurrence import Workload, choose_engine
+from lstmjax.tasks import Metric, Task
+from lstmjax.training.checkpoint import Checkpoints, Position
+from lstmjax.training.loop import means
+from lstmjax.training.step import Steps, Sums, TrainState
+from lstmjax.workbench.config import Config, Replica, check
+
+EVALUATION_BATCHES = 4
+"""Times the rows of a training batch that are evaluated at once."""
+
+
+class Row(NamedTuple):
+    """What became of one replica.
+
+    Attributes:
+        seed, learning_rate: which it is.
+        validation: the task's metric on validation data; NaN: it diverged.
+        test: the same on each of the test sets, by name; the first is what models are judged by.
+        figures: loss and score of each of these, by name.
+    """
+
+    seed: int
+    learning_rate: float
+    validation: float
+    test: Mapping[str, float]
+    figures: Mapping[str, float]
+
+
+def train(config: Config, cell: Cell | None = None) -> list[Row]:
+    """Train what ``config`` asks for, print, and leave a run folder.
+
+    Args:
+        config: the settings.
+        cell: the recurrence; by default the one that ``config.cell`` names.
+
+    Raises:
+        UserError: settings that cannot work, or nothing that can be trained with them.
+    """
+    check(config)
+    task, replicas = config.sizes, config.replicas
+    mesh = training.make_mesh(config.accelerator, config.batch_size, len(replicas))
+    cell = cell or load_cell(config.cell, config.model.hidden_size)
+    sources = sources_of(task, config.batch_size)
+    model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
+    table = summary(model, jax.ShapeDtypeStruct(*shape_of(config, sources)))
+    engine = engine_of(config, model, mesh, sources)
+    steps = make_steps(config, cell, sources["train"], mesh)
+    fingerprints = [source.fingerprint for source in sources.values()]
+    with open_run(config, mesh, fingerprints) as run:
+        stopping.advise(f"go on: the same command with --resume --run-dir {run.path}")
+        print(table)
+        print(introduction(config, sources, mesh, run.path, engine))
+        started = time.perf_counter()
+        with training.counting_compilations() as made:
+            rows, history = learn(config, cell, steps, sources, run, mesh)
+        facts = {
+            "parameters": count_parameters(model),
+            "seconds": time.perf_counter() - started,
+            "epoch_seconds": [record["seconds"] for record in history],
+        }
+        outcome = outcome_of(config, rows)
+        run.write_result(config, mesh, outcome, **facts, task=config.task, epochs=history)
+        run.draw_curves(f"{cell_name(config.cell)} · {config.task} · {_seeds(config)}")
+        print(f"\n{table_of(task.metric, rows)}\n{made}; everything in {run.path}")
+    return rows
+
+
+def sources_of(task: Task, batch_size: int) -> dict[str, Source]:
+    """``train``, ``validation``, and the test sets by name."""
+    rows = EVALUATION_BATCHES * batch_size
+    return {
+        "train": task.train(batch_size),
+        "validation": task.validation(rows),
+        **task.tests(rows),
+    }
+
+
+def make_model(config: Config, cell: Cell, seed: Any) -> nnx.Module:
+    """The model of a seed before the first step."""
+    engine = None if config.engine == "auto" else config.engine
+    settings = {
+        "precision": config.precision,
+        "engine": engine,
+        "rngs": nnx.Rngs(jax.random.key(seed)),
+    }
+    return config.sizes.make_model(cell, config.model, **settings)
+
+
+def make_models(config: Config, cell: Cell, mesh: Mesh) -> nnx.Module:
+    """The model, or one that holds the parameters of all replicas, stacked."""
+    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(config, cell, config.seed)))[0]
+
+    def draw(seed: Any) -> Any:
+        return nnx.split(make_model(config, cell, seed))[1]
+
+    seeds = np.array([replica.seed for replica in config.replicas], np.uint32)
+    with jax.default_device(training.local_device(mesh.devices.flat)):
+        options = training.quick_compilation(mesh)
+        if len(seeds) == 1:
+            return nnx.merge(
+                graphdef, jax.jit(lambda: draw(config.seed), compiler_options=options)()
+            )
+        return nnx.merge(graphdef, jax.jit(jax.vmap(draw), compiler_options=options)(seeds))
+
+
+def make_steps(config: Config, cell: Cell, train: Source, mesh: Mesh) -> Steps:
+    """The compiled functions of the run."""
+    task, replicas = config.sizes, config.replicas
+    optimizer = training.make_optimizer(config.optimizer, config.epochs * len(train))
+    several = len(replicas) > 1
+    base = config.optimizer.learning_rate
+    if not several:
+        rate = dataclasses.replace(config.optimizer, learning_rate=replicas[0].learning_rate)
+        optimizer = training.make_optimizer(rate, config.epochs * len(train))
+    return training.make_steps(
+        make_models(config, cell, mesh),
+        optimizer,
+        mesh,
+        padding=train.padding,
+        masked=task.masked,
+        objective=task.objective,
+        carried_rows=config.batch_size if task.carried else 0,
+        replicas=[replica.learning_rate / base for replica in replicas] if several else (),
+    )
+
+
+def learn(
+    config: Config,
+    cell: Cell,
+    steps: Steps,
+    sources: Mapping[str, Source],
+    run: training.RunFolder,
+    mesh: Mesh,
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Train, evaluating on validation data; then measure on test data, once."""
+    replicas, several = config.replicas, len(config.replicas) > 1
+    score = config.sizes.objective.score
+    try:
+        state, history = training.fit(
+            steps,
+            SideBySide(sources["train"]) if several else sources["train"],
+            {"validation": sources["validation"]},
+            run,
+            mesh,
+            epochs=config.epochs,
+            seed=tuple(r.seed for r in replicas) if several else replicas[0].seed,
+            resume=config.resume or config.resume_or_start,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep,
+            score=score,
+        )
+        tests = {name: s for name, s in sources.items() if name not in ("train", "validation")}
+        found = {
+            name: training.evaluate(steps, state.params, source, mesh, name)
+            for name, source in tests.items()
+        }
+    except training.NonFiniteLossError as error:
+        line = training.line_of_nan(cell)
+        raise UserError(f"{error}; not finite at {line}" if line else str(error)) from error
+    except training.Interrupted:
+        print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
+        raise
+    figures = {name: history[-1][name] for name in (f"validation_{score}", "validation_loss")}
+    for name, sums in found.items():
+        figures |= _measured(name, sums, score)
+    rows = rows_of(config, [*tests], figures, score)
+    if several:
+        leave_replicas(config, state, history, rows, run)
+    return rows, history
+
+
+def _measured(name: str, sums: Sums, score: str) -> dict[str, Any]:
+    return means(name, sums, score, "at the end")
+
+
+def rows_of(
+    config: Config, tests: Sequence[str], figures: Mapping[str, Any], score: str
+) -> list[Row]:
+    """One row a replica, from figures that are lists where there are several."""
+    metric, rows = config.sizes.metric, []
+    for number, replica in enumerate(config.replicas):
+        own = {
+            name: _nan(value[number] if isinstance(value, list) else value)
+            for name, value in figures.items()
+        }
+        test = {name: value_of(metric, own, name, score) for name in tests}
+        rows.append(Row(*replica, value_of(metric, own, "validation", score), test, own))
+    return rows
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def value_of(metric: Metric, figures: Mapping[str, float], name: str, score: str) -> float:
+    """The task's metric on the data called ``name``."""
+    return metric.scale * figures[f"{name}_{score if metric.of == 'score' else 'loss'}"]
+
+
+class Summary(NamedTuple):
+    """Mean of several seeds, their standard deviation, and a 95 % interval of the mean (t)."""
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+def summarized(values: Sequence[float]) -> Summary:
+    """Mean, standard deviation, and interval; those that need two values are NaN for one.
+
+    >>> [round(a, 3) for a in summarized([1.0, 2.0, 3.0])]
+    [2.0, 1.0, -0.484, 4.484]
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Summary(mean, *[float("nan")] * 3)
+    sd = float(np.std(values, ddof=1))
+    half = float(scipy.stats.t.ppf(0.975, count - 1)) * sd / count**0.5
+    return Summary(mean, sd, mean - half, mean + half)
+
+
+def outcome_of(config: Config, rows: Sequence[Row]) -> dict[str, Any]:
+    """What ``result.json`` says first: of one run its figures, of several a row each, and more."""
+    metric = config.sizes.metric
+    if len(rows) == 1:
+        return {
+            **rows[0].figures,
+            "metric": metric.name,
+            "value": next(iter(rows[0].test.values())),
+        }
+    per_rate: dict[str, Any] = {}
+    for rate in dict.fromkeys(row.learning_rate for row in rows):
+        own = [row for row in rows if row.learning_rate == rate]
+        per_rate[f"{rate:g}"] = {
+            name: finite(summarized([row.test[name] for row in own])._asdict())
+            for name in rows[0].test
+        } | {"validation": finite(summarized([row.validation for row in own])._asdict())}
+    return {
+        "metric": metric.name,
+        "replicas": [finite(row._asdict()) for row in rows],
+        "by_learning_rate": per_rate,
+    }
+
+
+def finite(value: Any) -> Any:
+    """As JSON has it: None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(a) for key, a in value.items()}
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+def leave_replicas(
+    config: Config,
+    state: TrainState,
+    history: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    run: training.RunFolder,
+) -> None:
+    """A run folder of its own for every replica, as its single run would have left it."""
+    host = jax.device_get(state)
+    step = int(host.step)
+    for number, (replica, row) in enumerate(zip(config.replicas, rows, strict=True)):
+        folder = run.path / replica_name(config, replica)
+        if (folder / "result.json").exists():
+            continue
+        own = config.alone(replica)
+        records = [_of_one(record, number) for record in history]
+        part = jax.tree.map(lambda a, n=number: a[n], host._replace(step=()))
+        one = part._replace(step=np.int32(step))
+        with training.RunFolder.open(
+            folder.name,
+            {**run.config(), **settings_of(own)},
+            path=folder,
+            resume=True,
+            start=True,
+            environment=run.environment(),
+            cell_source=cell_bytes(config.cell),
+        ) as alone:
+            if not np.isnan(row.validation):
+                keeper = Checkpoints(alone.checkpoints)
+                keeper.save(
+                    jax.tree.map(jnp.asarray, one), Position(config.epochs, history=tuple(records))
+                )
+                keeper.close()
+            for record in records:
+                alone.log(record)
+            result = {**finite(outcome_of(own, [row])), "seed": own.seed, "epochs": records}
+            alone.write("result.json", {**result, "config": training.as_dict(own)})
+
+
+def replica_name(config: Config, replica: Replica) -> str:
+    """What a replica's folder is called.
+
+    >>> replica_name(Config(seeds=2), Replica(1, 0.001))
+    'seed1'
+    """
+    return f"seed{replica.seed}" + (
+        f"-lr{replica.learning_rate:g}" if len(config.learning_rates) > 1 else ""
+    )
+
+
+def _of_one(record: Mapping[str, Any], number: int) -> dict[str, Any]:
+    picked = {k: value[number] if isinstance(value, list) else value for k, value in record.items()}
+    return {k: value for k, value in picked.items() if value is not None}
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What a run's numbers depend on, for its ``config.json``."""
+    settings = training.as_dict(config)
+    for here_only in ("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every"):
+        del settings[here_only]
+    del settings["keep"]
+    for here_only in ("data_dir", "archive"):
+        settings["sizes"].pop(here_only, None)
+    return settings
+
+
+def cell_bytes(cell: str) -> bytes | None:
+    """The file of a user's cell."""
+    path = pathlib.Path(cell.rpartition(":")[0])
+    return path.read_bytes() if path.suffix else None
+
+
+def cell_name(cell: str) -> str:
+    """What a cell is called: of a user's file, the class."""
+    return cell.rpartition(":")[2]
+
+
+def open_run(config: Config, mesh: Mesh, data: Sequence[str]) -> training.RunFolder:
+    """The folder of this run: new, or with ``resume`` the one to go on with."""
+    task = "".join(c if c.isalnum() or c in "-._" else "_" for c in cell_name(config.task))
+    name = training.run_name(task, cell=config.cell, seed=config.seed)
+    if len(config.replicas) > 1:
+        name += f"-{len(config.replicas)}runs"
+    settings = settings_of(config)
+    return training.RunFolder.open(
+        name,
+        {**settings, "cell_source": source_digest(config.cell), "data_sha256": [*data]},
+        path=config.run_dir,
+        resume=config.resume or config.resume_or_start,
+        start=not config.resume,
+        environment={
+            "accelerator": training.accelerator_name(mesh),
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+        },
+        cell_source=cell_bytes(config.cell),
+    )
+
+
+def shape_of(config: Config, sources: Mapping[str, Source]) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype of what a model sees of the longest batch."""
+    shape = max(sources["train"].shapes, key=lambda shape: shape[1])
+    task = config.sizes
+    return (shape, "int32") if _sees_ids(task) else ((*shape, task.features), "float32")
+
+
+def _sees_ids(task: Task) -> bool:
+    return bool(task.tokens) or hasattr(task, "top_words")
+
+
+def engine_of(
+    config: Config, model: nnx.Module, mesh: Mesh, sources: Mapping[str, Source]
+) -> tuple[str, str]:
+    """The engine that runs the first layer in training, and why that one."""
+    layer = next(m for _, m in nnx.iter_graph(model) if isinstance(m, Recurrent))
+    (rows, steps, *_), _ = shape_of(config, sources)
+    work = Workload(
+        mesh.devices.flat[0].platform,
+        "float32",
+        config.precision,
+        steps,
+        max(1, rows // mesh.size),
+        layer.input_size,
+        training=bool(layer.cell.noise),
+    )
+    try:
+        engine, why = choose_engine(layer.cell, work, layer.engine)
+        return engine.name, why
+    except ValueError as error:
+        raise UserError(f"{error}; leave out --engine") from error
+
+
+def introduction(
+    config: Config,
+    sources: Mapping[str, Source],
+    mesh: Mesh,
+    path: pathlib.Path,
+    engine: tuple[str, str],
+) -> str:
+    """The task, its source, its data, and what runs it, in a few lines."""
+    task, train = config.sizes, sources["train"]
+    lines = [f"{config.task}: {task.source}; reported: {task.reported or 'nothing'}"]
+    lines += [f"  {name}: {fact}" for name, fact in task.facts().items()]
+    lines.append(
+        f"{len(train)} batches an epoch in at most {len(train.shapes)} shape(s); "
+        f"{_seeds(config)}; {training.accelerator_name(mesh)} x {mesh.size}; engine {engine[0]} "
+        f"({engine[1]}); chance {task.metric.text(task.chance)}; run folder {path}"
+    )
+    return "\n".join(lines)
+
+
+def _seeds(config: Config) -> str:
+    seeds = f"seed {config.seed}"
+    if config.seeds > 1:
+        seeds = f"seeds {config.seed} to {config.seed + config.seeds - 1}"
+    if len(config.learning_rates) > 1:
+        seeds += f", learning rates {', '.join(f'{rate:g}' for rate in config.learning_rates)}"
+    return seeds
+
+
+def table_of(metric: Metric, rows: Sequence[Row]) -> str:
+    """A line a run; of several a line of means for each learning rate, and their intervals."""
+    names = ["validation", *rows[0].test]
+    table = [["seed", "rate", *names]]
+    for row in rows:
+        values = (row.validation, *row.test.values())
+        table.append([str(row.seed), f"{row.learning_rate:g}", *map(metric.text, values)])
+    for rate in dict.fromkeys(row.learning_rate for row in rows) if len(rows) > 1 else ():
+        own = [row for row in rows if row.learning_rate == rate]
+        found = [
+            summarized([row.validation for row in own]),
+            *(summarized([row.test[name] for row in own]) for name in rows[0].test),
+        ]
+        table.append(["mean", f"{rate:g}", *(metric.text(s.mean) for s in found)])
+        table.append(["s.d.", "", *(metric.text(s.sd) for s in found)])
+        bounds = (f"{metric.text(s.low)} to {metric.text(s.high)}" for s in found)
+        table.append(["95 %", "", *bounds])
+    wide = [max(len(line[n]) for line in table) for n in range(len(table[0]))]
+    heading = f"{metric.name}, {'higher' if metric.higher_is_better else 'lower'} is better"
+    lines = ["  ".join(f"{a:>{n}}" for a, n in zip(line, wide, strict=True)) for line in table]
+    return "\n".join([heading, *lines])
