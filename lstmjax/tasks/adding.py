@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from lstmjax.tasks.base import MEAN_SQUARED_ERROR, Generated, Metric, Recipe, Sample, require
+from lstmjax.tasks.base import Generated, Recipe, Sample, require
+from lstmjax.tasks.metric import MEAN_SQUARED_ERROR, Metric
 from lstmjax.training.objective import SquaredError
 
 

@@ -9,7 +9,6 @@ plots work for any of them. Your own one, in your own file, has the same rights:
 import abc
 import dataclasses
 import hashlib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -21,42 +20,12 @@ from lstmjax.cells.base import Cell
 from lstmjax.data.batches import Batch, Source, generator_of
 from lstmjax.errors import UserError
 from lstmjax.models import SequenceConfig, SequenceModel
+from lstmjax.tasks.metric import ACCURACY, Metric
 from lstmjax.training.objective import CrossEntropy, Objective
 from lstmjax.training.step import OptimizerConfig
 
 Split = Literal["train", "validation", "test"]
 _STREAMS = {"train": 0, "validation": 1, "test": 2}
-
-
-class Metric(NamedTuple):
-    """The figure that a task is judged by, made of what the loop measures.
-
-    Attributes:
-        name: what it is called.
-        of: ``"score"``, or ``"loss"``, of which it is a multiple.
-        scale: that multiple.
-        higher_is_better: which way is up.
-        percent: whether it is a share.
-    """
-
-    name: str
-    of: Literal["score", "loss"] = "score"
-    scale: float = 1.0
-    higher_is_better: bool = True
-    percent: bool = False
-
-    def text(self, value: float) -> str:
-        """The figure as it is printed.
-
-        >>> ACCURACY.text(0.51234), BITS.text(1.23456)
-        ('51.23 %', '1.2346')
-        """
-        return f"{value:.2%}".replace("%", " %") if self.percent else f"{value:.4f}"
-
-
-ACCURACY = Metric("accuracy", percent=True)
-BITS = Metric("bits per character", "loss", 1 / math.log(2), higher_is_better=False)
-MEAN_SQUARED_ERROR = Metric("mean squared error", "loss", higher_is_better=False)
 
 
 SIZES = SequenceConfig()

@@ -14,7 +14,8 @@ from lstmjax.data.batches import Batch, Source, generator_of
 from lstmjax.data.demo import SIZES, reports
 from lstmjax.errors import UserError, reason
 from lstmjax.models import SequenceConfig
-from lstmjax.tasks.base import BITS, Metric, Recipe, Split, Task, require
+from lstmjax.tasks.base import Recipe, Split, Task, require
+from lstmjax.tasks.metric import BITS, Metric
 from lstmjax.training.step import OptimizerConfig
 
 MAX_BYTES = 2**30

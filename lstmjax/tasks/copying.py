@@ -83,7 +83,7 @@ class SelectiveCopy(Generated):
     Example:
         >>> x, labels, counts = SelectiveCopy(length=6, copied=2).draw(np.random.default_rng(0), 1)
         >>> x[0].tolist(), labels[0].tolist()
-        ([0, 0, 0, 0, 5, 4, 1, 1], [0, 0, 0, 0, 0, 0, 3, 2])
+        ([0, 8, 7, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 6, 5])
     """
 
     length: int = 64

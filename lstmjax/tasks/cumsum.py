@@ -19,8 +19,8 @@ class Cumsum(Generated):
 
     Example:
         >>> x, labels, _ = Cumsum(length=4).draw(np.random.default_rng(0), 1)
-        >>> x[0, :, 0].round(2).tolist(), labels[0].tolist()
-        ([0.85, 0.64, 0.51, 0.27], [0, 1, 1, 1])
+        >>> (100 * x[0, :, 0]).astype(int).tolist(), labels[0].tolist()
+        ([85, 63, 51, 26], [0, 1, 1, 1])
     """
 
     length: int = 10

@@ -12,7 +12,8 @@ from jaxtyping import Bool
 from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, generator_of
 from lstmjax.errors import UserError, first_line
 from lstmjax.models import SequenceConfig
-from lstmjax.tasks.base import ACCURACY, MEAN_SQUARED_ERROR, Metric, Recipe, Split, Task
+from lstmjax.tasks.base import Recipe, Split, Task
+from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
 from lstmjax.training.step import OptimizerConfig
 

@@ -23,7 +23,8 @@ from lstmjax.data.imdb import load_imdb
 from lstmjax.data.vocabulary import Dataset, Vocabulary, check_limits, tokenize, words_of
 from lstmjax.errors import UserError, reason
 from lstmjax.models import Classifier, ClassifierConfig
-from lstmjax.tasks.base import ACCURACY, MEAN_SQUARED_ERROR, Metric, Recipe, Split, Task
+from lstmjax.tasks.base import Recipe, Split, Task
+from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.tasks.rows import describe, split_rows
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
 from lstmjax.training.step import OptimizerConfig

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from lstmjax.errors import UserError
 from lstmjax.models import SequenceConfig
@@ -12,6 +12,7 @@ from lstmjax.precision import Precision
 from lstmjax.tasks import Adding, Task, load_task
 from lstmjax.training import Accelerator, OptimizerConfig
 from lstmjax.training.command import require_positive, require_rate, require_seed, require_share
+from lstmjax.workbench.rows import Replica
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +58,18 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     @property
-    def replicas(self) -> tuple["Replica", ...]:
+    def replicas(self) -> tuple[Replica, ...]:
         """The runs that this one is made of."""
         rates = self.learning_rates or (self.optimizer.learning_rate,)
         seeds = range(self.seed, self.seed + self.seeds)
         return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
 
-    def alone(self, replica: "Replica") -> "Config":
+    def alone(self, replica: Replica) -> "Config":
         """What the single run is asked for that a replica equals."""
         rate = dataclasses.replace(self.optimizer, learning_rate=replica.learning_rate)
         return dataclasses.replace(
             self, seed=replica.seed, seeds=1, learning_rates=(), optimizer=rate
         )
-
-
-class Replica(NamedTuple):
-    """One of the runs that share a program."""
-
-    seed: int
-    learning_rate: float
 
 
 def config_of(task: str) -> Config:

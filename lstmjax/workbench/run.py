@@ -4,12 +4,11 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -24,27 +23,11 @@ from lstmjax.tasks import Metric, Task
 from lstmjax.training.checkpoint import Checkpoints, Position
 from lstmjax.training.loop import means
 from lstmjax.training.step import Steps, Sums, TrainState
-from lstmjax.workbench.config import Config, Replica, check
+from lstmjax.workbench.config import Config, check
+from lstmjax.workbench.rows import Replica, Row, finite, outcome_of, table_of
 
 EVALUATION_BATCHES = 4
 """Times the rows of a training batch that are evaluated at once."""
-
-
-class Row(NamedTuple):
-    """What became of one replica.
-
-    Attributes:
-        seed, learning_rate: which it is.
-        validation: the task's metric on validation data; NaN: it diverged.
-        test: the same on each of the test sets, by name; the first is what models are judged by.
-        figures: loss and score of each of these, by name.
-    """
-
-    seed: int
-    learning_rate: float
-    validation: float
-    test: Mapping[str, float]
-    figures: Mapping[str, float]
 
 
 def train(config: Config, cell: Cell | None = None) -> list[Row]:
@@ -79,7 +62,7 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
             "seconds": time.perf_counter() - started,
             "epoch_seconds": [record["seconds"] for record in history],
         }
-        outcome = outcome_of(config, rows)
+        outcome = outcome_of(config.sizes.metric, rows)
         run.write_result(config, mesh, outcome, **facts, task=config.task, epochs=history)
         run.draw_curves(f"{cell_name(config.cell)} · {config.task} · {_seeds(config)}")
         print(f"\n{table_of(task.metric, rows)}\n{made}; everything in {run.path}")
@@ -218,61 +201,6 @@ def value_of(metric: Metric, figures: Mapping[str, float], name: str, score: str
     return metric.scale * figures[f"{name}_{score if metric.of == 'score' else 'loss'}"]
 
 
-class Summary(NamedTuple):
-    """Mean of several seeds, their standard deviation, and a 95 % interval of the mean (t)."""
-
-    mean: float
-    sd: float
-    low: float
-    high: float
-
-
-def summarized(values: Sequence[float]) -> Summary:
-    """Mean, standard deviation, and interval; those that need two values are NaN for one.
-
-    >>> [round(a, 3) for a in summarized([1.0, 2.0, 3.0])]
-    [2.0, 1.0, -0.484, 4.484]
-    """
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Summary(mean, *[float("nan")] * 3)
-    sd = float(np.std(values, ddof=1))
-    half = float(scipy.stats.t.ppf(0.975, count - 1)) * sd / count**0.5
-    return Summary(mean, sd, mean - half, mean + half)
-
-
-def outcome_of(config: Config, rows: Sequence[Row]) -> dict[str, Any]:
-    """What ``result.json`` says first: of one run its figures, of several a row each, and more."""
-    metric = config.sizes.metric
-    if len(rows) == 1:
-        return {
-            **rows[0].figures,
-            "metric": metric.name,
-            "value": next(iter(rows[0].test.values())),
-        }
-    per_rate: dict[str, Any] = {}
-    for rate in dict.fromkeys(row.learning_rate for row in rows):
-        own = [row for row in rows if row.learning_rate == rate]
-        per_rate[f"{rate:g}"] = {
-            name: finite(summarized([row.test[name] for row in own])._asdict())
-            for name in rows[0].test
-        } | {"validation": finite(summarized([row.validation for row in own])._asdict())}
-    return {
-        "metric": metric.name,
-        "replicas": [finite(row._asdict()) for row in rows],
-        "by_learning_rate": per_rate,
-    }
-
-
-def finite(value: Any) -> Any:
-    """As JSON has it: None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite(a) for key, a in value.items()}
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
 def leave_replicas(
     config: Config,
     state: TrainState,
@@ -302,14 +230,24 @@ def leave_replicas(
         ) as alone:
             if not np.isnan(row.validation):
                 keeper = Checkpoints(alone.checkpoints)
-                keeper.save(
-                    jax.tree.map(jnp.asarray, one), Position(config.epochs, history=tuple(records))
-                )
+                keeper.save(jax.tree.map(jnp.asarray, one), _end(records, step // len(records)))
                 keeper.close()
-            for record in records:
-                alone.log(record)
-            result = {**finite(outcome_of(own, [row])), "seed": own.seed, "epochs": records}
+            for record in run.records():
+                alone.log(_of_one(record, number))
+            result = {
+                **finite(outcome_of(own.sizes.metric, [row])),
+                "seed": own.seed,
+                "epochs": records,
+            }
             alone.write("result.json", {**result, "config": training.as_dict(own)})
+
+
+def _end(records: Sequence[Mapping[str, Any]], batches: int) -> Position:
+    """Where a finished run stands: before the last evaluation. Means take the place of sums."""
+    *before, last = records
+    loss, score = (v for k, v in last.items() if k.startswith("train_"))
+    sums = Sums(loss, score, 1.0, 0.0)
+    return Position(len(before), batches, sums, history=tuple(before))
 
 
 def replica_name(config: Config, replica: Replica) -> str:
@@ -431,26 +369,3 @@ def _seeds(config: Config) -> str:
     if len(config.learning_rates) > 1:
         seeds += f", learning rates {', '.join(f'{rate:g}' for rate in config.learning_rates)}"
     return seeds
-
-
-def table_of(metric: Metric, rows: Sequence[Row]) -> str:
-    """A line a run; of several a line of means for each learning rate, and their intervals."""
-    names = ["validation", *rows[0].test]
-    table = [["seed", "rate", *names]]
-    for row in rows:
-        values = (row.validation, *row.test.values())
-        table.append([str(row.seed), f"{row.learning_rate:g}", *map(metric.text, values)])
-    for rate in dict.fromkeys(row.learning_rate for row in rows) if len(rows) > 1 else ():
-        own = [row for row in rows if row.learning_rate == rate]
-        found = [
-            summarized([row.validation for row in own]),
-            *(summarized([row.test[name] for row in own]) for name in rows[0].test),
-        ]
-        table.append(["mean", f"{rate:g}", *(metric.text(s.mean) for s in found)])
-        table.append(["s.d.", "", *(metric.text(s.sd) for s in found)])
-        bounds = (f"{metric.text(s.low)} to {metric.text(s.high)}" for s in found)
-        table.append(["95 %", "", *bounds])
-    wide = [max(len(line[n]) for line in table) for n in range(len(table[0]))]
-    heading = f"{metric.name}, {'higher' if metric.higher_is_better else 'lower'} is better"
-    lines = ["  ".join(f"{a:>{n}}" for a, n in zip(line, wide, strict=True)) for line in table]
-    return "\n".join([heading, *lines])

@@ -1,0 +1,181 @@
+"""Training on tasks: replicas as their single runs, going on, what a run leaves behind."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from lstmjax import training
+from lstmjax.cells import load_cell
+from lstmjax.errors import UserError
+from lstmjax.tasks import Adding, Characters, Demo, Parity
+from lstmjax.workbench import Replica, config_of, run, train
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users(monkeypatch, tmp_path):
+    """Optax mixes integers and floats; runs and caches stay in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def config(task="parity", **changes):
+    """Something tiny: a few updates of a few rows."""
+    made = config_of(task)
+    tiny = {"hidden_size": 4, "embedding_size": 3}
+    sizes = {
+        "parity": Parity(length=5, updates=4, test_rows=64),
+        "adding": Adding(length=6, updates=4, test_rows=64),
+        "demo": Demo(size=60, top_words=80, max_length=40, buckets=3),
+        "characters": Characters(length=8, file=pathlib.Path("t.txt"), streams=3),
+    }[task]
+    if task == "characters":
+        text = "".join(np.random.default_rng(0).choice(list("abc "), 900))
+        pathlib.Path("t.txt").write_text(text)
+    return dataclasses.replace(
+        made,
+        sizes=sizes,
+        model=dataclasses.replace(made.model, **tiny),
+        batch_size=8,
+        epochs=2,
+        accelerator="cpu",
+        **changes,
+    )
+
+
+def close(a, b):
+    """Sums in another order and products of another shape, over a dozen updates of Adam."""
+    return np.allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "seeds"), [("parity", 8), ("adding", 3), ("demo", 3), ("characters", 2)]
+)
+def test_each_replica_is_as_its_single_run(task, seeds):
+    """On eight devices: eight replicas are spread over them, otherwise the rows are."""
+    several = train(config(task, seed=3, seeds=seeds, run_dir=pathlib.Path("all")))
+    assert [row.seed for row in several] == [*range(3, 3 + seeds)]
+    for row in several[-1:]:
+        alone = config(task, seed=row.seed, run_dir=pathlib.Path(f"alone{row.seed}"))
+        (single,) = train(alone)
+        assert single.figures.keys() == row.figures.keys()
+        for name, value in single.figures.items():
+            assert close(value, row.figures[name]), name
+        left = [
+            json.loads((pathlib.Path(folder) / "config.json").read_text())
+            for folder in (f"all/seed{row.seed}", f"alone{row.seed}")
+        ]
+        assert left[0] == left[1]
+    values = [row.test["test"] for row in several]
+    assert len({*np.round(values, 6)}) > 1
+
+
+def test_a_replica_has_a_run_folder_of_its_own():
+    several = train(config(seeds=2, run_dir=pathlib.Path("all")))
+    one = config(seed=1, run_dir=pathlib.Path("all/seed1"), resume=True)
+    (again,) = train(one)  # from its checkpoint: nothing is left to train
+    assert close([*again.figures.values()], [*several[1].figures.values()])
+    found = json.loads(pathlib.Path("all/result.json").read_text())
+    assert found["metric"] == "accuracy"
+    assert [row["seed"] for row in found["replicas"]] == [0, 1]
+    mean = found["by_learning_rate"]["0.003"]["test_4x"]["mean"]
+    assert mean == pytest.approx(np.mean([row.test["test_4x"] for row in several]))
+
+
+def test_learning_rates_are_a_further_axis():
+    asked = config(seeds=2, learning_rates=(1e-3, 1e-2), run_dir=pathlib.Path("all"))
+    rows = train(asked)
+    assert [(row.seed, row.learning_rate) for row in rows] == [
+        (0, 1e-3), (1, 1e-3), (0, 1e-2), (1, 1e-2),
+    ]  # fmt: skip
+    for row in rows[1:3]:
+        alone = asked.alone(Replica(row.seed, row.learning_rate))
+        (single,) = train(dataclasses.replace(alone, run_dir=None))
+        assert close([*single.figures.values()], [*row.figures.values()])
+    assert {p.name for p in pathlib.Path("all").glob("seed*")} == {
+        "seed0-lr0.001", "seed0-lr0.01", "seed1-lr0.001", "seed1-lr0.01",
+    }  # fmt: skip
+
+
+def test_a_replica_that_diverges_takes_no_other_with_it():
+    asked = config("adding", learning_rates=(1e-3, 1e30), run_dir=pathlib.Path("all"))
+    sound, diverged = train(asked)
+    assert math.isfinite(sound.test["test"])
+    assert math.isnan(diverged.test["test"])
+    assert math.isnan(diverged.validation)
+    alone = asked.alone(Replica(0, 1e-3))
+    (single,) = train(dataclasses.replace(alone, run_dir=None))
+    assert close([*single.figures.values()], [*sound.figures.values()])
+    found = json.loads(pathlib.Path("all/result.json").read_text())
+    assert found["replicas"][1]["validation"] is None
+    with pytest.raises(UserError, match="ower --learning-rate"):
+        train(dataclasses.replace(asked, learning_rates=(1e30, 1e31), run_dir=None))
+
+
+@pytest.mark.parametrize("task", ["characters", "adding"])
+def test_replicas_go_on_bit_for_bit(task, monkeypatch):
+    """With the carried state, which is that of the step before."""
+    asked = config(task, seeds=2, learning_rates=(1e-3, 1e30) if task == "adding" else ())
+    make_steps, done = run.make_steps, []
+
+    def interrupted(*arguments):
+        steps = make_steps(*arguments)
+
+        def once(state, batch, key):
+            done.append(1)
+            if len(done) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return steps.train(state, batch, key)
+
+        return steps._replace(train=once)
+
+    whole = train(dataclasses.replace(asked, run_dir=pathlib.Path("whole")))
+    monkeypatch.setattr(run, "make_steps", interrupted)
+    with pytest.raises(training.Interrupted):
+        train(dataclasses.replace(asked, run_dir=pathlib.Path("run")))
+    again = train(dataclasses.replace(asked, run_dir=pathlib.Path("run"), resume=True))
+    for a, b in zip(again, whole, strict=True):
+        np.testing.assert_array_equal([*a.figures.values()], [*b.figures.values()])
+
+
+def test_state_is_carried_from_batch_to_batch():
+    """What the second batch says depends on the first, unless it begins anew."""
+    asked = config("characters")
+    cell = load_cell("LSTM", 4)
+    mesh = training.make_mesh("cpu", 8)
+    source = asked.sizes.train(8)
+    steps = run.make_steps(asked, cell, source, mesh)
+    key = jax.random.key(0)
+    first, second = list(source.epoch(0, 0))[:2]
+    assert not second.resets.any()
+
+    def loss(*batches):
+        state = steps.init()
+        for batch in batches:
+            state, sums = steps.train(state, batch, key)
+        return float(sums.loss), state
+
+    anew = second._replace(resets=np.zeros_like(second.resets))
+    anew.resets[:, 0] = True
+    assert loss(first, second)[0] != loss(first, anew)[0]
+    carry = loss(first)[1].carry
+    assert np.abs(carry[0].h).max() > 0.01
+
+
+def test_what_cannot_work_is_told():
+    for changes, message in (
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"learning_rates": (0.0,)}, "--learning-rate must be positive"),
+        ({"seed": 2**32 - 1, "seeds": 2}, "--seed must lie in"),
+        ({"cell": "LTSM"}, "no cell 'LTSM'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config(**changes))
+    assert not pathlib.Path("runs").exists()
