@@ -197,7 +197,7 @@ def main(config: Config) -> None:
         run.write_result(
             config,
             mesh,
-            outcome_of(ACCURACY, rows) if several else rows[0].figures,
+            outcome_of(ACCURACY, rows, several) if several else rows[0].figures,
             parameters=count_parameters(model),
             seconds=seconds,
             data=f"{EVALUATION_SEQUENCES} fresh sequences",

@@ -79,10 +79,17 @@ class Comparison:
     verdict: Verdict
     unit: str
 
+    @property
+    def _digits(self) -> str:
+        """Two decimals; of small numbers as many as show two figures."""
+        size = max(abs(self.mean), self.deviation) or 1.0
+        return f".{max(2, 1 - math.floor(math.log10(size)))}f"
+
     def __str__(self) -> str:
         """One sentence, or two where nothing was shown."""
         n, unit = len(self.seeds), f" {self.unit}" if self.unit else ""
         low, high = self.interval
+        show, signed = (f"{{:{sign}{self._digits}}}".format for sign in ("", "+"))
         corrected = ", corrected" if self.adjusted_p != self.p_value else ""
         evidence = (
             f"sign-flip p = {self.adjusted_p:.2g}{corrected}, "
@@ -91,22 +98,22 @@ class Comparison:
         if self.verdict in ("better", "worse"):
             low, high = sorted((abs(low), abs(high)))
             return (
-                f"{self.a} is {self.verdict} than {self.b} by {abs(self.mean):.2f}{unit} "
-                f"(95 % interval {low:.2f} to {high:.2f}) over {n} seeds: {evidence}."
+                f"{self.a} is {self.verdict} than {self.b} by {show(abs(self.mean))}{unit} "
+                f"(95 % interval {show(low)} to {show(high)}) over {n} seeds: {evidence}."
             )
         figures = (
-            f"{self.a} - {self.b} = {self.mean:+.2f}{unit} (95 % interval {low:+.2f} to "
-            f"{high:+.2f}) over {n} seeds: {evidence}"
+            f"{self.a} - {self.b} = {signed(self.mean)}{unit} (95 % interval {signed(low)} to "
+            f"{signed(high)}) over {n} seeds: {evidence}"
         )
-        needs = f"{self.target:g}{unit} would need {self.seeds_needed} seeds"
+        needs = f"{self.target:.3g}{unit} would need {self.seeds_needed} seeds"
         if self.verdict == "too few seeds":
             return (
                 f"No verdict on {self.a} and {self.b}: {n} seeds cannot reach p < {ALPHA}, "
                 f"{self.fewest_seeds} can. {figures}; {needs}."
             )
         return (
-            f"No difference shown: {figures}. So many seeds would show {self.detectable:.2f}{unit} "
-            f"with {POWER * 100:.0f} % power; {needs}."
+            f"No difference shown: {figures}. So many seeds would show "
+            f"{show(self.detectable)}{unit} with {POWER * 100:.0f} % power; {needs}."
         )
 
 

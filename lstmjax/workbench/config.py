@@ -64,6 +64,11 @@ class Config:
         seeds = range(self.seed, self.seed + self.seeds)
         return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether they are replicas in one program, be it one alone."""
+        return self.seeds > 1 or bool(self.learning_rates)
+
     def alone(self, replica: Replica) -> "Config":
         """What the single run is asked for that a replica equals."""
         rate = dataclasses.replace(self.optimizer, learning_rate=replica.learning_rate)

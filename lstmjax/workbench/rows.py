@@ -71,9 +71,9 @@ def summarized(values: Sequence[float]) -> Summary:
     return Summary(mean, sd, mean - half, mean + half)
 
 
-def outcome_of(metric: Metric, rows: Sequence[Row]) -> dict[str, Any]:
+def outcome_of(metric: Metric, rows: Sequence[Row], several: bool) -> dict[str, Any]:
     """What ``result.json`` says first: of one run its figures, of several a row each, and more."""
-    if len(rows) == 1:
+    if not several:
         return {
             **rows[0].figures,
             "metric": metric.name,

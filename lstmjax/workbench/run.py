@@ -30,6 +30,10 @@ EVALUATION_BATCHES = 4
 """Times the rows of a training batch that are evaluated at once."""
 
 
+class Diverged(UserError):
+    """No run's loss is finite any more."""
+
+
 def train(config: Config, cell: Cell | None = None) -> list[Row]:
     """Train what ``config`` asks for, print, and leave a run folder.
 
@@ -62,7 +66,7 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
             "seconds": time.perf_counter() - started,
             "epoch_seconds": [record["seconds"] for record in history],
         }
-        outcome = outcome_of(config.sizes.metric, rows)
+        outcome = outcome_of(config.sizes.metric, rows, config.side_by_side)
         run.write_result(config, mesh, outcome, **facts, task=config.task, epochs=history)
         run.draw_curves(f"{cell_name(config.cell)} · {config.task} · {_seeds(config)}")
         print(f"\n{table_of(task.metric, rows)}\n{made}; everything in {run.path}")
@@ -100,7 +104,7 @@ def make_models(config: Config, cell: Cell, mesh: Mesh) -> nnx.Module:
     seeds = np.array([replica.seed for replica in config.replicas], np.uint32)
     with jax.default_device(training.local_device(mesh.devices.flat)):
         options = training.quick_compilation(mesh)
-        if len(seeds) == 1:
+        if not config.side_by_side:
             return nnx.merge(
                 graphdef, jax.jit(lambda: draw(config.seed), compiler_options=options)()
             )
@@ -111,7 +115,7 @@ def make_steps(config: Config, cell: Cell, train: Source, mesh: Mesh) -> Steps:
     """The compiled functions of the run."""
     task, replicas = config.sizes, config.replicas
     optimizer = training.make_optimizer(config.optimizer, config.epochs * len(train))
-    several = len(replicas) > 1
+    several = config.side_by_side
     base = config.optimizer.learning_rate
     if not several:
         rate = dataclasses.replace(config.optimizer, learning_rate=replicas[0].learning_rate)
@@ -137,7 +141,7 @@ def learn(
     mesh: Mesh,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Train, evaluating on validation data; then measure on test data, once."""
-    replicas, several = config.replicas, len(config.replicas) > 1
+    replicas, several = config.replicas, config.side_by_side
     score = config.sizes.objective.score
     try:
         state, history = training.fit(
@@ -160,7 +164,7 @@ def learn(
         }
     except training.NonFiniteLossError as error:
         line = training.line_of_nan(cell)
-        raise UserError(f"{error}; not finite at {line}" if line else str(error)) from error
+        raise Diverged(f"{error}; not finite at {line}" if line else str(error)) from error
     except training.Interrupted:
         print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
         raise
@@ -168,7 +172,7 @@ def learn(
     for name, sums in found.items():
         figures |= _measured(name, sums, score)
     rows = rows_of(config, [*tests], figures, score)
-    if several:
+    if config.side_by_side:
         leave_replicas(config, state, history, rows, run)
     return rows, history
 
@@ -235,7 +239,7 @@ def leave_replicas(
             for record in run.records():
                 alone.log(_of_one(record, number))
             result = {
-                **finite(outcome_of(own.sizes.metric, [row])),
+                **finite(outcome_of(own.sizes.metric, [row], False)),
                 "seed": own.seed,
                 "epochs": records,
             }
@@ -292,7 +296,7 @@ def open_run(config: Config, mesh: Mesh, data: Sequence[str]) -> training.RunFol
     """The folder of this run: new, or with ``resume`` the one to go on with."""
     task = "".join(c if c.isalnum() or c in "-._" else "_" for c in cell_name(config.task))
     name = training.run_name(task, cell=config.cell, seed=config.seed)
-    if len(config.replicas) > 1:
+    if config.side_by_side:
         name += f"-{len(config.replicas)}runs"
     settings = settings_of(config)
     return training.RunFolder.open(
