@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import signal
 
 import jax
@@ -13,8 +14,10 @@ import pytest
 from lstmjax import training
 from lstmjax.cells import load_cell
 from lstmjax.errors import UserError
-from lstmjax.tasks import Adding, Characters, Demo, Parity
+from lstmjax.tasks import Adding, Characters, Demo, Parity, TextFile
+from lstmjax.training.checkpoint import Checkpoints
 from lstmjax.workbench import Replica, config_of, run, train
+from lstmjax.workbench.classes import classes_of
 
 
 @pytest.fixture(autouse=True)
@@ -179,3 +182,81 @@ def test_what_cannot_work_is_told():
         with pytest.raises(UserError, match=message):
             train(config(**changes))
     assert not pathlib.Path("runs").exists()
+
+
+# -- a user's own texts ---------------------------------------------------------------------------
+
+
+def test_texts_of_ones_own_from_file_to_verdict(capsys):
+    """Three classes that a word gives away, pretrained vectors of it, and they are frozen."""
+    rng, names = np.random.default_rng(0), ["rouge", "vert", "bleu"]
+    lines = ["text,couleur"]
+    for n in range(120):
+        words = [names[n % 3], *rng.choice(["un", "deux", "trois", "quatre"], 4)]
+        lines.append(f"{' '.join(rng.permutation(words))} n{n},{names[n % 3]}")
+    pathlib.Path("t.csv").write_text("\n".join(lines))
+    vectors = {name: np.eye(3)[k] for k, name in enumerate(names)}
+    pathlib.Path("v.txt").write_text(
+        "".join(f"{word} {' '.join(map(str, v))}\n" for word, v in vectors.items())
+        + "other 1 2 3\n"
+    )
+    made = config_of("text")
+    sizes = TextFile(
+        file=pathlib.Path("t.csv"),
+        label_column="couleur",
+        class_weights="balanced",
+        embeddings=pathlib.Path("v.txt"),
+        freeze_embeddings=True,
+        buckets=1,
+    )
+    model = dataclasses.replace(
+        made.model, hidden_size=4, embedding_size=3, dropout_before=0.0, dropout_after=0.0
+    )
+    asked = dataclasses.replace(
+        made,
+        sizes=sizes,
+        model=model,
+        epochs=12,
+        batch_size=8,
+        accelerator="cpu",
+        run_dir=pathlib.Path("r"),
+        optimizer=dataclasses.replace(made.optimizer, learning_rate=0.05),
+    )
+    (row,) = train(asked)
+    assert row.figures["test_f1"] == row.figures["test_auc"] == row.test["test"] == 1
+    out = capsys.readouterr().out
+    assert re.search(r"true . said +bleu +rouge +vert", out)
+    assert "3 of them with pretrained vectors" in out
+    assert pathlib.Path("r/confusion.png").exists()
+    found = json.loads(pathlib.Path("r/result.json").read_text())
+    assert np.trace(found["confusion"][0]) == np.sum(found["confusion"][0]) == 24
+    mesh = training.make_mesh("cpu", 8)
+    steps = run.make_steps(asked, load_cell("LSTM", 4), sizes.train(8), mesh)
+    state = Checkpoints(pathlib.Path("r/checkpoints")).restore(steps.init())[0]
+    table = state.params["embedding"]["embedding"][...]
+    np.testing.assert_array_equal(table, steps.init().params["embedding"]["embedding"][...])
+    vocabulary = sizes.parts()["train"].vocabulary
+    for word, vector in vectors.items():
+        np.testing.assert_array_equal(table[vocabulary.id(word)], vector)
+    wide = dataclasses.replace(asked, model=dataclasses.replace(model, embedding_size=5))
+    with pytest.raises(UserError, match="line 1 has 3 numbers for 'rouge'"):
+        train(wide)
+
+
+def test_f1_and_auc_by_definition():
+    rng = np.random.default_rng(1)
+    outputs, labels = rng.normal(size=(60, 3)).round(1), rng.integers(0, 3, 60)
+    found = classes_of(outputs, labels)
+    said, f1, auc = outputs.argmax(1), [], []
+    for k in range(3):
+        precision = (labels[said == k] == k).mean()
+        recall = (said[labels == k] == k).mean()
+        f1.append(2 * precision * recall / (precision + recall))
+        pairs = outputs[labels == k, k][:, None] - outputs[labels != k, k][None]
+        auc.append(((pairs > 0) + (pairs == 0) / 2).mean())
+    assert found.f1 == pytest.approx(np.mean(f1))
+    assert found.auc == pytest.approx(np.mean(auc))
+    assert found.confusion.sum() == 60
+    two = classes_of(outputs[:, 0], (labels > 0).astype(int))
+    assert two.confusion.shape == (2, 2)
+    assert math.isnan(classes_of(outputs[:, 0], np.zeros(60, int)).auc)

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from lstmjax.errors import UserError
 
@@ -154,12 +154,12 @@ class Dataset(NamedTuple):
 
     Attributes:
         sequences: the ids of each row, each an int32 array of its own length, unpadded.
-        labels: (rows,), 1 for positive, 0 for negative.
+        labels: (rows,), 1 for positive, 0 for negative; or other classes, or numbers.
         vocabulary: all words of the training split, also those beyond ``top_words``.
     """
 
     sequences: list[np.ndarray]
-    labels: Int32[np.ndarray, " rows"]
+    labels: Int32[np.ndarray, " rows"] | Float32[np.ndarray, " rows"]
     vocabulary: Vocabulary
 
 

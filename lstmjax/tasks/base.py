@@ -129,6 +129,19 @@ class Task(abc.ABC):
             **settings,
         )
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes are called, where accuracy alone does not say enough; else none."""
+        return ()
+
+    def pretrained(self, model: nnx.Module) -> None:  # noqa: B027
+        """Give parameters of a new model their values, where the task has some."""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the parts of a model that are not trained."""
+        return ()
+
     def facts(self) -> Mapping[str, Any]:
         """What is worth knowing of the data: of a user's own, class balance and lengths."""
         return {}

@@ -38,6 +38,8 @@ class Characters(Task):
     """A text in UTF-8; without it, the built-in demo corpus."""
     length: int = 64
     """Characters between two updates."""
+    size: int = 0
+    """Only so many characters of the text, its first ones; 0: all."""
     validation_share: float = 0.05
     """Share of the text that settings are chosen by."""
     test_share: float = 0.05
@@ -115,6 +117,7 @@ def _read(task: Characters) -> _Text:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {task.file} as UTF-8 text: {reason(error)}") from error
         content = content.replace("\r\n", "\n")
+    content = content[: task.size] if task.size else content
     codes = np.frombuffer(content.encode("utf-32-le"), np.uint32)
     held = [int(len(codes) * share) for share in (task.validation_share, task.test_share)]
     cuts = np.cumsum([len(codes) - sum(held), held[0]])

@@ -81,6 +81,11 @@ class Rows(Task):
         return 1 if count <= 2 else count
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The numbers of the classes."""
+        return tuple(map(str, range(max(2, count)))) if (count := _classes(self)) else ()
+
+    @property
     def features(self) -> int:
         """As the rows have it."""
         return _loaded(self)[0].sequences[0].shape[1]

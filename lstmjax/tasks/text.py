@@ -17,11 +17,19 @@ from flax import nnx
 
 from lstmjax import files
 from lstmjax.cells.base import Cell
-from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, hold_out
+from lstmjax.data.batches import Batches, Source, bucket_boundaries, hold_out
 from lstmjax.data.demo import load_demo
 from lstmjax.data.imdb import load_imdb
-from lstmjax.data.vocabulary import Dataset, Vocabulary, check_limits, tokenize, words_of
-from lstmjax.errors import UserError, reason
+from lstmjax.data.vocabulary import (
+    FIRST_WORD,
+    UNKNOWN,
+    Dataset,
+    Vocabulary,
+    check_limits,
+    tokenize,
+    words_of,
+)
+from lstmjax.errors import UserError, first_line, reason
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.tasks.base import Recipe, Split, Task
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
@@ -41,9 +49,6 @@ class TextConfig(ClassifierConfig):
     """What the head sees: the last state, or mean/max over valid steps, side by side."""
 
 
-Part = Dataset | Sequences
-
-
 @dataclasses.dataclass(frozen=True)
 class Text(Task):
     """Texts as ids of words, with a label each."""
@@ -56,10 +61,14 @@ class Text(Task):
     """Most lengths that batches may have; each is compiled once."""
     validation_share: float = 0.1
     """Share of the training texts that settings are chosen by."""
+    embeddings: pathlib.Path | None = None
+    """Pretrained vectors of words, a text file: a word and its numbers a line, as GloVe has it."""
+    freeze_embeddings: bool = False
+    """Do not train the vectors of words."""
 
     masked: ClassVar[bool] = True
 
-    def parts(self) -> dict[Split, Part]:
+    def parts(self) -> dict[Split, Dataset]:
         """Ids and labels of each part; the vocabulary is made of the training part alone."""
         raise NotImplementedError
 
@@ -76,9 +85,14 @@ class Text(Task):
         return Recipe(epochs=3, model=sizes)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; none: labels are numbers."""
+        return ("negative", "positive")
+
+    @property
     def num_classes(self) -> int:
         """How many classes there are; 0: labels are numbers."""
-        return 2
+        return len(self.class_names)
 
     @property
     def num_outputs(self) -> int:
@@ -105,12 +119,30 @@ class Text(Task):
         """The test part."""
         return {"test": self._cut("test", batch_size)}
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The vectors of words, if asked for."""
+        return ("embedding",) if self.freeze_embeddings else ()
+
+    def pretrained(self, model: Any) -> None:
+        """Set the vectors of the words that the file has."""
+        if self.embeddings is None:
+            return
+        table = model.embedding.embedding
+        ids, vectors = _vectors(self, table.shape[-1])
+        table[...] = table[...].at[..., ids, :].set(vectors)
+
     def facts(self) -> Mapping[str, Any]:
-        """Rows, lengths and classes of each part."""
-        return {
+        """Rows, lengths and classes of each part; how many words have pretrained vectors."""
+        facts: dict[str, Any] = {
             name: describe([len(row) for row in part.sequences], np.asarray(part.labels))
             for name, part in _parts(self).items()
         }
+        words = min(len(_vocabulary(self)), self.top_words - FIRST_WORD)
+        facts["words"] = f"{words:,} of {len(_vocabulary(self)):,}"
+        if self.embeddings is not None:
+            facts["words"] += f", {len(_vectors(self)[0]):,} of them with pretrained vectors"
+        return facts
 
     def make_model(self, cell: Cell, config: TextConfig, **settings: Any) -> nnx.Module:
         """A classifier."""
@@ -127,8 +159,43 @@ class Text(Task):
         return Batches(parts[split], batch_size, boundaries=boundaries, num_classes=classes)
 
 
+def _vocabulary(task: Text) -> Vocabulary:
+    """The words of the training part."""
+    return _parts(task)["train"].vocabulary
+
+
 @functools.lru_cache(maxsize=2)
-def _parts(task: Text) -> dict[Split, Part]:
+def _vectors(task: Text, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and vectors of the words that both the vocabulary and the file have."""
+    assert task.embeddings is not None
+    vocabulary = _vocabulary(task)
+    ids, vectors = [], []
+    try:
+        with task.embeddings.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                word, _, rest = line.rstrip().partition(" ")
+                place = vocabulary.id(word)
+                if place == UNKNOWN or place >= task.top_words:
+                    continue
+                vector = np.array(rest.split(" "), np.float32)
+                if len(vector) != (size or len(vector)) or not np.isfinite(vector).all():
+                    raise UserError(
+                        f"{task.embeddings}: line {number} has {len(vector)} numbers for {word!r}: "
+                        f"the file needs --embedding-size finite ones, here {size}"
+                    )
+                ids.append(place)
+                vectors.append(vector)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot read {task.embeddings}: {first_line(error)}") from error
+    if not ids:
+        raise UserError(f"{task.embeddings} has none of the words of the training texts")
+    return np.array(ids), np.stack(vectors)
+
+
+@functools.lru_cache(maxsize=2)
+def _parts(task: Text) -> dict[Split, Dataset]:
     check_limits(task.top_words, task.max_length)
     return task.parts()
 
@@ -149,7 +216,7 @@ class Imdb(Text):
     source: ClassVar[str] = "Maas et al. 2011"
     reported: ClassVar[str] = "500 words of the 5,000 to 30,000 most frequent, 100 to 512 units"
 
-    def parts(self) -> dict[Split, Part]:
+    def parts(self) -> dict[Split, Dataset]:
         """The reviews."""
         load = functools.partial(
             load_imdb,
@@ -182,7 +249,7 @@ class Demo(Text):
         rate = OptimizerConfig(learning_rate=1e-2, schedule="one-cycle", clip_norm=1.0)
         return Recipe(epochs=3, model=sizes, optimizer=rate)
 
-    def parts(self) -> dict[Split, Part]:
+    def parts(self) -> dict[Split, Dataset]:
         """The reports."""
         limits = {"top_words": self.top_words, "max_length": self.max_length}
         train, validation = hold_out(
@@ -235,11 +302,6 @@ class TextFile(Text):
         return _table(self).classes
 
     @property
-    def num_classes(self) -> int:
-        """How many classes there are; 0: labels are numbers."""
-        return len(self.class_names)
-
-    @property
     def objective(self) -> Objective:
         """Cross-entropy, of classes weighted if asked for, or the squared error."""
         if not self.num_classes:
@@ -250,20 +312,18 @@ class TextFile(Text):
         count = np.maximum(np.bincount(labels, minlength=self.num_classes), 1)
         return CrossEntropy(tuple((len(labels) / (self.num_classes * count)).tolist()))
 
-    def parts(self) -> dict[Split, Part]:
+    def parts(self) -> dict[Split, Dataset]:
         """The texts as ids."""
         table = _table(self)
         chosen = split_rows(table.texts, self.validation_share, self.test_share)
         training = [table.texts[n] for n in np.flatnonzero(chosen["train"])]
         vocabulary = Vocabulary.from_texts(training, load_tokenizer(self.tokenizer))
 
-        def part(rows: np.ndarray) -> Part:
+        def part(rows: np.ndarray) -> Dataset:
             numbers = np.flatnonzero(rows)
             limits = (self.top_words, self.max_length)
             sequences = [vocabulary.encode(table.texts[n], *limits) for n in numbers]
-            if table.classes:
-                return Dataset(sequences, table.labels[numbers].astype(np.int32), vocabulary)
-            return Sequences(sequences, table.labels[numbers].astype(np.float32))
+            return Dataset(sequences, table.labels[numbers], vocabulary)
 
         return {name: part(rows) for name, rows in chosen.items()}
 

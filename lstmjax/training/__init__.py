@@ -28,6 +28,7 @@ from lstmjax.training.step import (
     make_optimizer,
     make_steps,
     training_key,
+    without_gradient,
 )
 
 __all__ = [
@@ -60,4 +61,5 @@ __all__ = [
     "simple_kernels",
     "training_key",
     "versions",
+    "without_gradient",
 ]

@@ -184,7 +184,7 @@ def evaluate(
     pending: collections.deque[Sums] = collections.deque()
     total = Sums()
     where = steps.evaluation_rows or mesh
-    whole = (_filled(batch, _shards(where)) for batch in batches.in_order())
+    whole = (filled(batch, where) for batch in batches.in_order())
     placed = on_device(whole, where, steps.prepare_evaluate)
     bar = tqdm(placed, f"  {name}", len(batches), leave=False, unit="batch")
     with bar:
@@ -199,15 +199,11 @@ def evaluate(
     return total
 
 
-def _shards(where: Mesh | Sharding) -> int:
-    """Over how many devices the rows of an evaluation batch are spread."""
+def filled(batch: Batch, where: Mesh | Sharding) -> Batch:
+    """The batch with filler rows behind, as many as let the devices share it."""
     sharding = sharded(where) if isinstance(where, Mesh) else where
-    return 1 if sharding.is_fully_replicated else len(sharding.device_set) // jax.process_count()
-
-
-def _filled(batch: Batch, multiple: int) -> Batch:
-    """The batch with filler rows behind, so that the devices can share it."""
-    missing = -len(batch.lengths) % multiple
+    shards = 1 if sharding.is_fully_replicated else len(sharding.device_set) // jax.process_count()
+    missing = -len(batch.lengths) % shards
     if not missing:
         return batch
     return jax.tree.map(lambda a: np.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)]), batch)

@@ -93,6 +93,19 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return adam
 
 
+def without_gradient(parts: Sequence[str]) -> optax.GradientTransformation:
+    """Takes the gradient of parts of a model as zero, so that they stay as they are.
+
+    Args:
+        parts: names of attributes of the model.
+    """
+
+    def cleared(path: tuple[Any, ...], gradient: Array) -> Array:
+        return jnp.zeros_like(gradient) if getattr(path[0], "key", None) in parts else gradient
+
+    return optax.stateless(lambda g, _: jax.tree_util.tree_map_with_path(cleared, g))
+
+
 IN_FLIGHT = 4
 """Calls of a compiled function that may be under way at once."""
 

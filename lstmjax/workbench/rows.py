@@ -97,6 +97,8 @@ def finite(value: Any) -> Any:
     """As JSON has it: None for what is not finite."""
     if isinstance(value, Mapping):
         return {key: finite(a) for key, a in value.items()}
+    if isinstance(value, list):
+        return [finite(a) for a in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value

@@ -1,14 +1,14 @@
 """Training on a task: one model, or many side by side in one program."""
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -21,8 +21,10 @@ from lstmjax.models import count_parameters, summary
 from lstmjax.recurrence import Workload, choose_engine
 from lstmjax.tasks import Metric, Task
 from lstmjax.training.checkpoint import Checkpoints, Position
-from lstmjax.training.loop import means
+from lstmjax.training.devices import place, sharded
+from lstmjax.training.loop import filled, means
 from lstmjax.training.step import Steps, Sums, TrainState
+from lstmjax.workbench.classes import Classes, classes_of, confusion_table, draw_confusion
 from lstmjax.workbench.config import Config, check
 from lstmjax.workbench.rows import Replica, Row, finite, outcome_of, table_of
 
@@ -60,17 +62,37 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
         print(introduction(config, sources, mesh, run.path, engine))
         started = time.perf_counter()
         with training.counting_compilations() as made:
-            rows, history = learn(config, cell, steps, sources, run, mesh)
+            rows, history, classes = learn(config, cell, steps, sources, run, mesh)
         facts = {
             "parameters": count_parameters(model),
             "seconds": time.perf_counter() - started,
             "epoch_seconds": [record["seconds"] for record in history],
         }
         outcome = outcome_of(config.sizes.metric, rows, config.side_by_side)
+        if classes:
+            facts["confusion"] = [found.confusion.tolist() for found in classes]
         run.write_result(config, mesh, outcome, **facts, task=config.task, epochs=history)
         run.draw_curves(f"{cell_name(config.cell)} · {config.task} · {_seeds(config)}")
-        print(f"\n{table_of(task.metric, rows)}\n{made}; everything in {run.path}")
+        print(f"\n{table_of(task.metric, rows)}")
+        if classes:
+            tell_classes(config, classes, run.path)
+        print(f"{made}; everything in {run.path}")
     return rows
+
+
+def tell_classes(config: Config, classes: Sequence[Classes], path: pathlib.Path) -> None:
+    """Print F1, AUC and confusion matrix, of several their means and sum, and draw the matrix."""
+    names, several = config.sizes.class_names, len(classes) > 1
+    matrix = np.sum([found.confusion for found in classes], axis=0)
+    f1, auc = (float(np.mean([getattr(c, name) for c in classes])) for name in ("f1", "auc"))
+    print(
+        f"test: F1 {f1:.4f}{' (mean over classes)' if len(names) > 2 else ''}, AUC {auc:.4f}"
+        f"{', means over all runs; their confusion matrices added up:' if several else ''}"
+    )
+    print(confusion_table(matrix, names))
+    draw_confusion(
+        path / "confusion.png", f"{cell_name(config.cell)} · {config.task}", matrix, names
+    )
 
 
 def sources_of(task: Task, batch_size: int) -> dict[str, Source]:
@@ -102,24 +124,21 @@ def make_models(config: Config, cell: Cell, mesh: Mesh) -> nnx.Module:
         return nnx.split(make_model(config, cell, seed))[1]
 
     seeds = np.array([replica.seed for replica in config.replicas], np.uint32)
+    drawn = jax.vmap(draw) if config.side_by_side else lambda seeds: draw(seeds[0])
     with jax.default_device(training.local_device(mesh.devices.flat)):
         options = training.quick_compilation(mesh)
-        if not config.side_by_side:
-            return nnx.merge(
-                graphdef, jax.jit(lambda: draw(config.seed), compiler_options=options)()
-            )
-        return nnx.merge(graphdef, jax.jit(jax.vmap(draw), compiler_options=options)(seeds))
+        model = nnx.merge(graphdef, jax.jit(drawn, compiler_options=options)(seeds))
+        config.sizes.pretrained(model)
+    return model
 
 
 def make_steps(config: Config, cell: Cell, train: Source, mesh: Mesh) -> Steps:
     """The compiled functions of the run."""
     task, replicas = config.sizes, config.replicas
     optimizer = training.make_optimizer(config.optimizer, config.epochs * len(train))
-    several = config.side_by_side
+    if task.frozen:
+        optimizer = optax.chain(training.without_gradient(task.frozen), optimizer)
     base = config.optimizer.learning_rate
-    if not several:
-        rate = dataclasses.replace(config.optimizer, learning_rate=replicas[0].learning_rate)
-        optimizer = training.make_optimizer(rate, config.epochs * len(train))
     return training.make_steps(
         make_models(config, cell, mesh),
         optimizer,
@@ -128,8 +147,22 @@ def make_steps(config: Config, cell: Cell, train: Source, mesh: Mesh) -> Steps:
         masked=task.masked,
         objective=task.objective,
         carried_rows=config.batch_size if task.carried else 0,
-        replicas=[replica.learning_rate / base for replica in replicas] if several else (),
+        replicas=[r.learning_rate / base for r in replicas] if config.side_by_side else (),
     )
+
+
+class Learned(NamedTuple):
+    """What a run gave.
+
+    Attributes:
+        rows: one a replica.
+        history: the records of the epochs.
+        classes: of a classification, what more there is to say of each replica on test data.
+    """
+
+    rows: list[Row]
+    history: list[dict[str, Any]]
+    classes: list[Classes]
 
 
 def learn(
@@ -139,7 +172,7 @@ def learn(
     sources: Mapping[str, Source],
     run: training.RunFolder,
     mesh: Mesh,
-) -> tuple[list[Row], list[dict[str, Any]]]:
+) -> Learned:
     """Train, evaluating on validation data; then measure on test data, once."""
     replicas, several = config.replicas, config.side_by_side
     score = config.sizes.objective.score
@@ -170,15 +203,36 @@ def learn(
         raise
     figures = {name: history[-1][name] for name in (f"validation_{score}", "validation_loss")}
     for name, sums in found.items():
-        figures |= _measured(name, sums, score)
+        figures |= means(name, sums, score, "at the end")
+    classes = []
+    if config.sizes.class_names:
+        classes = classes_on(config, steps, state.params, sources["test"], mesh)
+        for name in ("f1", "auc"):
+            values = [getattr(found, name) for found in classes]
+            figures[f"test_{name}"] = finite(values) if several else finite(values[0])
     rows = rows_of(config, [*tests], figures, score)
     if config.side_by_side:
         leave_replicas(config, state, history, rows, run)
-    return rows, history
+    return Learned(rows, history, classes)
 
 
-def _measured(name: str, sums: Sums, score: str) -> dict[str, Any]:
-    return means(name, sums, score, "at the end")
+def classes_on(
+    config: Config, steps: Steps, params: Any, source: Source, mesh: Mesh
+) -> list[Classes]:
+    """F1, AUC and confusion matrix of every replica on the answers that count."""
+    assert steps.outputs is not None
+    where = steps.evaluation_rows or sharded(mesh)
+    outputs: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for batch in source.in_order():
+        whole = filled(batch, where)
+        counts = whole.weights > 0
+        found = np.asarray(steps.outputs(params, place(whole, where)))
+        found = found if config.side_by_side else found[None]
+        outputs.append(found[:, counts])
+        labels.append(whole.labels[counts])
+    together = np.concatenate(outputs, axis=1)
+    return [classes_of(one, np.concatenate(labels)) for one in together]
 
 
 def rows_of(
