@@ -38,7 +38,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, PyTree
 
 from lstmjax import stopping, training
-from lstmjax.cells import Cell, load_cell
+from lstmjax.cells import Cell, CellSpec, load_cell
 from lstmjax.data import sample_cumsum
 from lstmjax.errors import UserError
 from lstmjax.models import Tagger, count_parameters, summary
@@ -55,7 +55,8 @@ class Config:
     recipe: Literal["notebook", "default"] = "default"
     """Gives every other flag its default."""
     cell: str = "LSTM"
-    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell."""
+    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell; with hyper-parameters, if any:
+    "path/to/file.py:MyCell(leak=0.1)"."""
     accelerator: training.Accelerator = "auto"
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
@@ -272,7 +273,8 @@ def draw(
         }
         step = min(start + every, config.updates)
         run.log({"kind": "step", "step": step, "epoch": 1, **means})
-    run.draw_curves(f"{config.cell} · cumsum · recipe {config.recipe} · seed {config.seed}")
+    cell = CellSpec.parse(config.cell).call
+    run.draw_curves(f"{cell} · cumsum · recipe {config.recipe} · seed {config.seed}")
 
 
 if __name__ == "__main__":

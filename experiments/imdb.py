@@ -35,7 +35,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lstmjax import stopping, training
-from lstmjax.cells import Cell, load_cell, source_digest
+from lstmjax.cells import Cell, CellSpec, cell_source, load_cell, source_digest
 from lstmjax.data import (
     Batches,
     Dataset,
@@ -50,6 +50,7 @@ from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine, Workload, choose_engine
+from lstmjax.trained import ModelConfig, describe
 from lstmjax.training.command import (
     require_positive,
     require_rate,
@@ -79,6 +80,9 @@ class DataConfig:
     evaluate."""
     batch_size: int = 64
     """Reviews a step, over all devices together."""
+    word_ids: Literal["frequency", "keras"] = "frequency"
+    """Which of IMDB's equally frequent words has the smaller id: that seen first, or that which the
+    index published by Keras has first."""
     validation: float = 0.0
     """Share of the training reviews to hold out; evaluated in place of the test split."""
 
@@ -90,7 +94,8 @@ class Config:
     recipe: Literal["notebook", "notebook-dropout", "conv", "default"] = "notebook"
     """Gives every other flag its default."""
     cell: str = "LSTM"
-    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell."""
+    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell; with hyper-parameters, if any:
+    "path/to/file.py:MyCell(leak=0.1)"."""
     accelerator: training.Accelerator = "auto"
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
@@ -111,6 +116,11 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    keep_best: bool = False
+    """The model that the run leaves is that of the epoch with the smallest validation loss, not the
+    last one; needs --validation."""
+    patience: int = 0
+    """End after so many epochs without a smaller validation loss; 0: not. Needs --validation."""
     repeat: pathlib.Path | None = None
     """Run again what this folder's run was asked for, and say whether the numbers are the same."""
     coordinator: str = ""
@@ -131,7 +141,7 @@ CORPUS = {
     "demo": "built-in DEMO corpus (not IMDB)",
     "rows": "rows streamed from --data-dir (not IMDB)",
 }
-NOTEBOOK = Config()
+NOTEBOOK = Config(data=DataConfig(word_ids="keras"))
 RECIPES = {
     "notebook": NOTEBOOK,
     "notebook-dropout": dataclasses.replace(
@@ -139,7 +149,7 @@ RECIPES = {
         recipe="notebook-dropout",
         model=ClassifierConfig(dropout_before=0.2, dropout_after=0.2),
     ),
-    "conv": dataclasses.replace(NOTEBOOK, recipe="conv", model=ClassifierConfig(conv_filters=32)),
+    "conv": Config(recipe="conv", model=ClassifierConfig(conv_filters=32)),
     "default": Config(
         recipe="default",
         data=DataConfig(padding="bucketed"),
@@ -184,8 +194,15 @@ def check(config: Config) -> None:
         )
     if not model.pooling:
         raise UserError("--pooling needs at least one of last, mean, max")
-    if config.checkpoint_every < 0:
-        raise UserError(f"--checkpoint-every must be at least 0, got {config.checkpoint_every}")
+    for name in ("checkpoint_every", "patience"):
+        if getattr(config, name) < 0:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 0, got {getattr(config, name)}")
+    if (config.keep_best or config.patience) and not data.validation:
+        raise UserError(
+            "--keep-best and --patience choose an epoch, which test data must not: add "
+            "--validation 0.1, say"
+        )
     if model.conv_filters < 0:
         raise UserError(f"--conv-filters must be at least 0, got {model.conv_filters}")
     rate, clip = config.optimizer.learning_rate, config.optimizer.clip_norm
@@ -202,7 +219,6 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     name = training.run_name(
         "imdb", config.recipe, config.data.data, cell=config.cell, seed=config.seed
     )
-    cell_file = pathlib.Path(config.cell.rpartition(":")[0])  # of a user's cell
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
     for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
         del settings[here_only]
@@ -228,7 +244,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
             "devices": mesh.size,
             "processes": jax.process_count(),
         },
-        cell_source=cell_file.read_bytes() if cell_file.suffix else None,
+        cell_source=cell_source(config.cell),
     )
 
 
@@ -243,6 +259,7 @@ def load(config: Config, split: Literal["train", "test"]) -> Dataset:
         max_length=data.max_length,
         data_dir=data.data_dir,
         archive=data.archive,
+        word_ids=data.word_ids,
     )
 
 
@@ -309,6 +326,7 @@ def main(config: Config) -> None:
             f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
             f"run folder {run.path}"
         )
+        describe_model(config, train, run)
         started = time.perf_counter()
         with training.counting_compilations() as made:
             history = learn(config, cell, model, train, evaluations, run, mesh)
@@ -324,6 +342,20 @@ def main(config: Config) -> None:
         print(f"{made.programs['jit(local_gradient)']} shape(s) trained on; {made}")
 
 
+def describe_model(config: Config, train: Batches, run: training.RunFolder) -> None:
+    """Write what `lstmjax.load_run` needs; rows on disk come without words."""
+    if train.vocabulary is not None:
+        described = ModelConfig(
+            config.cell,
+            config.model,
+            precision=config.precision,
+            max_length=config.data.max_length,
+            padding=config.data.padding,
+            data=CORPUS[config.data.data],
+        )
+        describe(run, described, train.vocabulary)
+
+
 def report(
     config: Config,
     run: training.RunFolder,
@@ -333,12 +365,17 @@ def report(
     facts: dict[str, Any],
 ) -> None:
     """Write the result, then all that may fail; ``name`` is the split that was evaluated."""
-    last, corpus = history[-1], CORPUS[config.data.data]
-    outcome = {key: last[key] for key in (f"{name}_accuracy", f"{name}_loss")}
+    kept = training.best_epoch(history, name) if config.keep_best else history[-1]
+    corpus, cell = CORPUS[config.data.data], CellSpec.parse(config.cell).call
+    outcome = {key: kept[key] for key in (f"{name}_accuracy", f"{name}_loss")}
+    facts = {**facts, "kept_epoch": kept["epoch"]}
     run.write_result(config, mesh, outcome, **facts, data=config.data.data, epochs=history)
-    run.draw_curves(f"{config.cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
+    run.draw_curves(f"{cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
     print_table(history, name)
-    print(f"{corpus}, {name} accuracy {last[f'{name}_accuracy']:.2%}; everything in {run.path}")
+    print(
+        f"{corpus}, {name} accuracy {kept[f'{name}_accuracy']:.2%} after epoch {kept['epoch']}; "
+        f"everything in {run.path}"
+    )
 
 
 def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
@@ -394,6 +431,8 @@ def learn(
             resume=config.resume or config.resume_or_start,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
+            keep_best=config.keep_best,
+            patience=config.patience,
         )[1]
     except training.NonFiniteLossError as error:
         line = training.line_of_nan(cell)

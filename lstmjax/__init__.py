@@ -90,6 +90,7 @@ if TYPE_CHECKING:
         unroll,
     )
     from lstmjax.recurrence.noise import row_keys
+    from lstmjax.trained import ModelConfig, TrainedModel, load_run
 
     __version__: str
 
@@ -130,6 +131,7 @@ __all__ = [
     "LayerNormLSTM",
     "MinGRU",
     "MinLSTM",
+    "ModelConfig",
     "MogrifierLSTM",
     "MultiplicativeLSTM",
     "Noise",
@@ -145,6 +147,7 @@ __all__ = [
     "SimpleRNN",
     "Stack",
     "Tagger",
+    "TrainedModel",
     "VariationalLSTM",
     "WeightDropLSTM",
     "Workload",
@@ -162,13 +165,21 @@ __all__ = [
     "last_valid",
     "length_mask",
     "load_cell",
+    "load_run",
     "pool",
     "row_keys",
     "summary",
     "unroll",
 ]
 
-_MODULES = ("cells", "recurrence", "recurrence.noise", "layers", "models")  # the lightest first
+_MODULES = (
+    "cells",
+    "recurrence",
+    "recurrence.noise",
+    "layers",
+    "models",
+    "trained",
+)  # the lightest first
 
 
 def __getattr__(name: str) -> object:

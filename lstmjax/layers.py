@@ -24,6 +24,7 @@ from lstmjax.cells.contract import shapes_of
 from lstmjax.precision import DotGeneral, as_precision
 from lstmjax.recurrence import Engine, length_mask, unroll
 from lstmjax.recurrence.noise import Keys, as_keys, row_keys
+from lstmjax.traced import Size
 
 __all__ = [
     "Bidirectional",
@@ -60,7 +61,7 @@ Carries: TypeAlias = PyTree
 
 
 def keys_of_call(
-    keys: AnyKeys, rngs: AnyRngs, deterministic: bool | None, rows: int
+    keys: AnyKeys, rngs: AnyRngs, deterministic: bool | None, rows: Size
 ) -> Keys | None:
     """The keys that a call means, said in our way or in Flax'; None evaluates.
 
@@ -263,7 +264,7 @@ class Layer(nnx.Module):
         """Features of the output."""
         raise NotImplementedError
 
-    def initial_carry(self, *batch: int) -> Carries:
+    def initial_carry(self, *batch: Size) -> Carries:
         """The carry before the first step, nested as a call returns it.
 
         Args:
@@ -377,7 +378,7 @@ class Recurrent(Layer):
         )
         return self._cast(arrays)
 
-    def initial_carry(self, *batch: int) -> Carry:
+    def initial_carry(self, *batch: Size) -> Carry:
         """The carry before the first step, arrays ``(*batch, H)``.
 
         Example:
@@ -521,7 +522,7 @@ class Bidirectional(Layer):
         ]
         return jax.eval_shape(self._merged, *outs).shape[-1]
 
-    def initial_carry(self, *batch: int) -> tuple[Carry, Carry]:
+    def initial_carry(self, *batch: Size) -> tuple[Carry, Carry]:
         """The pair of carries before the first step of each direction."""
         return self.forward.initial_carry(*batch), self.backward.initial_carry(*batch)
 
@@ -641,7 +642,7 @@ class Stack(Layer):
         """Features of the output."""
         return self.layers[-1].output_size
 
-    def initial_carry(self, *batch: int) -> list[Carries]:
+    def initial_carry(self, *batch: Size) -> list[Carries]:
         """A list of what each layer begins with."""
         return [layer.initial_carry(*batch) for layer in self.layers]
 

@@ -208,13 +208,23 @@ class Classifier(nnx.Module):
         inputs: Mapping[str, Array] | None = None,
     ) -> Iterator[Stage]:
         """The forward pass layer by layer."""
+        x = self.embedding(jnp.asarray(ids))
+        yield Stage("embedding", self.embedding, x)
+        yield from self.after_embedding(x, mask, keys, inputs)
+
+    def after_embedding(
+        self,
+        x: Float[Array, "B T E"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: Keys | None = None,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> Iterator[Stage]:
+        """The forward pass from the vectors of words on; the last stage has the logits."""
         config = self.config
         key_words, key_before, key_between, key_after = fold_keys(keys, 4)
-        ids, mask = jnp.asarray(ids), None if mask is None else jnp.asarray(mask)
-        x = self.embedding(ids)
-        yield Stage("embedding", self.embedding, x)
+        mask = None if mask is None else jnp.asarray(mask)
         if config.dropout_words:
-            kept = dropout(jnp.ones(ids.shape, x.dtype), config.dropout_words, key_words)
+            kept = dropout(jnp.ones(x.shape[:2], x.dtype), config.dropout_words, key_words)
             x = x * kept[..., None]
             yield Stage("dropout_words", None, x)
         if config.dropout_before:
@@ -489,6 +499,60 @@ def _check_config(cell: Cell, config: ClassifierConfig | SequenceConfig) -> None
 def count_parameters(model: nnx.Module) -> int:
     """Number of trainable numbers in a model or layer."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def named_parameters(model: nnx.Module | PyTree) -> dict[str, PyTree]:
+    """The parameters of a model, or those that `nnx.split` took out of it, by name.
+
+    Arrays, or shapes where the model has those.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> model = Tagger(LSTM(20), 1, rngs=nnx.Rngs(0))
+        >>> {name: a.shape for name, a in named_parameters(model).items()}["head.kernel"]
+        (20, 1)
+    """
+    state = nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {_name(path): leaf for path, leaf in found}
+
+
+def set_parameters(model: nnx.Module, named: Mapping[str, Array | np.ndarray]) -> None:
+    """Put arrays in the place of a model's parameters, which may be mere shapes.
+
+    Args:
+        model: changed in place.
+        named: all of its parameters, as `named_parameters` names them.
+
+    Raises:
+        ValueError: one is missing, is not of this model, or has another shape or dtype.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> model, other = (Tagger(LSTM(20), 1, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+        >>> set_parameters(other, named_parameters(model))
+        >>> bool((other.head.kernel[...] == model.head.kernel[...]).all())
+        True
+    """
+    wanted = named_parameters(model)
+    for name in (*wanted, *named):
+        there, here = (
+            f"{a.dtype}{[*a.shape]}" if (a := d.get(name)) is not None else "missing"
+            for d in (named, wanted)
+        )
+        if there != here:
+            raise ValueError(f"{name} is {there}; this model has {here}")
+    state = nnx.state(model, nnx.Param)
+    filled = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.asarray(named[_name(path)]), state
+    )
+    nnx.update(model, filled)
+
+
+def _name(path: tuple[object, ...]) -> str:
+    """``recurrent.layers.0.params.kernel`` for the path to a leaf of a state."""
+    keys = path[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else path
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
 
 
 def summary(model: nnx.Module, *inputs: PyTree) -> str:

@@ -27,3 +27,21 @@ def no_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """A run of a user's cell on the demo corpus, for reading only: copy what is to be changed."""
+    from tests.trained_run import CELL_FILE, LEARNS, train
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "mine.py").write_text(CELL_FILE)
+    return train(
+        folder / "run",
+        cell=f"{folder / 'mine.py'}:Mine(leak=0.25)",
+        epochs=5,
+        model=LEARNS,
+        max_length=50,
+        batch_size=200,
+        learning_rate=2e-2,
+    )

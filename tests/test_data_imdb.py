@@ -22,6 +22,7 @@ from lstmjax import files
 from lstmjax.cache import cache_folder
 from lstmjax.data import archive as archives
 from lstmjax.data import imdb, load_imdb
+from lstmjax.data.keras_index import python2_dict_order, python2_hash, record_names
 from lstmjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -475,7 +476,7 @@ def test_the_constants_are_those_of_tfds():
 def run_experiment(folder, archive, program):
     """``experiments/imdb.py`` as ``program`` starts it, in a process of its own."""
     flags = {"hidden-size": 2, "embedding-size": 2, "top-words": 30, "batch-size": 4, "epochs": 1}
-    flags |= {"recipe": "notebook", "max-length": 8}
+    flags |= {"recipe": "notebook", "max-length": 8, "word-ids": "frequency"}
     flags |= {"archive": archive, "data-dir": "data", "run-dir": "run"}
     return subprocess.run(
         [sys.executable, *program, *(f"--{name}={value}" for name, value in flags.items())],
@@ -607,6 +608,42 @@ def test_a_download_that_is_not_there(server, monkeypatch):
     monkeypatch.setattr(imdb, "URL", url)
     with pytest.raises(UserError, match="404"):
         load_imdb("train", data_dir=archive.parent, progress=False)
+
+
+# Keras' word index
+
+
+def test_word_ids_that_are_not_to_be_had(prepared):
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=r'not the training reviews of IMDB.*use "frequency"'):
+            load_imdb(split, data_dir=prepared, progress=False, word_ids="keras")
+
+
+def test_word_ids_of_another_name(prepared, no_type_checks):
+    with pytest.raises(UserError, match="no word ids 'tf': choose frequency or keras"):
+        load_imdb("train", data_dir=prepared, progress=False, word_ids="tf")
+
+
+def test_names_of_records_are_those_of_the_archive():
+    names = record_names()
+    assert len(set(names)) == 25_000
+    assert sorted(int(name.split("_")[0]) for positive, name in names if positive) == [
+        *range(12_500)
+    ]
+    stars = {
+        positive: {name.split("_")[1] for p, name in names if p is positive}
+        for positive in (True, False)
+    }
+    assert stars[True] == {f"{n}.txt" for n in (7, 8, 9, 10)}
+    assert stars[False] == {f"{n}.txt" for n in (1, 2, 3, 4)}
+
+
+def test_hashes_and_dicts_of_python_2():
+    assert (python2_hash(b"a"), python2_hash(b"")) == (12416037344, 0)
+    words = ["a", "b", "c", "d", "e"]
+    assert [words[n] for n in python2_dict_order(words)] == ["a", "c", "b", "e", "d"]
+    many = [f"w{n}" for n in range(1000)]
+    assert sorted(python2_dict_order(many)) == [*range(1000)]
 
 
 # Cache
@@ -761,7 +798,8 @@ def real_splits(real, tmp_path_factory):
         first = time.perf_counter() - start
         start = time.perf_counter()
         splits = [load_imdb(split, data_dir=real, progress=False) for split in ("train", "test")]
-        return *splits, first, time.perf_counter() - start
+        cache = Path(os.environ["LSTMJAX_CACHE_DIR"])
+        return *splits, first, time.perf_counter() - start, cache
 
 
 def test_real_facts(real_splits):
@@ -777,9 +815,43 @@ def test_real_facts(real_splits):
         assert max(row.max() for row in dataset.sequences) == 4999
 
 
+# The beginning of the index as Keras publishes it, and of its first review, without 1, the start.
+KERAS_INDEX = {
+    **{"fawn": 34701, "tsukino": 52006, "nunnery": 52007, "sonja": 16816, "vani": 63951},
+    **{"woods": 1408, "spiders": 16115, "hanging": 2345, "woody": 2289, "trawling": 52008},
+    **{"hold's": 52009, "comically": 11307, "localized": 40830, "disobeying": 30568},
+    **{"'royale": 52010, "harpo's": 40831, "canet": 52011, "aileen": 19313, "rickman": 25242},
+}
+KERAS_REVIEW = [14, 22, 16, 43, 530, 973, 1622, 1385, 65, 458, 4468, 66, 3941, 4, 173]
+
+
+def test_real_word_ids_of_keras(real, real_splits, monkeypatch):
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(real_splits[-1]))
+    monkeypatch.setattr(archives, "REVIEWS", dict.fromkeys(FEW, 12_500))
+    train = load_imdb("train", 10**6, 10**6, real, progress=False, word_ids="keras")
+    for word, number in KERAS_INDEX.items():
+        assert train.vocabulary.id(word) == number + 3, word
+    assert [*train.vocabulary.encode("this film was just brilliant casting")][1:] == [
+        *KERAS_REVIEW[:6]
+    ]
+    assert any(row[1:16].tolist() == KERAS_REVIEW for row in train.sequences)
+    plain, test = real_splits[:2]
+    assert sorted(train.vocabulary.words) == sorted(plain.vocabulary.words)
+    pairs = zip(train.vocabulary.words[:4996], plain.vocabulary.words, strict=False)
+    assert sum(a != b for a, b in pairs) == 3679
+    (kept,) = real_splits[-1].glob("*-keras.npy")
+    again = kept.read_bytes()
+    kept.write_bytes(again[:-4] + again[:4])  # no permutation: it is rebuilt
+    other = load_imdb("test", 5000, 500, real, progress=False, word_ids="keras")
+    assert other.vocabulary == train.vocabulary
+    assert kept.read_bytes() == again
+    both = zip(other.sequences, test.sequences, strict=True)
+    assert [len(a) for a, _ in both] == [len(row) for row in test.sequences]
+
+
 @pytest.mark.alone
 def test_real_speed(real_splits):
-    *_, first, second = real_splits
+    *_, first, second, _ = real_splits
     assert first < 30  # measured 9 s
     assert second < 2  # measured 0.2 s
 

@@ -59,7 +59,12 @@ def test_names_for_the_editor_are_those_that_are_there():
 
 
 def test_every_cell_is_at_the_top():
-    assert {*cells.__all__} - {*lstmjax.__all__} == {"Params", "source_digest"}
+    assert {*cells.__all__} - {*lstmjax.__all__} == {
+        "CellSpec",
+        "Params",
+        "cell_source",
+        "source_digest",
+    }
 
 
 def test_the_version_is_that_of_the_project():

@@ -22,6 +22,7 @@ from lstmjax.tasks import (
     Demo,
     Digits,
     Generated,
+    Mnist1d,
     Parity,
     SelectiveCopy,
     SequenceFile,
@@ -331,6 +332,14 @@ def test_sequences_that_do_not_fit_together(tmp_path):
         SequenceFile(file=tmp_path / "none.npz").rows()
 
 
+def test_curves():
+    pytest.importorskip("mnist1d")
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    task = Mnist1d()
+    assert len(task.rows().sequences) == 5000
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
 def test_digits():
     pytest.importorskip("sklearn")
     task = Digits()
@@ -342,8 +351,8 @@ def test_digits():
 
 @pytest.mark.parametrize("name", sorted({*TASKS} - {"imdb", "text", "sequences"}))
 def test_a_model_answers_in_the_shape_of_the_labels(name):
-    if name == "digits":
-        pytest.importorskip("sklearn")
+    if name in ("digits", "mnist1d"):
+        pytest.importorskip({"digits": "sklearn"}.get(name, name))
     from flax import nnx
 
     from lstmjax import LSTM

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from lstmjax import training
+from lstmjax import load_run, training
 from lstmjax.cells import load_cell
+from lstmjax.data import words_of
 from lstmjax.errors import UserError
 from lstmjax.tasks import Adding, Characters, Demo, Parity, TextFile
 from lstmjax.training.checkpoint import Checkpoints
@@ -209,16 +210,17 @@ def test_texts_of_ones_own_from_file_to_verdict(capsys):
         freeze_embeddings=True,
         buckets=1,
     )
-    model = dataclasses.replace(
+    small = dataclasses.replace(
         made.model, hidden_size=4, embedding_size=3, dropout_before=0.0, dropout_after=0.0
     )
     asked = dataclasses.replace(
         made,
         sizes=sizes,
-        model=model,
+        model=small,
         epochs=12,
         batch_size=8,
         accelerator="cpu",
+        keep_best=True,
         run_dir=pathlib.Path("r"),
         optimizer=dataclasses.replace(made.optimizer, learning_rate=0.05),
     )
@@ -237,7 +239,13 @@ def test_texts_of_ones_own_from_file_to_verdict(capsys):
     vocabulary = sizes.parts()["train"].vocabulary
     for word, vector in vectors.items():
         np.testing.assert_array_equal(table[vocabulary.id(word)], vector)
-    wide = dataclasses.replace(asked, model=dataclasses.replace(model, embedding_size=5))
+    model = load_run("r")
+    texts = ["un bleu deux", "rouge", "Trois VERT"]
+    assert [model.config.classes[k] for k in model.predict(texts).argmax(1)] == [
+        "bleu", "rouge", "vert",
+    ]  # fmt: skip
+    assert model.vocabulary.tokenizer is words_of
+    wide = dataclasses.replace(asked, model=dataclasses.replace(small, embedding_size=5))
     with pytest.raises(UserError, match="line 1 has 3 numbers for 'rouge'"):
         train(wide)
 

@@ -1,35 +1,109 @@
-"""From ``LSTM`` or ``path/to/file.py:MyCell`` to a cell that keeps the contract."""
+"""From ``LSTM`` or ``path/to/file.py:MyCell(leak=0.1)`` to a cell that keeps the contract."""
 
+import ast
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import pathlib
+import re
 import sys
 from types import ModuleType
+from typing import NamedTuple
 
 from lstmjax.cells.base import Cell
 from lstmjax.cells.contract import check_contract
-from lstmjax.errors import UserError, user_line
+from lstmjax.errors import ContractError, UserError, user_line
+
+
+class CellSpec(NamedTuple):
+    """What ``--cell`` says.
+
+    Attributes:
+        path: of the user's file, "" for a built-in cell.
+        name: of the class.
+        call: name and hyper-parameters as they were written, ``"MyCell(leak=0.1)"``.
+    """
+
+    path: str
+    name: str
+    call: str
+
+    @classmethod
+    def parse(cls, spec: str) -> "CellSpec":
+        """Take a text apart; what cannot be meant is a cell of that odd name, which nobody has.
+
+        >>> CellSpec.parse("cells/my_cell.py:MyCell(leak=0.1)")
+        CellSpec(path='cells/my_cell.py', name='MyCell', call='MyCell(leak=0.1)')
+        >>> CellSpec.parse("LSTM")
+        CellSpec(path='', name='LSTM', call='LSTM')
+        """
+        # A path may hold brackets and a hyper-parameter a colon: the first reading that is Python.
+        for found in re.finditer(r"(?:^|:)(?=([^\W\d]\w*)(\(.*\)|)$)", spec, re.DOTALL):
+            if not found[2] or _is_call(found[1] + found[2]):
+                return cls(spec[: found.start()], found[1], found[1] + found[2])
+        path, _, name = spec.rpartition(":")
+        return cls(path, name, name)
+
+    def within(self, path: str) -> str:
+        """The same cell, of the file ``path``; of a built-in cell its name."""
+        return f"{path}:{self.call}" if self.path else self.call
+
+    def hyper_parameters(self) -> dict[str, object]:
+        """What stands in the brackets; literals only, and nothing is run.
+
+        Raises:
+            UserError: it is no list of ``name=literal``.
+        """
+        call = ast.parse(self.call, mode="eval").body if self.name != self.call else None
+        if not isinstance(call, ast.Call):
+            return {}
+        if call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise UserError(
+                f"--cell {self.call}: give each hyper-parameter by name, as {self.name}(leak=0.1)"
+            )
+        found: dict[str, object] = {}
+        for keyword in call.keywords:
+            text = ast.unparse(keyword.value)
+            try:
+                found[str(keyword.arg)] = ast.literal_eval(keyword.value)
+            except (ValueError, TypeError, MemoryError, RecursionError):
+                raise UserError(
+                    f"--cell {self.name}: {keyword.arg}={text[:60]} is no literal (number, text, "
+                    "True, None or a tuple of such); set anything else in a subclass of your own"
+                ) from None
+        return found
+
+
+def _is_call(text: str) -> bool:
+    try:
+        return isinstance(ast.parse(text, mode="eval").body, ast.Call)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
 
 
 def load_cell(spec: str, hidden_size: int) -> Cell:
     """The cell that ``spec`` names, checked against the contract.
 
     Args:
-        spec: a name in `lstmjax.cells` (``LSTM``), or ``path/to/file.py:MyCell``. The file is
-            imported; it may import its neighbours.
+        spec: a name in `lstmjax.cells` (``LSTM``), or ``path/to/file.py:MyCell``; after either,
+            hyper-parameters, ``MyCell(leak=0.1)``, whose values are literals. The file is imported;
+            it may import its neighbours.
         hidden_size: number of units H.
 
     Raises:
-        UserError: no such file or class, the file does not run, or the cell breaks the contract.
+        UserError: no such file or class, the file does not run, the cell has no such
+            hyper-parameter, or it breaks the contract.
 
     Example:
         >>> load_cell("LSTM", hidden_size=100)
         LSTM(hidden_size=100)
+        >>> load_cell("PhasedLSTM(leak=0.01)", hidden_size=100)
+        PhasedLSTM(hidden_size=100, leak=0.01)
     """
-    path, _, name = spec.rpartition(":")
-    module = run_file(path) if ":" in spec else importlib.import_module("lstmjax.cells")
+    path, name, _ = parsed = CellSpec.parse(spec)
+    module = run_file(path) if path else importlib.import_module("lstmjax.cells")
     classes = {
         key: value
         for key, value in vars(module).items()
@@ -42,15 +116,45 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
             f"no cell {name!r} in {where} (cells there: {have}); name one of them, or your own "
             "as path/to/file.py:MyCell"
         )
+    hyper = _checked(classes[name], parsed.hyper_parameters())
     try:
-        cell = classes[name](hidden_size)
+        cell = classes[name](hidden_size, **hyper)  # type: ignore[arg-type]
+    except ContractError:
+        raise
     except Exception as error:
+        given = "".join(f", {key}={value!r}" for key, value in hyper.items())
+        remedy = "mend those" if hyper else "give its other fields defaults, or give them in --cell"
         raise UserError(
-            f"cell {spec!r} cannot be built from hidden_size={hidden_size} alone: {_line(error)}; "
-            "give its other fields defaults"
+            f"cell {spec!r} cannot be built from hidden_size={hidden_size}{given or ' alone'}: "
+            f"{_line(error)}; {remedy}"
         ) from error
     check_contract(cell)
     return cell
+
+
+def _checked(kind: type[Cell], given: dict[str, object]) -> dict[str, object]:
+    """The hyper-parameters given, if the cell has them, and of the kind of their defaults."""
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    del fields["hidden_size"]  # said by --hidden-size
+    checked: dict[str, object] = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise UserError(
+                f"{kind.__name__} has no hyper-parameter {name!r} to give in --cell; it has: "
+                + ", ".join(fields)
+            )
+        default = fields[name].default
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        plain = isinstance(default, bool | int | float | str | tuple)
+        if callable(default) or (plain and type(value) is not type(default)):
+            what = f"{type(default).__name__} ({getattr(default, '__name__', repr(default))})"
+            raise UserError(
+                f"--cell {kind.__name__}: {name} is a {what} by default, got {value!r}; "
+                + ("set it in a subclass of your own" if callable(default) else "give such a value")
+            )
+        checked[name] = value
+    return checked
 
 
 def run_file(path: str) -> ModuleType:
@@ -77,10 +181,31 @@ def run_file(path: str) -> ModuleType:
     return module
 
 
+def cell_source(spec: str) -> bytes | None:
+    """Content of the file that ``spec`` names, None for a built-in cell."""
+    path = CellSpec.parse(spec).path
+    return pathlib.Path(path).read_bytes() if path else None
+
+
 def source_digest(spec: str) -> str | None:
     """SHA-256 of the file that ``spec`` names, None for a built-in cell."""
-    path, _, _ = spec.rpartition(":")
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else None
+    source = cell_source(spec)
+    return None if source is None else hashlib.sha256(source).hexdigest()
+
+
+def same_program(a: bytes, b: bytes) -> bool:
+    """Whether two Python files differ in comments and layout alone.
+
+    >>> same_program(b"x = 1  # one", b"# two\\nx = (1)"), same_program(b"x = 1", b"x = 2")
+    (True, False)
+    """
+    if a == b:
+        return True
+    try:
+        first, second = (ast.dump(ast.parse(source)) for source in (a, b))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return first == second
 
 
 def _line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32
 
-from lstmjax.data.vocabulary import PAD, Dataset, check_rows
+from lstmjax.data.vocabulary import PAD, Dataset, Vocabulary, check_rows
 from lstmjax.errors import UserError
 
 
@@ -81,6 +81,8 @@ class Batches:
             number.
     """
 
+    vocabulary: Vocabulary | None = None  # of the data set; rows on disk come without
+
     def __init__(
         self,
         dataset: Dataset | Sequences,
@@ -93,6 +95,7 @@ class Batches:
     ) -> None:
         self._prepare(batch_size, boundaries, padding, len(dataset.sequences))
         if isinstance(dataset, Dataset):
+            self.vocabulary = dataset.vocabulary
             check_rows(dataset, num_classes, top_words)
         first = dataset.sequences[0]
         ends = np.cumsum([len(row) for row in dataset.sequences])

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -21,6 +21,7 @@ from jaxtyping import Int32, Int64
 from lstmjax import files, stopping
 from lstmjax.cache import cache_folder, home
 from lstmjax.data import archive as archives
+from lstmjax.data.keras_index import keras_order
 from lstmjax.data.vocabulary import FIRST_WORD, UNKNOWN, Dataset, Vocabulary, check_limits
 from lstmjax.errors import DISK_FAILS, StorageError, UserError
 
@@ -29,6 +30,8 @@ _NAME = "imdb_reviews/plain_text:1.0.0"
 _FOLDER = Path("imdb_reviews", "plain_text", "1.0.0")
 _ENCODING = 1  # raise it when tokenize or the ids change: older caches are then ignored
 _SPLITS = ("train", "test")
+WordIds = Literal["frequency", "keras"]
+"""Whose order decides among equally frequent words: see `load_imdb`."""
 _WORK = ".lstmjax-preparing"
 
 
@@ -47,6 +50,7 @@ def load_imdb(
     data_dir: str | os.PathLike[str] | None = None,
     archive: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    word_ids: WordIds = "frequency",
 ) -> Dataset:
     """Load 25,000 labelled reviews; the first call prepares and encodes them.
 
@@ -59,6 +63,9 @@ def load_imdb(
         archive: the archive of reviews on disk, used instead of the download when IMDB has not
             been prepared in ``data_dir``; see docs/data.md.
         progress: show progress bars.
+        word_ids: of words that are equally frequent, which comes first: ``"frequency"``, the one
+            seen first; ``"keras"``, the one that comes first in the index that Keras publishes, so
+            that a review has the ids that `keras.datasets.imdb` gives it.
 
     Raises:
         UserError: the data cannot be had (no network, a bad archive, a folder that cannot be
@@ -66,6 +73,8 @@ def load_imdb(
     """
     if split not in _SPLITS:
         raise UserError(f"there is no split {split!r}: choose train or test")
+    if word_ids not in get_args(WordIds):
+        raise UserError(f"there are no word ids {word_ids!r}: choose frequency or keras")
     check_limits(top_words, max_length)
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = home(folder)
@@ -74,12 +83,21 @@ def load_imdb(
     elif (root / _WORK).exists():
         _remove_leftovers(root)
     cache = _cache_file(root)
-    loaded = _read_cache(cache, split) if cache else None
-    if loaded is None:
+    wanted = {split, "train"} if word_ids == "keras" else {split}
+    found = {name: _read_cache(cache, name) for name in wanted} if cache else {}
+    known = {name: loaded for name, loaded in found.items() if loaded is not None}
+    if known.keys() != wanted:
         splits, vocabulary = _encode(root, progress)
         _write_cache(cache, splits, vocabulary)
-        loaded = splits[split], vocabulary
-    encoded, vocabulary = loaded
+        known = {name: (encoded, vocabulary) for name, encoded in splits.items()}
+    encoded, vocabulary = known[split]
+    if word_ids == "keras":
+        order = _keras_order(cache, root, known["train"][0], vocabulary)
+        places = np.empty(FIRST_WORD + len(order), np.int32)
+        places[:FIRST_WORD] = np.arange(FIRST_WORD)
+        places[FIRST_WORD + order] = np.arange(FIRST_WORD, len(places))
+        encoded = encoded._replace(ids=places[encoded.ids])
+        vocabulary = Vocabulary(tuple(vocabulary.words[n] for n in order))
     return Dataset(_cut(encoded, top_words, max_length), encoded.labels, vocabulary)
 
 
@@ -310,6 +328,32 @@ def _read_cache(path: Path, split: str) -> tuple[_Encoded, Vocabulary] | None:
         return encoded, Vocabulary(tuple(words))
     except Exception:  # absent, or damaged in whatever way: it is rebuilt
         return None
+
+
+def _keras_order(
+    cache: Path | None, root: Path, train: _Encoded, vocabulary: Vocabulary
+) -> Int64[np.ndarray, " words"]:
+    """Places of the words in Keras' index; kept beside the cache, for it takes seconds."""
+    path = cache and cache.with_name(f"{cache.stem}-keras.npy")
+    size = len(vocabulary)
+    try:
+        assert path is not None
+        found = np.frombuffer(files.read_bytes(path, 4 * size), np.int32).astype(np.int64)
+        if len(found) == size and (np.sort(found) == np.arange(size)).all():
+            return found
+    except (AssertionError, OSError, ValueError):  # absent, or damaged: it is rebuilt
+        pass
+    rows = np.split(train.ids, train.offsets[1:-1])
+    try:
+        order = np.array(keras_order(rows, train.labels, vocabulary.words, FIRST_WORD))
+    except ValueError as error:
+        raise UserError(
+            f'{error}, so word_ids="keras" is not to be had from {root}; use "frequency"'
+        ) from error
+    with contextlib.suppress(OSError):
+        if path is not None:
+            files.publish(path, order.astype(np.int32).tobytes())
+    return order
 
 
 def _refuse_bomb(raw: IO[bytes]) -> None:

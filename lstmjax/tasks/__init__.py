@@ -8,7 +8,7 @@ from lstmjax.tasks.cumsum import Cumsum
 from lstmjax.tasks.loading import TASKS, load_task
 from lstmjax.tasks.metric import Metric
 from lstmjax.tasks.recall import AssociativeRecall
-from lstmjax.tasks.rows import Digits, SequenceFile
+from lstmjax.tasks.rows import Digits, Mnist1d, SequenceFile
 from lstmjax.tasks.state_tracking import S5, Parity
 from lstmjax.tasks.text import Demo, Imdb, TextFile
 
@@ -25,6 +25,7 @@ __all__ = [
     "Generated",
     "Imdb",
     "Metric",
+    "Mnist1d",
     "Parity",
     "Recipe",
     "Sample",

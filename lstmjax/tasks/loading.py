@@ -12,7 +12,7 @@ from lstmjax.tasks.characters import Characters
 from lstmjax.tasks.copying import CopyMemory, SelectiveCopy
 from lstmjax.tasks.cumsum import Cumsum
 from lstmjax.tasks.recall import AssociativeRecall
-from lstmjax.tasks.rows import Digits, SequenceFile
+from lstmjax.tasks.rows import Digits, Mnist1d, SequenceFile
 from lstmjax.tasks.state_tracking import S5, Parity
 from lstmjax.tasks.text import Demo, Imdb, TextFile
 
@@ -24,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     "demo": Demo,
     "digits": Digits,
     "imdb": Imdb,
+    "mnist1d": Mnist1d,
     "parity": Parity,
     "recall": AssociativeRecall,
     "s5": S5,

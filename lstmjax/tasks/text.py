@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -20,14 +20,13 @@ from lstmjax.cells.base import Cell
 from lstmjax.data.batches import Batches, Source, bucket_boundaries, hold_out
 from lstmjax.data.demo import load_demo
 from lstmjax.data.imdb import load_imdb
+from lstmjax.data.tokenizers import load_tokenizer
 from lstmjax.data.vocabulary import (
     FIRST_WORD,
     UNKNOWN,
     Dataset,
     Vocabulary,
     check_limits,
-    tokenize,
-    words_of,
 )
 from lstmjax.errors import UserError, first_line, reason
 from lstmjax.models import Classifier, ClassifierConfig
@@ -138,16 +137,30 @@ class Text(Task):
             name: describe([len(row) for row in part.sequences], np.asarray(part.labels))
             for name, part in _parts(self).items()
         }
-        words = min(len(_vocabulary(self)), self.top_words - FIRST_WORD)
-        facts["words"] = f"{words:,} of {len(_vocabulary(self)):,}"
+        words = min(len(self.vocabulary), self.top_words - FIRST_WORD)
+        facts["words"] = f"{words:,} of {len(self.vocabulary):,}"
         if self.embeddings is not None:
             facts["words"] += f", {len(_vectors(self)[0]):,} of them with pretrained vectors"
         return facts
 
+    @property
+    def tokenizer_name(self) -> str:
+        """How texts are split into words, as `lstmjax.data.tokenizers` names it."""
+        return "keras"
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The words of the training part."""
+        return _parts(self)["train"].vocabulary
+
+    def sizes_of(self, config: TextConfig) -> ClassifierConfig:
+        """The sizes of a classifier for this task."""
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return ClassifierConfig(**{**own, "top_words": self.top_words})
+
     def make_model(self, cell: Cell, config: TextConfig, **settings: Any) -> nnx.Module:
         """A classifier."""
-        sizes = dataclasses.replace(config, top_words=self.top_words)
-        return Classifier(cell, sizes, num_outputs=self.num_outputs, **settings)
+        return Classifier(cell, self.sizes_of(config), num_outputs=self.num_outputs, **settings)
 
     def _cut(self, split: Split, batch_size: int) -> Source:
         parts = _parts(self)
@@ -159,16 +172,11 @@ class Text(Task):
         return Batches(parts[split], batch_size, boundaries=boundaries, num_classes=classes)
 
 
-def _vocabulary(task: Text) -> Vocabulary:
-    """The words of the training part."""
-    return _parts(task)["train"].vocabulary
-
-
 @functools.lru_cache(maxsize=2)
 def _vectors(task: Text, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Ids and vectors of the words that both the vocabulary and the file have."""
     assert task.embeddings is not None
-    vocabulary = _vocabulary(task)
+    vocabulary = task.vocabulary
     ids, vectors = [], []
     try:
         with task.embeddings.open(encoding="utf-8", newline="\n") as lines:
@@ -302,6 +310,11 @@ class TextFile(Text):
         return _table(self).classes
 
     @property
+    def tokenizer_name(self) -> str:
+        """As the user says."""
+        return self.tokenizer
+
+    @property
     def objective(self) -> Objective:
         """Cross-entropy, of classes weighted if asked for, or the squared error."""
         if not self.num_classes:
@@ -326,34 +339,6 @@ class TextFile(Text):
             return Dataset(sequences, table.labels[numbers], vocabulary)
 
         return {name: part(rows) for name, rows in chosen.items()}
-
-
-def load_tokenizer(name: str) -> Callable[[str], list[str]]:
-    """The tokenizer that a name stands for.
-
-    >>> load_tokenizer("words")("Ça, oui!")
-    ['ça', 'oui']
-
-    Args:
-        name: ``words``, ``keras``, or ``path/to/file.py:function``.
-
-    Raises:
-        UserError: there is none of this name.
-    """
-    known = {"words": words_of, "keras": tokenize}
-    if name in known:
-        return known[name]
-    path, _, function = name.rpartition(":")
-    if not path or not pathlib.Path(path).is_file():
-        raise UserError(
-            f"no tokenizer {name!r}: choose {', '.join(known)}, or path/to/file.py:function"
-        )
-    from lstmjax.cells.loading import run_file
-
-    found = vars(run_file(path)).get(function)
-    if not callable(found):
-        raise UserError(f"no function {function!r} in {path}: name one from a text to its words")
-    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from lstmjax.training.devices import (
     sharded,
     simple_kernels,
 )
-from lstmjax.training.loop import Interrupted, NonFiniteLossError, evaluate, fit
+from lstmjax.training.loop import Interrupted, NonFiniteLossError, best_epoch, evaluate, fit
 from lstmjax.training.nans import line_of_nan
 from lstmjax.training.processes import join
 from lstmjax.training.repeat import compare, config_of
@@ -40,6 +40,7 @@ __all__ = [
     "RunFolder",
     "accelerator_name",
     "as_dict",
+    "best_epoch",
     "compare",
     "config_of",
     "counting_compilations",

@@ -5,7 +5,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,12 +80,18 @@ def fit(
     checkpoint_every: int = 0,
     keep: int = 2,
     score: str = "accuracy",
+    keep_best: bool = False,
+    patience: int = 0,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """Train for ``epochs`` epochs, evaluating after each.
 
     Every epoch's end is checkpointed, and so is the place where SIGINT, SIGTERM or SIGHUP arrives.
+    The parameters are written by name, too, after each epoch, or after each that is the best so
+    far. Which one is best is told by the loss of the first of the evaluations; the earlier of
+    equals is.
+
     Where ``steps`` train replicas, every figure is a list of theirs; one that is not finite is
-    None, and only if none is left the run ends.
+    None, and only if none is left the run ends. Their parameters are not written by name.
 
     Args:
         steps: the compiled functions.
@@ -100,6 +106,8 @@ def fit(
         checkpoint_every: checkpoint every so many steps, too; 0: epochs alone.
         keep: how many checkpoints stay.
         score: what the mean of the scores is called.
+        keep_best: the parameters written by name are those of the best epoch, not of the last.
+        patience: end after so many epochs without a better one; 0: after ``epochs``.
 
     Returns:
         The final state and one record an epoch: ``epoch`` (from 1), ``step``, ``train_loss``,
@@ -133,6 +141,13 @@ def fit(
                     record |= means(name, sums, score, f"after epoch {at.epoch + 1}")
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
+                best = at.epoch
+                if evaluations and (keep_best or patience):
+                    best = best_epoch(at.history, next(iter(evaluations)))["epoch"]
+                if isinstance(seed, int) and (best == at.epoch or not keep_best):
+                    run.write_parameters(state.params)
+                if patience and at.epoch - best >= patience:
+                    break
             checkpoints.wait()
     except stopping.Stopping as told:  # while it compiled an evaluation, or the start
         checkpoints.wait()
@@ -140,6 +155,15 @@ def fit(
     finally:
         checkpoints.close()
     return state, [dict(record) for record in at.history]
+
+
+def best_epoch(history: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """The record of the epoch with the smallest ``<name>_loss``, the first of equal ones.
+
+    >>> best_epoch([{"epoch": 1, "test_loss": 0.3}, {"epoch": 2, "test_loss": 0.3}], "test")
+    {'epoch': 1, 'test_loss': 0.3}
+    """
+    return min(history, key=lambda record: record[f"{name}_loss"])
 
 
 def _beginning(steps: Steps, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:

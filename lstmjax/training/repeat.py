@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from lstmjax import files
+from lstmjax.cells import CellSpec
 from lstmjax.errors import UserError, first_line
 from lstmjax.training.report import CELL, RunFolder, differences
 
@@ -29,17 +30,22 @@ def config_of(folder: pathlib.Path, like: ConfigT) -> ConfigT:
     """
     values = RunFolder(folder).config()
     cell = values.get("cell")
-    if isinstance(cell, str) and ":" in cell:
-        values["cell"] = f"{folder / CELL}:{cell.rpartition(':')[2]}"
-    return _filled(like, values, folder)
+    if isinstance(cell, str):
+        values["cell"] = CellSpec.parse(cell).within(str(folder / CELL))
+    return filled(like, values, folder)
 
 
-def _filled(like: Any, values: Mapping[str, Any], folder: pathlib.Path) -> Any:
-    changed = {}
-    for field in dataclasses.fields(like):
+def filled(like: ConfigT, values: Mapping[str, Any], folder: pathlib.Path) -> ConfigT:
+    """The config dataclass with the values of a JSON object in it.
+
+    Raises:
+        UserError: a value is of another kind than that in ``like``.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(like):  # type: ignore[arg-type]
         before, value = getattr(like, field.name), values.get(field.name)
         if dataclasses.is_dataclass(before) and isinstance(value, dict):
-            changed[field.name] = _filled(before, value, folder)
+            changed[field.name] = filled(before, value, folder)
         elif field.name in values:
             value = tuple(value) if isinstance(value, list) else value
             value = float(value) if isinstance(before, float) and type(value) is int else value
@@ -48,7 +54,7 @@ def _filled(like: Any, values: Mapping[str, Any], folder: pathlib.Path) -> Any:
                     f"{folder} was run by another version: its {field.name} is {value!r}"
                 )
             changed[field.name] = value
-    return dataclasses.replace(like, **changed)
+    return dataclasses.replace(like, **changed)  # type: ignore[type-var]
 
 
 def compare(before: RunFolder, now: RunFolder) -> str:

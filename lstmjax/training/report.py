@@ -2,28 +2,38 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from lstmjax import files
+from lstmjax.cells import CellSpec
+from lstmjax.cells.loading import same_program
 from lstmjax.errors import DISK_FAILS, StorageError, UserError, reason
+from lstmjax.interop import read_safetensors, write_safetensors
+from lstmjax.models import named_parameters
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
 
 MAX_METRICS_BYTES = 2**30
 CELL = "cell.py"
 """The run folder's copy of the file of a user's cell."""
+PARAMS = "params.safetensors"
+"""The run folder's trained parameters, by name."""
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -39,10 +49,11 @@ def versions() -> dict[str, str]:
 def run_name(*parts: str, cell: str, seed: int) -> str:
     """What a run is called; of a cell from a user's file, its class.
 
-    >>> run_name("imdb", "default", cell="path/to/file.py:MyCell", seed=3)
-    'imdb-default-MyCell-seed3'
+    >>> run_name("imdb", "default", cell="path/to/file.py:MyCell(leak=0.1)", seed=3)
+    'imdb-default-MyCell-leak=0.1-seed3'
     """
-    return "-".join([*parts, cell.rpartition(":")[2], f"seed{seed}"])
+    called = re.sub(r"[^\w.=]+", "-", CellSpec.parse(cell).call).strip("-")
+    return "-".join([*parts, called[:100], f"seed{seed}"])
 
 
 class RunFolder:
@@ -103,7 +114,7 @@ class RunFolder:
         def open_it() -> str:
             there = path or cls.newest(name)
             if resume and not (start and not _holds_a_run(there)):
-                opened.append(cls.reopen(there, config, environment))
+                opened.append(cls.reopen(there, config, environment, cell_source))
             else:
                 opened.append(cls.create(path or cls.free(name), config, environment, cell_source))
             return str(opened[0].path)
@@ -181,8 +192,12 @@ class RunFolder:
         path: pathlib.Path,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
+        cell_source: bytes | None = None,
     ) -> "RunFolder":
         """The folder of a run to go on with, locked.
+
+        The config may differ in more ``epochs``, in ``patience``, and in comments of the cell's
+        file: those need not have been known from the start.
 
         Raises:
             UserError: there is no run, or it had another config; the message names the fields. Or
@@ -192,13 +207,25 @@ class RunFolder:
         try:
             before = run.config()
             run._take_lock()
-            differing = differences(before, json.loads(json.dumps(config)))
+            now = json.loads(json.dumps(config))
+            if run._same_cell(before, cell_source):
+                now["cell_source"] = before["cell_source"]
+            free = _free_to_differ(before, now)
+            differing = differences({**before, **free}, now)
             if differing:
                 raise UserError(
                     f"{path} was run with another config ({'; '.join(differing)}); "
                     "resume with the same settings, or start anew with another --run-dir"
                 )
             run._tell_changes(_environment(environment))
+            if differences(before, now):
+                if "epochs" in free:
+                    print(
+                        f"going on to {now['epochs']} epochs, not {before['epochs']}: a learning "
+                        "rate that depends on their number is from here on that of the longer run",
+                        file=sys.stderr,
+                    )
+                run.write("config.json", now)
         except OSError as error:
             run.close()
             raise _cannot_write(f"the run folder {path}", error) from error
@@ -225,6 +252,14 @@ class RunFolder:
             raise UserError(
                 f"nothing to resume in {self.path}: no readable config.json; {remedy}"
             ) from error
+
+    def _same_cell(self, before: Mapping[str, Any], source: bytes | None) -> bool:
+        """Whether the file of the cell is that of the run but for comments and layout."""
+        with contextlib.suppress(OSError, ValueError):
+            kept = files.read_bytes(self.path / CELL, files.MAX_JSON_BYTES)
+            whole = hashlib.sha256(kept).hexdigest() == before.get("cell_source")
+            return whole and source is not None and same_program(kept, source)
+        return False
 
     def environment(self) -> dict[str, Any]:
         """What ``environment.json`` says, nothing if it cannot be read."""
@@ -294,6 +329,34 @@ class RunFolder:
             files.publish_json(self.path / name, value)
         except OSError as error:
             raise _cannot_write(f"{self.path / name}", error) from error
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, as a whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            files.publish(self.path / name, content)
+        except OSError as error:
+            raise _cannot_write(f"{self.path / name}", error) from error
+
+    def write_parameters(self, params: PyTree) -> None:
+        """Write ``params.safetensors``: the parameters of a model, by name.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        try:
+            write_safetensors(self.path / PARAMS, jax.device_get(named_parameters(params)))
+        except OSError as error:
+            raise _cannot_write(f"{self.path / PARAMS}", error) from error
+
+    def read_parameters(self, like: PyTree) -> PyTree:
+        """What `write_parameters` wrote last, laid out over the devices as ``like`` is."""
+        named = read_safetensors(self.path / PARAMS)
+        names = iter(named_parameters(like))
+        return jax.tree.map(lambda leaf: jax.device_put(named[next(names)], leaf.sharding), like)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``.
@@ -374,6 +437,12 @@ class _Elsewhere(RunFolder):
     def write(self, name: str, value: Any) -> None:
         pass
 
+    def write_bytes(self, name: str, content: bytes) -> None:
+        pass
+
+    def write_parameters(self, params: PyTree) -> None:
+        pass
+
     def log(self, record: Mapping[str, Any]) -> None:
         pass
 
@@ -450,6 +519,17 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
             for line in differences(before.get(key), now.get(key), key.replace("_", "-"))
         ]
     return [] if before == now else [f"{name}: {_short(before)} there, {_short(now)} here"]
+
+
+def _free_to_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of ``now`` that a run may be resumed with although it began with others."""
+    free = {}
+    there, here = before.get("epochs"), now.get("epochs")
+    if isinstance(there, int) and isinstance(here, int) and here > there:
+        free["epochs"] = here
+    if "patience" in before and "patience" in now:
+        free["patience"] = now["patience"]
+    return free
 
 
 def _short(value: Any) -> str:

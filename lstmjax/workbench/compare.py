@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lstmjax import files, statistics
-from lstmjax.cells import load_cell, source_digest
+from lstmjax.cells import CellSpec, load_cell, source_digest
 from lstmjax.errors import UserError
 from lstmjax.models import count_parameters
 from lstmjax.precision import Precision
@@ -174,7 +174,9 @@ def names_of(cells: Sequence[str]) -> dict[str, str]:
     """
     short = [cell_name(cell) for cell in dict.fromkeys(cells)]
     return {
-        cell: name if short.count(name) == 1 else f"{name} ({cell.rpartition(':')[0] or 'lstmjax'})"
+        cell: name
+        if short.count(name) == 1
+        else f"{name} ({CellSpec.parse(cell).path or 'lstmjax'})"
         for cell, name in zip(dict.fromkeys(cells), short, strict=True)
     }
 

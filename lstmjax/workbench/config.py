@@ -20,11 +20,12 @@ class Config:
     """Settings of a run on any task."""
 
     task: str = "adding"
-    """adding, characters, copy, cumsum, demo, digits, imdb, parity, recall, s5, selective-copy;
-    sequences or text: your own --file; or your own task, path/to/file.py:MyTask. Gives every other
-    flag its default."""
+    """adding, characters, copy, cumsum, demo, digits, imdb, mnist1d, parity, recall, s5,
+    selective-copy; sequences or text: your own --file; or your own task, path/to/file.py:MyTask.
+    Gives every other flag its default."""
     cell: str = "LSTM"
-    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell."""
+    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell; with hyper-parameters, if any:
+    "path/to/file.py:MyCell(leak=0.1)"."""
     accelerator: Accelerator = "auto"
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
@@ -51,6 +52,11 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    keep_best: bool = False
+    """The model that the run leaves and tests is that of the epoch with the smallest validation
+    loss, not the last one."""
+    patience: int = 0
+    """End after so many epochs without a smaller validation loss; 0: not."""
     sizes: Task = dataclasses.field(default_factory=Adding)
     """The task's own."""
     model: Any = dataclasses.field(default_factory=SequenceConfig)
@@ -108,8 +114,15 @@ def check(config: Config) -> None:
     require_rates([config.optimizer.learning_rate, *config.learning_rates])
     require_seed(config.seed)
     require_seed(config.seed + config.seeds - 1)
-    if config.checkpoint_every < 0:
-        raise UserError(f"--checkpoint-every must be at least 0, got {config.checkpoint_every}")
+    for name in ("checkpoint_every", "patience"):
+        if getattr(config, name) < 0:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 0, got {getattr(config, name)}")
+    if config.side_by_side and (config.keep_best or config.patience):
+        raise UserError(
+            "--keep-best and --patience end each run at another epoch: leave them out, or train "
+            "one seed at a time"
+        )
     clip = config.optimizer.clip_norm
     if not (clip >= 0 and math.isfinite(clip)):
         raise UserError(f"--clip-norm must be at least 0 and finite, got {clip}")

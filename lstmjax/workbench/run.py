@@ -13,13 +13,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lstmjax import stopping, training
-from lstmjax.cells import Cell, load_cell, source_digest
+from lstmjax.cells import Cell, CellSpec, load_cell, source_digest
+from lstmjax.cells.loading import cell_source
 from lstmjax.data import SideBySide, Source
 from lstmjax.errors import UserError
 from lstmjax.layers import Recurrent
 from lstmjax.models import count_parameters, summary
 from lstmjax.recurrence import Workload, choose_engine
-from lstmjax.tasks import Metric, Task
+from lstmjax.tasks import Task
+from lstmjax.tasks.metric import Metric
+from lstmjax.tasks.text import Text
+from lstmjax.trained import ModelConfig, describe
 from lstmjax.training.checkpoint import Checkpoints, Position
 from lstmjax.training.devices import place, sharded
 from lstmjax.training.loop import filled, means
@@ -60,6 +64,7 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
         stopping.advise(f"go on: the same command with --resume --run-dir {run.path}")
         print(table)
         print(introduction(config, sources, mesh, run.path, engine))
+        describe_model(config, run)
         started = time.perf_counter()
         with training.counting_compilations() as made:
             rows, history, classes = learn(config, cell, steps, sources, run, mesh)
@@ -188,8 +193,14 @@ def learn(
             resume=config.resume or config.resume_or_start,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
+            keep_best=config.keep_best,
+            patience=config.patience,
             score=score,
         )
+        last = history[-1]
+        if config.keep_best:
+            last = dict(training.best_epoch(history, "validation"))
+            state = state._replace(params=run.read_parameters(state.params))
         tests = {name: s for name, s in sources.items() if name not in ("train", "validation")}
         found = {
             name: training.evaluate(steps, state.params, source, mesh, name)
@@ -201,7 +212,7 @@ def learn(
     except training.Interrupted:
         print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
         raise
-    figures = {name: history[-1][name] for name in (f"validation_{score}", "validation_loss")}
+    figures = {name: last[name] for name in (f"validation_{score}", "validation_loss")}
     for name, sums in found.items():
         figures |= means(name, sums, score, "at the end")
     classes = []
@@ -284,12 +295,14 @@ def leave_replicas(
             resume=True,
             start=True,
             environment=run.environment(),
-            cell_source=cell_bytes(config.cell),
+            cell_source=cell_source(config.cell),
         ) as alone:
             if not np.isnan(row.validation):
                 keeper = Checkpoints(alone.checkpoints)
                 keeper.save(jax.tree.map(jnp.asarray, one), _end(records, step // len(records)))
                 keeper.close()
+                alone.write_parameters(part.params)
+                describe_model(own, alone)
             for record in run.records():
                 alone.log(_of_one(record, number))
             result = {
@@ -298,6 +311,23 @@ def leave_replicas(
                 "epochs": records,
             }
             alone.write("result.json", {**result, "config": training.as_dict(own)})
+
+
+def describe_model(config: Config, run: training.RunFolder) -> None:
+    """Of a classifier of texts, write what `lstmjax.load_run` needs beside the parameters."""
+    task = config.sizes
+    if isinstance(task, Text) and task.class_names:
+        described = ModelConfig(
+            config.cell,
+            task.sizes_of(config.model),
+            num_outputs=task.num_outputs,
+            classes=task.class_names,
+            precision=config.precision,
+            max_length=task.max_length,
+            data=config.task,
+            tokenizer=task.tokenizer_name,
+        )
+        describe(run, described, task.vocabulary)
 
 
 def _end(records: Sequence[Mapping[str, Any]], batches: int) -> Position:
@@ -335,20 +365,14 @@ def settings_of(config: Config) -> dict[str, Any]:
     return settings
 
 
-def cell_bytes(cell: str) -> bytes | None:
-    """The file of a user's cell."""
-    path = pathlib.Path(cell.rpartition(":")[0])
-    return path.read_bytes() if path.suffix else None
-
-
 def cell_name(cell: str) -> str:
-    """What a cell is called: of a user's file, the class."""
-    return cell.rpartition(":")[2]
+    """What a cell is called: of a user's file, the class, and hyper-parameters."""
+    return CellSpec.parse(cell).call
 
 
 def open_run(config: Config, mesh: Mesh, data: Sequence[str]) -> training.RunFolder:
     """The folder of this run: new, or with ``resume`` the one to go on with."""
-    task = "".join(c if c.isalnum() or c in "-._" else "_" for c in cell_name(config.task))
+    task = "".join(c if c.isalnum() or c in "-._" else "_" for c in config.task.rpartition(":")[2])
     name = training.run_name(task, cell=config.cell, seed=config.seed)
     if config.side_by_side:
         name += f"-{len(config.replicas)}runs"
@@ -364,7 +388,7 @@ def open_run(config: Config, mesh: Mesh, data: Sequence[str]) -> training.RunFol
             "devices": mesh.size,
             "processes": jax.process_count(),
         },
-        cell_source=cell_bytes(config.cell),
+        cell_source=cell_source(config.cell),
     )
 
 

@@ -1,0 +1,348 @@
+"""A run folder holds a model that one can use: loading, predicting, choosing an epoch, going on."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import imdb, predict
+from lstmjax import load_run
+from lstmjax.cells import CellSpec, load_cell
+from lstmjax.cells.loading import same_program
+from lstmjax.data import load_demo
+from lstmjax.errors import UserError
+from lstmjax.interop import read_safetensors
+from lstmjax.trained import ModelConfig, read_texts
+from lstmjax.training.loop import best_epoch
+from tests.trained_run import CELL_FILE, train
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LSTMJAX_CACHE_DIR", str(tmp_path / "cache"))
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def copied(trained_run, tmp_path):
+    return pathlib.Path(shutil.copytree(trained_run, tmp_path / "copied"))
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# -- the model ------------------------------------------------------------------------------------
+
+
+def test_three_lines_predict_what_the_run_measured(trained_run):
+    """On the test split, text by text, as many are right as the run says."""
+    model = load_run(trained_run)
+    test = load_demo("test", top_words=200, max_length=50)
+    found = model.predict_ids(test.sequences)
+    accuracy = float(((found > 0.5) == (test.labels == 1)).mean())
+    assert accuracy == pytest.approx(result(trained_run)["test_accuracy"], abs=1e-7)
+    losses = -np.log(np.where(test.labels == 1, found, 1 - found))
+    assert float(losses.mean()) == pytest.approx(result(trained_run)["test_loss"], rel=1e-5)
+    assert np.ptp(found) > 0.1  # it has learnt something
+
+
+def test_a_text_is_judged_alike_alone_and_among_others(trained_run):
+    model = load_run(trained_run)
+    texts = ["the train was late", "", "we slept " * 30, "ÿ\ud800 \x00", b"good \xff\xfe seats"]
+    together = model.predict(texts)
+    assert together.shape == (5,)
+    assert ((together > 0) & (together < 1)).all()
+    alone = np.concatenate([model.predict(text) for text in texts])
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+
+def test_the_model_says_what_it_is(trained_run):
+    model = load_run(trained_run)
+    assert repr(model) == (
+        "TrainedModel(cell.py:Mine(leak=0.25), built-in DEMO corpus (not IMDB), negative, positive)"
+    )
+    assert model.module.recurrent.layers[0].cell.leak == 0.25
+    assert len(model.vocabulary) == 196
+    assert model.vocabulary.words == load_demo("train").vocabulary.words[:196]
+    names = set(read_safetensors(trained_run / "params.safetensors"))
+    assert {"embedding.embedding", "recurrent.layers.0.params.recurrent_kernel"} < names
+
+
+def test_a_built_in_cell_and_zeros_in_front(tmp_path):
+    folder = train(tmp_path / "r", cell="GRU", padding="front")
+    model = load_run(folder)
+    test = load_demo("test", top_words=50, max_length=12)
+    accuracy = float(((model.predict_ids(test.sequences) > 0.5) == (test.labels == 1)).mean())
+    assert accuracy == pytest.approx(result(folder)["test_accuracy"], abs=1e-7)
+    assert not (folder / "cell.py").exists()
+
+
+# -- what is wrong with a folder ------------------------------------------------------------------
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def set_in(*keys, value):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+DAMAGE = {
+    "another cell file": (set_in("cell", value="/tmp/other.py:Mine"), "which is not in"),
+    "no cell": (set_in("cell", value="cell.py:Yours"), "no cell 'Yours'"),
+    "hyper-parameter": (set_in("cell", value="cell.py:Mine(lek=1)"), "no hyper-parameter 'lek'"),
+    "size": (set_in("classifier", "hidden_size", value=5), r"kernel is .*; this model has .*"),
+    "huge": (set_in("classifier", "top_words", value=10**12), r"embedding.embedding is float32"),
+    "no size": (set_in("classifier", "hidden_size", value=0), "hidden_size"),
+    "kind": (set_in("max_length", value="12"), "max_length is '12'"),
+    "length": (set_in("max_length", value=-1), "max_length is -1"),
+    "padding": (set_in("padding", value="behind"), "its padding is 'behind'"),
+    "precision": (set_in("precision", value="int8"), "its precision is 'int8'"),
+    "outputs": (set_in("num_outputs", value=3), "3 outputs for 2 classes"),
+    "pooling": (set_in("classifier", "pooling", value=["most"]), "pooling must be"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_description_that_does_not_fit_is_told(copied, name, no_type_checks):
+    change, message = DAMAGE[name]
+    edit(copied / "model.json", change)
+    with pytest.raises(UserError, match=message) as error:
+        load_run(copied)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["model.json", "params.safetensors", "vocabulary.txt", "cell.py"])
+@pytest.mark.parametrize("how", ["missing", "cut", "nonsense"])
+def test_damaged_files_are_named(copied, file, how):
+    path = copied / file
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 - 1])
+    else:
+        path.write_bytes(b"\xff\x00\xfe" * 40)
+    if (file, how) == ("vocabulary.txt", "cut"):
+        with pytest.raises(UserError, match=r"vocabulary\.txt has \d+ words"):
+            load_run(copied)
+        return
+    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+        load_run(copied)
+
+
+def test_only_the_cells_file_is_run(copied):
+    marker = copied / "ran"
+    for name in ("conftest.py", "model.py", "sitecustomize.py"):
+        (copied / name).write_text(f"open({str(marker)!r}, 'w')")
+    load_run(copied)
+    assert not marker.exists()
+
+
+# -- predict.py -----------------------------------------------------------------------------------
+
+
+def asked(capsys, monkeypatch, config):
+    predict.main(config)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_predict_answers_in_order(trained_run, capsys, monkeypatch, tmp_path):
+    texts = ("the seats were good", "", "a " * 200 + "\x1b[31m")
+    lines = asked(capsys, monkeypatch, predict.Config(trained_run, texts=texts))
+    assert len(lines) == 3
+    for line, share in zip(lines, load_run(trained_run).predict(texts), strict=True):
+        said, name, *_ = line.split()
+        assert float(said) == pytest.approx(max(share, 1 - share), abs=1e-4)
+        assert name == ("positive" if share > 0.5 else "negative")
+        assert "\x1b" not in line
+    file = tmp_path / "texts"
+    file.write_bytes("\n".join(texts).encode())
+    assert asked(capsys, monkeypatch, predict.Config(trained_run, file=file)) == lines
+    as_json = asked(capsys, monkeypatch, predict.Config(trained_run, file=file, json=True))
+    assert [json.loads(line)["text"] for line in as_json] == [*texts]
+    assert sum(json.loads(as_json[0])["probabilities"].values()) == pytest.approx(1)
+
+
+def test_predict_reads_standard_input_of_any_kind(trained_run):
+    """Bytes that are no text, nothing at all, and a million words, in another process."""
+    texts = [b"good \xff\xfe\x00 seats", b"", b"good " * 1_000_000, b"late\r"]
+    program = [sys.executable, str(ROOT / "experiments" / "predict.py"), "--run", str(trained_run)]
+    done = subprocess.run(program, input=b"\n".join(texts), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+
+
+def test_predict_tells_what_is_missing(trained_run, tmp_path):
+    with pytest.raises(UserError, match="--run"):
+        predict.main(predict.Config())
+    with pytest.raises(UserError, match="leave out one"):
+        predict.main(predict.Config(trained_run, file=tmp_path, texts=("a",)))
+    with pytest.raises(UserError, match="cannot read"):
+        predict.main(predict.Config(trained_run, file=tmp_path / "none"))
+    with pytest.raises(UserError, match="no trained model in nowhere"):
+        predict.main(predict.Config(pathlib.Path("nowhere"), texts=("a",)))
+
+
+def test_lines_are_bounded():
+    assert list(read_texts([b"a\r\n", b"\n", b"b"])) == [b"a", b"", b"b"]
+    with pytest.raises(UserError, match="line 2 has more than 5 bytes"):
+        list(read_texts([b"a\n", b"123456\n"], longest=5))
+
+
+# -- the epoch that is kept -----------------------------------------------------------------------
+
+
+def test_the_best_epoch_is_kept_and_training_ends_without_patience(tmp_path):
+    """A learning rate so high that the first epoch is the best one."""
+    options = {"validation": 0.3, "epochs": 9, "keep_best": True, "learning_rate": 2.0}
+    folder = train(tmp_path / "r", patience=2, **options)
+    found = result(folder)
+    losses = [record["validation_loss"] for record in found["epochs"]]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 3 < 9
+    assert found["kept_epoch"] == best + 1
+    assert found["validation_loss"] == losses[best]
+    alone = train(tmp_path / "alone", **{**options, "epochs": best + 1, "keep_best": False})
+    one, other = (read_safetensors(f / "params.safetensors") for f in (folder, alone))
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+    train(folder, patience=2, resume=True, **options)  # nothing is left to do
+    assert result(folder)["epochs"][-1]["validation_loss"] == losses[-1]
+    further = train(folder, patience=4, resume=True, **options)
+    assert len(result(further)["epochs"]) > len(losses)
+
+
+def test_test_data_choose_no_epoch(tmp_path):
+    for options in ({"keep_best": True}, {"patience": 1}):
+        with pytest.raises(UserError, match=r"test data must not: add --validation"):
+            train(tmp_path / "r", **options)
+    with pytest.raises(UserError, match="--patience must be at least 0"):
+        train(tmp_path / "r", patience=-1)
+
+
+def test_of_equal_epochs_the_first_is_best():
+    history = [{"epoch": n, "v_loss": loss} for n, loss in enumerate((0.5, 0.2, 0.2, 0.3), 1)]
+    assert best_epoch(history, "v")["epoch"] == 2
+
+
+# -- going on -------------------------------------------------------------------------------------
+
+
+def test_more_epochs_on_resume_are_as_from_the_start(tmp_path, capsys):
+    short = train(tmp_path / "short", epochs=1, schedule="constant")
+    train(short, epochs=3, schedule="constant", resume=True)
+    assert "going on to 3 epochs, not 1" in capsys.readouterr().err
+    whole = train(tmp_path / "whole", epochs=3, schedule="constant")
+    assert [r["test_loss"] for r in result(short)["epochs"]] == [
+        r["test_loss"] for r in result(whole)["epochs"]
+    ]
+    assert json.loads((short / "config.json").read_text())["epochs"] == 3
+    with pytest.raises(UserError, match="epochs: 3 there, 2 here"):
+        train(short, epochs=2, schedule="constant", resume=True)
+
+
+def test_a_comment_in_the_cells_file_does_not_matter(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CELL_FILE)
+    options = {"cell": f"{file}:Mine", "epochs": 1}
+    folder = train(tmp_path / "r", **options)
+    file.write_text("# A comment.\n" + CELL_FILE.replace("leak: float = 0.5", "leak: float=0.5"))
+    train(folder, resume=True, **options)
+    assert (folder / "cell.py").read_text() == CELL_FILE
+    file.write_text(CELL_FILE.replace("leak: float = 0.5", "leak: float = 0.25"))
+    with pytest.raises(UserError, match="cell-source"):
+        train(folder, resume=True, **options)
+    file.write_text("# A comment.\n" + CELL_FILE)
+    (folder / "cell.py").write_text(CELL_FILE + "\n")  # no longer what the run was made with
+    with pytest.raises(UserError, match="cell-source"):
+        train(folder, resume=True, **options)
+
+
+@pytest.mark.parametrize("source", [b"def (", b"x = 1\x00", b"(" * 10_000, b"\xff"])
+def test_what_is_no_program_is_only_the_same_as_itself(source):
+    assert same_program(source, source)
+    assert not same_program(source, b"x = 1")
+
+
+# -- hyper-parameters on the command line ---------------------------------------------------------
+
+SPECS = {
+    "LSTM": ("", "LSTM", {}),
+    "a.py:Mine": ("a.py", "Mine", {}),
+    "a.py:Mine()": ("a.py", "Mine", {}),
+    "d (1)/a.py:Mine(leak=0.1, n=-3)": ("d (1)/a.py", "Mine", {"leak": 0.1, "n": -3}),
+    "d(1)/a.py:Mine(leak=0.1)": ("d(1)/a.py", "Mine", {"leak": 0.1}),
+    "a:b.py:Mine(t='x:y(1)', u=(1, 2))": ("a:b.py", "Mine", {"t": "x:y(1)", "u": (1, 2)}),
+    "Mine(leak=None, on=True)": ("", "Mine", {"leak": None, "on": True}),
+    "": ("", "", {}),
+    "a.py:Mine(leak=": ("a.py", "Mine(leak=", {}),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_cell_is_taken_apart(spec):
+    path, name, values = SPECS[spec]
+    found = CellSpec.parse(spec)
+    assert (found.path, found.name) == (path, name)
+    assert found.hyper_parameters() == values
+    assert CellSpec.parse(found.within(path)) == found
+
+
+BAD_VALUES = {
+    "lek=0.1": r"Mine has no hyper-parameter 'lek' to give in --cell; it has: use_bias, .*leak",
+    "hidden_size=3": "no hyper-parameter 'hidden_size'",
+    "0.1": "give each hyper-parameter by name",
+    "**{'leak': 1}": "give each hyper-parameter by name",
+    "leak=open('/etc/passwd')": "is no literal",
+    "leak=__import__('os').system('true')": "is no literal",
+    "leak=[0.1][0]": "is no literal",
+    "leak='0.1'": r"leak is a float \(0.5\) by default, got '0.1'",
+    "leak=True": "leak is a float",
+    "squash='tanh'": "squash is a .*by default, got 'tanh'; set it in a subclass",
+    "sizes=[1]": r"sizes is a tuple",
+    "leak=-1": "cannot be built from hidden_size=4, leak=-1.0: AssertionError",
+}
+
+
+@pytest.mark.parametrize("given", BAD_VALUES)
+def test_hyper_parameters_that_cannot_be(tmp_path, given):
+    file = tmp_path / "mine.py"
+    file.write_text(CELL_FILE)
+    with pytest.raises(UserError, match=BAD_VALUES[given]) as error:
+        load_cell(f"{file}:Mine({given})", 4)
+    assert "\n" not in str(error.value)
+
+
+def test_hyper_parameters_reach_the_cell(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CELL_FILE)
+    cell = load_cell(f"{file}:Mine(leak=1, sizes=(3, 4), use_bias=False)", 4)
+    assert (cell.leak, cell.sizes, cell.use_bias) == (1.0, (3, 4), False)
+    assert math.isclose(load_cell("PhasedLSTM(leak=0.5)", 4).leak, 0.5)
+
+
+def test_the_description_is_of_the_run(trained_run):
+    found = json.loads((trained_run / "model.json").read_text())
+    assert {*found} == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert found["cell"] == "cell.py:Mine(leak=0.25)"
+    assert imdb.CORPUS["demo"] == found["data"]
