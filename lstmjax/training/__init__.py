@@ -25,6 +25,7 @@ from lstmjax.training.report import (
 )
 from lstmjax.training.step import (
     OptimizerConfig,
+    draw_models,
     make_optimizer,
     make_steps,
     training_key,
@@ -45,6 +46,7 @@ __all__ = [
     "config_of",
     "counting_compilations",
     "draw_curves",
+    "draw_models",
     "evaluate",
     "fit",
     "join",

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,17 @@ from lstmjax import stopping
 from lstmjax.data import Batch
 from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.noise import Keys, as_keys
-from lstmjax.training.devices import BATCH, place, quick_compilation, replicated, usable_cores
+from lstmjax.training.devices import (
+    BATCH,
+    local_device,
+    place,
+    quick_compilation,
+    replicated,
+    usable_cores,
+)
 from lstmjax.training.objective import CROSS_ENTROPY, Objective
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +49,7 @@ class OptimizerConfig:
     """Largest norm of the whole gradient (Pascanu et al. 2013); 0 does not clip."""
 
 
-def training_key(seed: int) -> PRNGKeyArray:
+def training_key(seed: int | Array) -> PRNGKeyArray:
     """The key of everything random in training.
 
     ``nnx.Rngs(seed)`` hands out ``fold_in(key(seed), 0)``, ``1``, ... to draw parameters; a number
@@ -91,6 +100,28 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
     return adam
+
+
+def draw_models(make: Callable[[Any], ModelT], seeds: int | Sequence[int], mesh: Mesh) -> ModelT:
+    """A model before the first step, drawn by one program: quicker to start than one a draw.
+
+    Args:
+        make: makes the model of a seed, an integer or an array of one.
+        seeds: one; or of several replicas, whose parameters come stacked, ``(replicas, ...)``.
+        mesh: the devices.
+    """
+    first = seeds if isinstance(seeds, int) else seeds[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(first)))[0]
+
+    def draw(seed: Any) -> PyTree:
+        return nnx.split(make(seed))[1]
+
+    options = quick_compilation(mesh)
+    with jax.default_device(local_device(mesh.devices.flat)):
+        if isinstance(seeds, int):
+            return nnx.merge(graphdef, jax.jit(lambda: draw(seeds), compiler_options=options)())
+        drawn = jax.jit(jax.vmap(draw), compiler_options=options)
+        return nnx.merge(graphdef, drawn(np.array(seeds, np.uint32)))
 
 
 def without_gradient(parts: Sequence[str]) -> optax.GradientTransformation:

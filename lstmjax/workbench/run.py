@@ -123,17 +123,10 @@ def make_model(config: Config, cell: Cell, seed: Any) -> nnx.Module:
 
 def make_models(config: Config, cell: Cell, mesh: Mesh) -> nnx.Module:
     """The model, or one that holds the parameters of all replicas, stacked."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: make_model(config, cell, config.seed)))[0]
-
-    def draw(seed: Any) -> Any:
-        return nnx.split(make_model(config, cell, seed))[1]
-
-    seeds = np.array([replica.seed for replica in config.replicas], np.uint32)
-    drawn = jax.vmap(draw) if config.side_by_side else lambda seeds: draw(seeds[0])
-    with jax.default_device(training.local_device(mesh.devices.flat)):
-        options = training.quick_compilation(mesh)
-        model = nnx.merge(graphdef, jax.jit(drawn, compiler_options=options)(seeds))
-        config.sizes.pretrained(model)
+    seeds = [replica.seed for replica in config.replicas]
+    drawn = seeds if config.side_by_side else config.seed
+    model = training.draw_models(lambda seed: make_model(config, cell, seed), drawn, mesh)
+    config.sizes.pretrained(model)
     return model
 
 
