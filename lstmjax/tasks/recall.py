@@ -20,7 +20,7 @@ class AssociativeRecall(Generated):
         >>> task = AssociativeRecall(pairs=2, length=8, keys=3, values=3)
         >>> x, labels, counts = task.draw(np.random.default_rng(1), 1)
         >>> x[0].tolist(), labels[0].tolist(), int(counts[0].sum())
-        ([3, 4, 2, 4, 0, 0, 3, 2], [0, 0, 0, 0, 0, 0, 0, 1], 2)
+        ([3, 6, 1, 6, 3, 0, 0, 1], [0, 0, 0, 0, 2, 0, 0, 2], 2)
     """
 
     pairs: int = 8

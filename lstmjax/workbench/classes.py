@@ -68,8 +68,8 @@ def confusion_table(confusion: Int[np.ndarray, "K K"], names: Sequence[str]) -> 
 
     >>> print(confusion_table(np.array([[8, 2], [1, 9]]), ["no", "yes"]))
     true \\ said  no  yes  recall
-             no   8    2   80.0 %
-            yes   1    9   90.0 %
+             no   8    2  80.0 %
+            yes   1    9  90.0 %
     """
     if len(names) > 12:
         return f"{len(names)} classes: the confusion matrix is in confusion.png"
