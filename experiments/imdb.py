@@ -116,6 +116,8 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    log: tuple[training.Viewer, ...] = ()
+    """Show the metrics in other viewers, too: tensorboard, wandb (offline); each is an extra."""
     keep_best: bool = False
     """The model that the run leaves is that of the epoch with the smallest validation loss, not the
     last one; needs --validation."""
@@ -225,6 +227,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     for here_only in (
         "checkpoint_every",
         "keep",
+        "log",
         "coordinator",
         "processes",
         "process_id",
@@ -309,6 +312,7 @@ def main(config: Config) -> None:
     if config.repeat:
         config = training.config_of(config.repeat, config)
     check(config)
+    training.check_viewers(config.log)
     training.join(config.coordinator, config.processes, config.process_id)
     mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
     cell = load_cell(config.cell, config.model.hidden_size)
@@ -327,6 +331,7 @@ def main(config: Config) -> None:
             f"run folder {run.path}"
         )
         describe_model(config, train, run)
+        run.show_in(config.log)
         started = time.perf_counter()
         with training.counting_compilations() as made:
             history = learn(config, cell, model, train, evaluations, run, mesh)

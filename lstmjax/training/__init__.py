@@ -29,6 +29,7 @@ from lstmjax.training.step import (
     make_steps,
     training_key,
 )
+from lstmjax.training.trackers import Viewer, check_viewers
 
 __all__ = [
     "Accelerator",
@@ -37,9 +38,11 @@ __all__ = [
     "NonFiniteLossError",
     "OptimizerConfig",
     "RunFolder",
+    "Viewer",
     "accelerator_name",
     "as_dict",
     "best_epoch",
+    "check_viewers",
     "compare",
     "config_of",
     "counting_compilations",
