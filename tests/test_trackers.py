@@ -166,7 +166,7 @@ class Fake(types.ModuleType):
             raise OSError(28, "No space left on device")
         self.logged.append((step, values))
 
-    def finish(self, quiet):
+    def finish(self):
         self.started.append("finished")
 
 

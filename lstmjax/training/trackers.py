@@ -5,6 +5,7 @@ anywhere. What fails here is told once and costs nothing else.
 """
 
 import hashlib
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,7 @@ class _Wandb:
     """An offline run in ``<run>/wandb``, for ``wandb sync``."""
 
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], step: int) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own faults
         import wandb
 
         self._run = wandb.init(
@@ -68,7 +70,7 @@ class _Wandb:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 _KINDS: dict[str, tuple[str, type[_TensorBoard] | type[_Wandb]]] = {
