@@ -15,7 +15,7 @@ two CPU devices), this test accuracy:
     conv                88.12 ± 0.66 %  (87.04-88.68)
     default             88.08 ± 0.19 %  (87.86-88.35)
 
-The README has the single runs.
+The README has the single runs. Those of the notebook recipes are with ``--word-ids frequency``.
 """
 
 if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
@@ -35,7 +35,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lstmjax import stopping, training
-from lstmjax.cells import Cell, CellSpec, cell_source, load_cell, source_digest
+from lstmjax.cells import (
+    Cell,
+    CellSpec,
+    cell_source,
+    load_cell,
+    neighbours,
+    source_digest,
+)
 from lstmjax.data import (
     Batches,
     Dataset,
@@ -349,6 +356,8 @@ def main(config: Config) -> None:
 
 def describe_model(config: Config, train: Batches, run: training.RunFolder) -> None:
     """Write what `lstmjax.load_run` needs; rows on disk come without words."""
+    for name, source in neighbours(config.cell).items():
+        run.write_bytes(name, source)
     if train.vocabulary is not None:
         described = ModelConfig(
             config.cell,
