@@ -228,9 +228,9 @@ def test_predict_tells_what_is_missing(trained_run, tmp_path):
 
 
 def test_lines_are_bounded():
-    assert list(read_texts(io.BytesIO(b"a\r\n\nb"))) == [b"a", b"", b"b"]
+    assert list(read_texts(io.BytesIO(b"a\r\n\nb").readline)) == [b"a", b"", b"b"]
     with pytest.raises(UserError, match="line 2 has more than 5 bytes"):
-        list(read_texts(io.BytesIO(b"a\n123456\n"), longest=5))
+        list(read_texts(io.BytesIO(b"a\n123456\n").readline, longest=5))
 
 
 def test_the_programs_of_the_page_run(trained_run, tmp_path, capsys):
