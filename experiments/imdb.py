@@ -15,7 +15,7 @@ two CPU devices), this test accuracy:
     conv                88.12 ± 0.66 %  (87.04-88.68)
     default             88.08 ± 0.19 %  (87.86-88.35)
 
-The README has the single runs.
+The README has the single runs. Those of the notebook recipes are with ``--word-ids frequency``.
 """
 
 if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
@@ -36,7 +36,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lstmjax import stopping, training
-from lstmjax.cells import Cell, CellSpec, cell_source, load_cell, source_digest
+from lstmjax.cells import (
+    Cell,
+    CellSpec,
+    cell_source,
+    load_cell,
+    neighbours,
+    source_digest,
+)
 from lstmjax.data import (
     Batches,
     Dataset,
@@ -123,6 +130,8 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    log: tuple[training.Viewer, ...] = ()
+    """Show the metrics in other viewers, too: tensorboard, wandb (offline); each is an extra."""
     keep_best: bool = False
     """The model that the run leaves is that of the epoch with the smallest validation loss, not the
     last one; needs --validation."""
@@ -253,6 +262,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     for here_only in (
         "checkpoint_every",
         "keep",
+        "log",
         "coordinator",
         "processes",
         "process_id",
@@ -337,6 +347,7 @@ def main(config: Config) -> None:
     if config.repeat:
         config = training.config_of(config.repeat, config)
     check(config)
+    training.check_viewers(config.log)
     training.join(config.coordinator, config.processes, config.process_id)
     replicas = len(config.replicas)
     mesh = training.make_mesh(config.accelerator, config.data.batch_size, replicas)
@@ -358,6 +369,7 @@ def main(config: Config) -> None:
         )
         if not config.side_by_side:
             describe_model(config, train, run)
+        run.show_in(config.log)
         started = time.perf_counter()
         with training.counting_compilations() as made:
             history = learn(config, cell, models, train, evaluations, run, mesh)
@@ -375,6 +387,8 @@ def main(config: Config) -> None:
 
 def describe_model(config: Config, train: Batches, run: training.RunFolder) -> None:
     """Write what `lstmjax.load_run` needs; rows on disk come without words."""
+    for name, source in neighbours(config.cell).items():
+        run.write_bytes(name, source)
     if train.vocabulary is not None:
         described = ModelConfig(
             config.cell,

@@ -285,13 +285,18 @@ def _power(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def read_texts(source: Iterable[bytes], longest: int = 2**26) -> Iterator[bytes]:
+def read_texts(readline: Callable[[int], bytes], longest: int = 2**26) -> Iterator[bytes]:
     """One text a line; an empty line is an empty text.
+
+    Args:
+        readline: that of a file: the next line, but at most so many bytes of it.
+        longest: bytes of a line.
 
     Raises:
         UserError: a line is longer than ``longest`` bytes.
     """
-    for number, line in enumerate(source, 1):
+    lines = iter(lambda: readline(longest + 1), b"")
+    for number, line in enumerate(lines, 1):
         if len(line) > longest:
             raise UserError(f"line {number} has more than {longest:,} bytes: split it")
         yield line.rstrip(b"\r\n")

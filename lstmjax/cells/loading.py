@@ -187,6 +187,33 @@ def cell_source(spec: str) -> bytes | None:
     return pathlib.Path(path).read_bytes() if path else None
 
 
+def neighbours(spec: str) -> dict[str, bytes]:
+    """The Python files beside a user's cell that it imports, and those that they import, by name.
+
+    Packages and what is imported from elsewhere are not among them; nor is a file called as the run
+    folder calls the cell's own.
+    """
+    file = pathlib.Path(CellSpec.parse(spec).path)
+    found: dict[str, bytes] = {}
+    waiting = [file] if file.name else []
+    while waiting:
+        try:
+            tree = ast.parse(waiting.pop().read_bytes())
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            continue
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                beside = file.with_name(f"{name.partition('.')[0]}.py")
+                new = beside.name not in (*found, file.name, "cell.py")
+                if new and beside.is_file():
+                    found[beside.name] = beside.read_bytes()
+                    waiting.append(beside)
+    return found
+
+
 def source_digest(spec: str) -> str | None:
     """SHA-256 of the file that ``spec`` names, None for a built-in cell."""
     source = cell_source(spec)

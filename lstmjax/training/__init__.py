@@ -31,6 +31,7 @@ from lstmjax.training.step import (
     training_key,
     without_gradient,
 )
+from lstmjax.training.trackers import Viewer, check_viewers
 
 __all__ = [
     "Accelerator",
@@ -39,9 +40,11 @@ __all__ = [
     "NonFiniteLossError",
     "OptimizerConfig",
     "RunFolder",
+    "Viewer",
     "accelerator_name",
     "as_dict",
     "best_epoch",
+    "check_viewers",
     "compare",
     "config_of",
     "counting_compilations",

@@ -10,7 +10,7 @@ from lstmjax.errors import UserError
 from lstmjax.models import SequenceConfig
 from lstmjax.precision import Precision
 from lstmjax.tasks import Adding, Task, load_task
-from lstmjax.training import Accelerator, OptimizerConfig
+from lstmjax.training import Accelerator, OptimizerConfig, Viewer
 from lstmjax.training.command import require_positive, require_rate, require_seed, require_share
 from lstmjax.workbench.rows import Replica
 
@@ -52,6 +52,8 @@ class Config:
     """Save every so many steps, besides each epoch's end; 0: not."""
     keep: int = 2
     """How many checkpoints stay."""
+    log: tuple[Viewer, ...] = ()
+    """Show the metrics in other viewers, too: tensorboard, wandb (offline); each is an extra."""
     keep_best: bool = False
     """The model that the run leaves and tests is that of the epoch with the smallest validation
     loss, not the last one."""

@@ -51,6 +51,7 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
         UserError: settings that cannot work, or nothing that can be trained with them.
     """
     check(config)
+    training.check_viewers(config.log)
     task, replicas = config.sizes, config.replicas
     mesh = training.make_mesh(config.accelerator, config.batch_size, len(replicas))
     cell = cell or load_cell(config.cell, config.model.hidden_size)
@@ -65,6 +66,7 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
         print(table)
         print(introduction(config, sources, mesh, run.path, engine))
         describe_model(config, run)
+        run.show_in(config.log)
         started = time.perf_counter()
         with training.counting_compilations() as made:
             rows, history, classes = learn(config, cell, steps, sources, run, mesh)
@@ -352,7 +354,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     settings = training.as_dict(config)
     for here_only in ("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every"):
         del settings[here_only]
-    del settings["keep"]
+    del settings["keep"], settings["log"]
     for here_only in ("data_dir", "archive"):
         settings["sizes"].pop(here_only, None)
     return settings
