@@ -149,7 +149,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     >>> scalars({"kind": "step", "epoch": 1, "step": 7, "loss": [0.5, None, 0.25]})  # replicas
     {'step/loss/0': 0.5, 'step/loss/2': 0.25}
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, value in record.items():
         if name not in ("kind", "epoch", "step"):
             split, _, metric = name.partition("_")
