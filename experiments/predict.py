@@ -65,11 +65,11 @@ def texts_of(config: Config) -> Iterator[Text]:
         yield from config.texts
         return
     if config.file is None:
-        yield from read_texts(sys.stdin.buffer)
+        yield from read_texts(sys.stdin.buffer.readline)
         return
     try:
         with config.file.open("rb") as lines:
-            yield from read_texts(lines)
+            yield from read_texts(lines.readline)
     except OSError as error:
         raise StorageError(f"cannot read {config.file}: {reason(error)}") from error
 

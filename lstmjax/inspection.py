@@ -8,6 +8,7 @@ which is told.
 """
 
 import base64
+import functools
 import html
 import io
 import pathlib
@@ -265,6 +266,19 @@ def gate_activations(
     return named
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient(
+    graphdef: nnx.GraphDef, output: int, params: PyTree, x: Array, mask: Array | None
+) -> tuple[Array, Array]:
+    """One logit of a row and its gradient; compiled once a model and length."""
+
+    def logit(x: Array) -> Array:
+        *_, last = nnx.merge(graphdef, params).after_embedding(x, mask)
+        return last.output.reshape(-1)[output]
+
+    return jax.value_and_grad(logit)(x)
+
+
 def _contributions(
     model: TrainedModel, x: Float[Array, "1 T E"], mask: Array | None, output: int, points: int
 ) -> tuple[np.ndarray, float]:
@@ -273,23 +287,18 @@ def _contributions(
     padding = jnp.broadcast_to(model.module.embedding(jnp.array([[PAD]])), x.shape)
     at, weights = np.polynomial.legendre.leggauss(points)
 
-    @jax.jit
-    def gradient(params: PyTree, x: Array) -> tuple[Array, Array]:
-        def logit(x: Array) -> Array:
-            *_, last = nnx.merge(graphdef, params).after_embedding(x, mask)
-            return last.output.reshape(-1)[output]
-
-        return jax.value_and_grad(logit)(x)
+    def gradient(x: Array) -> tuple[Array, Array]:
+        return _gradient(graphdef, output, params, x, mask)
 
     def between(share: float) -> Array:
         return padding + jnp.asarray(share, x.dtype) * (x - padding)
 
     mean = sum(
-        w / 2 * np.asarray(gradient(params, between((1 + a) / 2))[1], np.float64)
+        w / 2 * np.asarray(gradient(between((1 + a) / 2))[1], np.float64)
         for a, w in zip(at.tolist(), weights.tolist(), strict=True)
     )
     per_word = (mean * np.asarray(x - padding, np.float64)).sum(axis=-1)[0]
-    ends = [float(gradient(params, between(share))[0]) for share in (0.0, 1.0)]
+    ends = [float(gradient(between(share))[0]) for share in (0.0, 1.0)]
     return per_word, ends[1] - ends[0] - float(per_word.sum())
 
 

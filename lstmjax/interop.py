@@ -65,7 +65,7 @@ def weights_of(layer: Layer) -> Weights:
     Example:
         >>> layer = Recurrent(LSTM(5), 3, rngs=nnx.Rngs(0))
         >>> {name: a.shape for name, a in weights_of(layer)[0].items()}
-        {'kernel': (3, 20), 'recurrent_kernel': (5, 20), 'bias': (20,)}
+        {'bias': (20,), 'kernel': (3, 20), 'recurrent_kernel': (5, 20)}
     """
     if isinstance(layer, Stack):
         return [entry for one in layer.layers for entry in weights_of(one)]

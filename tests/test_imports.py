@@ -63,6 +63,7 @@ def test_every_cell_is_at_the_top():
         "CellSpec",
         "Params",
         "cell_source",
+        "neighbours",
         "source_digest",
     }
 

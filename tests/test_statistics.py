@@ -1,5 +1,6 @@
 """Verdicts on cells: exact p-values, intervals as SciPy's, false alarms and power as promised."""
 
+import doctest
 import itertools
 
 import numpy as np
@@ -20,6 +21,10 @@ from lstmjax.statistics import (
 )
 
 SKEWED = [0.1, 0.3, -0.2, 1.9, 0.4, 0.2, 0.9, 3.1]
+
+
+def test_examples():
+    assert doctest.testmod(statistics).failed == 0
 
 
 def test_p_is_that_of_scipys_permutation_test():

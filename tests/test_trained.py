@@ -1,9 +1,11 @@
 """A run folder holds a model that one can use: loading, predicting, choosing an epoch, going on."""
 
 import dataclasses
+import io
 import json
 import math
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from lstmjax.cells import CellSpec, load_cell
 from lstmjax.cells.loading import same_program
 from lstmjax.data import load_demo
 from lstmjax.errors import UserError
+from lstmjax.export import save_exported
 from lstmjax.interop import read_safetensors
 from lstmjax.trained import ModelConfig, read_texts
 from lstmjax.training.loop import best_epoch
@@ -158,6 +161,27 @@ def test_only_the_cells_file_is_run(copied):
     assert not marker.exists()
 
 
+def test_the_files_that_a_cell_imports_are_kept_too(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "far_of_mine.py").write_text("LEAK = 0.125\n")
+    (place / "near_of_mine.py").write_text(
+        "import math\nimport far_of_mine\nLEAK = far_of_mine.LEAK\n"
+    )
+    (place / "other_of_mine.py").write_text("LEAK = 1\n")
+    head = "from near_of_mine import LEAK\n"
+    (place / "mine.py").write_text(
+        head + CELL_FILE.replace("leak: float = 0.5", "leak: float = LEAK")
+    )
+    folder = train(tmp_path / "r", cell=f"{place / 'mine.py'}:Mine", epochs=1)
+    shutil.rmtree(place)
+    for name in ("near_of_mine", "far_of_mine"):
+        del sys.modules[name]
+    assert load_run(folder).module.recurrent.layers[0].cell.leak == 0.125
+    assert sys.modules["near_of_mine"].__file__ == str(folder / "near_of_mine.py")
+    assert not (folder / "other_of_mine.py").exists()
+
+
 # -- predict.py -----------------------------------------------------------------------------------
 
 
@@ -204,9 +228,24 @@ def test_predict_tells_what_is_missing(trained_run, tmp_path):
 
 
 def test_lines_are_bounded():
-    assert list(read_texts([b"a\r\n", b"\n", b"b"])) == [b"a", b"", b"b"]
+    assert list(read_texts(io.BytesIO(b"a\r\n\nb").readline)) == [b"a", b"", b"b"]
     with pytest.raises(UserError, match="line 2 has more than 5 bytes"):
-        list(read_texts([b"a\n", b"123456\n"], longest=5))
+        list(read_texts(io.BytesIO(b"a\n123456\n").readline, longest=5))
+
+
+def test_the_programs_of_the_page_run(trained_run, tmp_path, capsys):
+    """As a user has them: a run in runs/x, and what export.py has made of it in exported."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x").symlink_to(trained_run)
+    save_exported(load_run(trained_run), tmp_path / "exported", ("cpu",))
+    page = (ROOT / "docs" / "trained_models.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, {})
+    printed = capsys.readouterr().out.split()
+    whole, stream = (float(text.strip("[]")) for text in printed[-2:])
+    assert whole == pytest.approx(stream, rel=1e-4)
 
 
 # -- the epoch that is kept -----------------------------------------------------------------------

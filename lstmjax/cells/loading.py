@@ -113,7 +113,7 @@ def find_cell(spec: str, hidden_size: int) -> Cell:
             hyper-parameter, or it cannot be built.
     """
     path, name, _ = parsed = CellSpec.parse(spec)
-    module = _run_file(path) if path else importlib.import_module("lstmjax.cells")
+    module = run_file(path) if path else importlib.import_module("lstmjax.cells")
     classes = {
         key: value
         for key, value in vars(module).items()
@@ -166,7 +166,12 @@ def _checked(kind: type[Cell], given: dict[str, object]) -> dict[str, object]:
     return checked
 
 
-def _run_file(path: str) -> ModuleType:
+def run_file(path: str) -> ModuleType:
+    """Import a user's file; it may import its neighbours.
+
+    Raises:
+        UserError: there is none, or it does not run.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(f"no cell file {path!r}; give --cell as path/to/file.py:MyCell")
@@ -189,6 +194,33 @@ def cell_source(spec: str) -> bytes | None:
     """Content of the file that ``spec`` names, None for a built-in cell."""
     path = CellSpec.parse(spec).path
     return pathlib.Path(path).read_bytes() if path else None
+
+
+def neighbours(spec: str) -> dict[str, bytes]:
+    """The Python files beside a user's cell that it imports, and those that they import, by name.
+
+    Packages and what is imported from elsewhere are not among them; nor is a file called as the run
+    folder calls the cell's own.
+    """
+    file = pathlib.Path(CellSpec.parse(spec).path)
+    found: dict[str, bytes] = {}
+    waiting = [file] if file.name else []
+    while waiting:
+        try:
+            tree = ast.parse(waiting.pop().read_bytes())
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            continue
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                beside = file.with_name(f"{name.partition('.')[0]}.py")
+                new = beside.name not in (*found, file.name, "cell.py")
+                if new and beside.is_file():
+                    found[beside.name] = beside.read_bytes()
+                    waiting.append(beside)
+    return found
 
 
 def source_digest(spec: str) -> str | None:

@@ -25,10 +25,13 @@ from lstmjax.training.report import (
 )
 from lstmjax.training.step import (
     OptimizerConfig,
+    draw_models,
     make_optimizer,
     make_steps,
     training_key,
+    without_gradient,
 )
+from lstmjax.training.trackers import Viewer, check_viewers
 
 __all__ = [
     "Accelerator",
@@ -37,13 +40,16 @@ __all__ = [
     "NonFiniteLossError",
     "OptimizerConfig",
     "RunFolder",
+    "Viewer",
     "accelerator_name",
     "as_dict",
     "best_epoch",
+    "check_viewers",
     "compare",
     "config_of",
     "counting_compilations",
     "draw_curves",
+    "draw_models",
     "evaluate",
     "fit",
     "join",
@@ -61,4 +67,5 @@ __all__ = [
     "simple_kernels",
     "training_key",
     "versions",
+    "without_gradient",
 ]

@@ -61,8 +61,8 @@ class _Place(TypedDict):
 
     epoch: int
     batch: int
-    sums: list[float]
-    since: list[float]
+    sums: list[float | list[float | None]]
+    since: list[float | list[float | None]]
     seconds: float
     history: list[Record]
 
@@ -191,7 +191,7 @@ class Checkpoints:
             "position": dataclasses.asdict(position),
             "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
         }
-        text = json.dumps(content)
+        text = json.dumps(content, default=_as_list)
         files.publish_json(
             temporary / MANIFEST, {"sha256": _digest(text.encode()), "content": text}
         )
@@ -347,12 +347,20 @@ def _read_manifest(folder: pathlib.Path) -> _Manifest:
     return cast(_Manifest, content)  # its checksum says that it is what was written
 
 
+def _as_list(array: np.ndarray) -> list[float | None]:
+    """Of replicas, as JSON has it: None for what is not finite."""
+    return [float(a) if np.isfinite(a) else None for a in array]
+
+
 def _position(place_in_data: _Place) -> Position:
+    def sums(numbers: Sequence[float | list[float | None]]) -> Sums:
+        return Sums(*(np.array(a, float) if isinstance(a, list) else a for a in numbers))
+
     return Position(
         epoch=place_in_data["epoch"],
         batch=place_in_data["batch"],
-        sums=Sums(*place_in_data["sums"]),
-        since=Sums(*place_in_data["since"]),
+        sums=sums(place_in_data["sums"]),
+        since=sums(place_in_data["since"]),
         seconds=place_in_data["seconds"],
         history=tuple(place_in_data["history"]),
     )

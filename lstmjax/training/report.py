@@ -13,21 +13,23 @@ import re
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from lstmjax import files
 from lstmjax.cells import CellSpec
 from lstmjax.cells.loading import same_program
-from lstmjax.errors import DISK_FAILS, StorageError, UserError, reason
+from lstmjax.errors import DISK_FAILS, StorageError, UserError, printable, reason
 from lstmjax.files import Json
-from lstmjax.interop import write_safetensors
+from lstmjax.interop import read_safetensors, write_safetensors
 from lstmjax.models import named_parameters
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
+from lstmjax.training.trackers import Trackers, Viewer, check_viewers
 
 MAX_METRICS_BYTES = 2**30
 CELL = "cell.py"
@@ -56,12 +58,16 @@ def run_name(*parts: str, cell: str, seed: int) -> str:
     return "-".join([*parts, called[:100], f"seed{seed}"])
 
 
-Record: TypeAlias = Mapping[str, float | str]
-"""A line of the metrics: numbers by name, and its ``kind``, ``"step"`` or ``"epoch"``."""
+Figure: TypeAlias = float | str | list[float | None]
+"""A number; of replicas a list of them, None for what is not finite; or a word."""
+
+Record: TypeAlias = Mapping[str, Figure]
+"""A line of the metrics: figures by name, and its ``kind``, ``"step"`` or ``"epoch"``."""
 
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from matplotlib.axes import Axes
 
     class Seeded(DataclassInstance, Protocol):
         """The config of a run: a dataclass with a seed."""
@@ -71,7 +77,7 @@ if TYPE_CHECKING:
             """What everything random follows from."""
             ...
 else:
-    DataclassInstance = Seeded = object
+    DataclassInstance = Seeded = Axes = object
 
 
 class RunFolder:
@@ -97,6 +103,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._metrics = path / "metrics.jsonl"
         self._lock = files.Lock(path)
+        self._trackers = Trackers(path, (), {})
 
     @classmethod
     def open(
@@ -302,8 +309,18 @@ class RunFolder:
                 "another --run-dir"
             ) from error
 
+    def show_in(self, viewers: Sequence[Viewer]) -> None:
+        """Let other viewers have what is logged, too.
+
+        Raises:
+            UserError: the package of one is not installed.
+        """
+        check_viewers(viewers)
+        self._trackers = Trackers(self.path, viewers, self.config())
+
     def close(self) -> None:
         """Let another process go on with the run."""
+        self._trackers.close()
         self._lock.release()
 
     def __enter__(self) -> "RunFolder":
@@ -365,6 +382,12 @@ class RunFolder:
         except OSError as error:
             raise _cannot_write(f"{self.path / PARAMS}", error) from error
 
+    def read_parameters(self, like: PyTree) -> PyTree:
+        """What `write_parameters` wrote last, laid out over the devices as ``like`` is."""
+        named = read_safetensors(self.path / PARAMS)
+        names = iter(named_parameters(like))
+        return jax.tree.map(lambda leaf: jax.device_put(named[next(names)], leaf.sharding), like)
+
     def log(self, record: Record) -> None:
         """Append one line to ``metrics.jsonl``.
 
@@ -376,6 +399,7 @@ class RunFolder:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise _cannot_write(str(self._metrics), error) from error
+        self._trackers.log(record)
 
     def sync(self) -> None:
         """Let the metrics outlive a power cut."""
@@ -405,6 +429,7 @@ class RunFolder:
             history: the records of the epochs before; they replace those in the file.
             steps: where there was a line; a line for another step goes, too.
         """
+        self._trackers.begins_after = step
         found = self.records()
         lines = {r["step"]: r for r in reversed(found) if r["kind"] == "step"}
         kept = [lines[n] for n in steps if n <= step and n in lines]
@@ -423,7 +448,7 @@ class RunFolder:
             raise _cannot_write(str(self._metrics), error) from error
 
     def draw_curves(self, title: str) -> None:
-        """Draw ``curves.png``: training loss by step, accuracy by epoch.
+        """Draw ``curves.png``: losses and accuracies of training and evaluation, by step.
 
         A failure is told on standard error and costs nothing else.
         """
@@ -443,6 +468,9 @@ class _Elsewhere(RunFolder):
         pass
 
     def write_bytes(self, name: str, content: bytes) -> None:
+        pass
+
+    def show_in(self, viewers: Sequence[Viewer]) -> None:
         pass
 
     def write_parameters(self, params: PyTree) -> None:
@@ -472,32 +500,59 @@ def draw_curves(
     steps: Sequence[Record],
     epochs: Sequence[Record] = (),
 ) -> None:
-    """Draw the training loss by step and, where there are epochs, accuracies by epoch.
+    """Draw losses on the left and all else that was measured on the right, over the same steps.
+
+    Lines are of training, as it went; points are what was evaluated at the end of each epoch. Of a
+    split the colour is the same on both sides.
 
     Args:
         path: PNG file to write.
         title: what was run.
-        steps: records with ``step`` and ``loss``.
-        epochs: records with ``step`` and any of the keys that end in ``_accuracy``.
+        steps: records with ``step``, ``loss`` and other metrics.
+        epochs: records with ``step`` and ``<split>_<metric>``, ``validation_loss`` say.
     """
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(title)
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="tab:blue", lw=1)
-    left.set(xlabel="step", ylabel="training loss (mean since the last point)")
-    curves = epochs or steps
-    names = sorted({name for r in curves for name in r if name.endswith("accuracy")})
-    for name in names:
-        points = [(r["step"], 100 * r[name]) for r in curves if name in r]
-        marker = "o" if epochs else None
-        right.plot(*zip(*points, strict=True), marker=marker, lw=1, label=name.replace("_", " "))
-    right.set(xlabel="step", ylabel="accuracy (%)")
-    for axes in (left, right):
+    left, right = figure.subplots(1, 2, sharex=True)
+    figure.suptitle(printable(title), parse_math=False)
+    points = {key for r in epochs for key in r if "_" in key and not key.startswith("train_")}
+    splits = sorted({key.partition("_")[0] for key in points})
+    colors = {split: f"C{n}" for n, split in enumerate(splits, 1)}
+    metrics = sorted({key for r in steps for key in r} - {"kind", "step", "epoch", "loss"})
+    metrics = metrics or sorted({key.partition("_")[2] for key in points} - {"loss"})
+    for axes, names in ((left, ["loss"]), (right, metrics)):
+        for name in names:
+            label = "training" if len(names) == 1 else f"training {name}"
+            _draw_curve(axes, steps, name, label, color="C0", lw=1)
+            for split in splits:
+                label = split if len(names) == 1 else f"{split} {name}"
+                style: dict[str, Any] = {"color": colors[split], "marker": "o", "lw": 1.2}
+                _draw_curve(axes, epochs, f"{split}_{name}", label, **style)
+        units = ["accuracy (%)" if name == "accuracy" else name for name in names]
+        axes.set(xlabel="step", ylabel=", ".join(units))
         axes.grid(alpha=0.3)
-    right.legend()
+        if axes.lines:
+            axes.legend()
+        else:
+            axes.set_visible(False)
+    left.set_xlim(left=0)
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+
+
+def _draw_curve(axes: Axes, records: Sequence[Record], key: str, label: str, **style: Any) -> None:
+    """One figure by step; of replicas a line each, with a gap where one is not finite."""
+    found = [r for r in records if key in r]
+    if not found:
+        return
+    values = (100 if key.endswith("accuracy") else 1) * np.array([r[key] for r in found], float)
+    several = values.ndim > 1
+    if len(found) == 1:
+        style.setdefault("marker", ".")
+    lines = axes.plot(
+        np.array([r["step"] for r in found]), values, alpha=0.6 if several else 1, **style
+    )
+    lines[0].set_label(f"{label}, {len(lines)} seeds" if several else label)
 
 
 def as_dict(config: DataclassInstance) -> dict[str, Json]:
@@ -543,13 +598,15 @@ def _record(line: bytes) -> Record | None:
         return None
     if not all(type(record.get(name)) is int for name in ("step", "epoch")):
         return None
-    found: dict[str, float | str] = {}
-    for key, value in record.items():
-        if type(value) not in ((str,) if key == "kind" else (int, float)):
-            return None
-        assert isinstance(value, int | float | str)
-        found[key] = value
-    return found
+    numbers = [value for key, value in record.items() if key != "kind"]
+    return cast(Record, record) if all(map(_is_figure, numbers)) else None
+
+
+def _is_figure(value: Json) -> bool:
+    """Whether it is a number, or of replicas a list of them, None for those that diverged."""
+    if isinstance(value, list):
+        return all(type(a) in (int, float, type(None)) for a in value)
+    return type(value) in (int, float)
 
 
 def _holds_a_run(path: pathlib.Path) -> bool:
