@@ -2,6 +2,7 @@
 
     python experiments/cumsum.py                      # learning rate from 2e-2 down to 0
     python experiments/cumsum.py --recipe notebook    # Adam(1e-3) throughout
+    python experiments/cumsum.py --seeds 8            # eight runs side by side in one program
 
 LSTM(20) with an output at every step and one dense layer shared by all steps; 1,000 updates on one
 fresh sequence each, all of them inside one compiled program; then accuracy on 10,000 fresh
@@ -22,6 +23,8 @@ if __name__ == "__main__":  # first: importing takes seconds, and a signal is to
     exit_on_signals()
 
 import dataclasses
+import functools
+import math
 import pathlib
 import time
 from typing import Any, Literal, NamedTuple
@@ -41,6 +44,8 @@ from lstmjax.errors import UserError
 from lstmjax.models import Tagger, count_parameters, summary
 from lstmjax.precision import Precision
 from lstmjax.training.command import require_positive, require_rate, require_seed, run_command
+from lstmjax.training.devices import BATCH
+from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, table_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,11 @@ class Config:
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
     seed: int = 0
-    """Of parameters and sequences."""
+    """Of parameters and sequences; with --seeds the first of them."""
+    seeds: int = 1
+    """Train so many replicas side by side in one program, each equal to its single run."""
+    learning_rates: tuple[float, ...] = ()
+    """Train every seed with each of these, in the same program."""
     hidden_size: int = 20
     """Units of the cell."""
     steps: int = 10
@@ -83,14 +92,23 @@ EVALUATION_SEQUENCES = 10_000
 
 def check(config: Config) -> None:
     """Raise `UserError` for settings that cannot work."""
-    names = ("hidden_size", "steps", "updates", "batch_size")
+    names = ("hidden_size", "steps", "updates", "batch_size", "seeds")
     require_positive({name: getattr(config, name) for name in names})
-    require_rate(config.learning_rate)
+    for rate in (config.learning_rate, *config.learning_rates):
+        require_rate(rate)
     require_seed(config.seed)
+    require_seed(config.seed + config.seeds - 1)
+
+
+def replicas_of(config: Config) -> tuple[Replica, ...]:
+    """The runs that this one is made of."""
+    rates = config.learning_rates or (config.learning_rate,)
+    seeds = range(config.seed, config.seed + config.seeds)
+    return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
 
 
 class Outcome(NamedTuple):
-    """What the compiled program returns; once fetched, NumPy arrays.
+    """What the compiled program returns; once fetched, NumPy arrays, of replicas one axis more.
 
     Attributes:
         curves: loss and accuracy of every update, each ``(updates,)``.
@@ -103,26 +121,24 @@ class Outcome(NamedTuple):
     example: tuple[Any, Any, Any]
 
 
-def make_model(config: Config, cell: Cell) -> Tagger:
+def make_model(config: Config, cell: Cell, seed: Any) -> Tagger:
     """The model before the first update."""
-    return Tagger(cell, 1, precision=config.precision, rngs=nnx.Rngs(config.seed))
+    rngs = nnx.Rngs(jax.random.key(seed))
+    return Tagger(cell, 1, precision=config.precision, rngs=rngs)
 
 
-def experiment(config: Config, cell: Cell) -> Outcome:
+def experiment(config: Config, cell: Cell, seed: Any, rate: Any) -> Outcome:
     """Draw the parameters, make all updates, examine the result: pure, to be compiled whole."""
-    rate: Any = config.learning_rate
     if config.decay:
         rate = optax.cosine_decay_schedule(rate, config.updates)
     optimizer = optax.flatten(optax.adam(rate, eps=1e-7))  # one array: less to compile
-    graphdef, params = nnx.split(make_model(config, cell), nnx.Param)
+    graphdef, params = nnx.split(make_model(config, cell, seed), nnx.Param)
     drawn = config.updates * config.batch_size
-    x, y = sample_cumsum(
-        training.training_key(config.seed), drawn + EVALUATION_SEQUENCES, config.steps
-    )
+    x, y = sample_cumsum(training.training_key(seed), drawn + EVALUATION_SEQUENCES, config.steps)
     batches = jax.tree.map(
         lambda a: a[:drawn].reshape(config.updates, config.batch_size, *a.shape[1:]), (x, y)
     )
-    noise = jax.random.fold_in(jax.random.key(config.seed), 2**31 + 1)  # beside `training_key`
+    noise = jax.random.fold_in(jax.random.key(seed), 2**31 + 1)  # beside `training_key`
 
     def loss_of(params: PyTree, x: Array, y: Array, number: Array) -> tuple[Array, Array]:
         keys = jax.random.fold_in(noise, number)
@@ -154,46 +170,75 @@ def main(config: Config) -> None:
     stopping.advise("start it again: it takes seconds")
     started = time.perf_counter()
     check(config)
-    mesh = training.make_mesh(config.accelerator, rows=1)
+    replicas = replicas_of(config)
+    mesh = training.make_mesh(config.accelerator, rows=1, replicas=len(replicas))
     cell = load_cell(config.cell, config.hidden_size)
     name = training.run_name("cumsum", config.recipe, cell=config.cell, seed=config.seed)
-    model = nnx.eval_shape(lambda: make_model(config, cell))
+    if len(replicas) > 1:
+        name += f"-{len(replicas)}runs"
+    model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
     table = summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32"))
     with training.RunFolder.open(name, training.as_dict(config), path=config.run_dir) as run:
         print(table)
         outcome = compute(config, cell, mesh)
-        print_table(*outcome.example)
+        several = len(replicas) > 1
+        print_table(*(a[0] if several else a for a in outcome.example))
         seconds = time.perf_counter() - started
-        test_loss, test_accuracy = map(float, outcome.test)
+        losses, accuracies = (np.atleast_1d(a).tolist() for a in outcome.test)
+        rows = [
+            Row(
+                seed,
+                rate,
+                validation=math.nan,
+                test={"test": accuracy},
+                figures={"test_accuracy": accuracy, "test_loss": loss},
+            )
+            for (seed, rate), loss, accuracy in zip(replicas, losses, accuracies, strict=True)
+        ]
         run.write_result(
             config,
             mesh,
-            {"test_accuracy": test_accuracy, "test_loss": test_loss},
+            outcome_of(ACCURACY, rows, several) if several else rows[0].figures,
             parameters=count_parameters(model),
             seconds=seconds,
             data=f"{EVALUATION_SEQUENCES} fresh sequences",
         )
+        if several:
+            print(f"\n{table_of(ACCURACY, rows)}")
+        mean = np.mean([[row.test["test"], row.figures["test_loss"]] for row in rows], axis=0)
         print(
-            f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {test_accuracy:.2%}, "
-            f"loss {test_loss:.4f}, {seconds:.1f} s; everything in {run.path}"
+            f"per-step accuracy on {EVALUATION_SEQUENCES:,} fresh sequences {mean[0]:.2%}, "
+            f"loss {mean[1]:.4f}, {seconds:.1f} s; everything in {run.path}"
         )
         draw(config, run, *outcome.curves)
 
 
 def compute(config: Config, cell: Cell, mesh: Mesh) -> Outcome:
-    """Compile `experiment` and run it on the first device; the outcome is on the host.
+    """Compile `experiment` and run it on the first device, replicas on all; NumPy arrays.
 
     Raises:
         UserError: a loss is not finite.
     """
-    jitted = jax.jit(
-        experiment, static_argnums=(0, 1), compiler_options=training.quick_compilation(mesh)
-    )
+    replicas = replicas_of(config)
+    one = functools.partial(experiment, config, cell)
+    if len(replicas) == 1:
+        run: Any = functools.partial(one, *replicas[0])
+        arguments: tuple[Any, ...] = ()
+    else:
+        rows = jax.sharding.PartitionSpec(BATCH)
+        several = jax.vmap(one)
+        run = jax.shard_map(several, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+        seeds, rates = zip(*replicas, strict=True)
+        arguments = (np.array(seeds, np.uint32), np.array(rates, np.float32))
+    jitted = jax.jit(run, compiler_options=training.quick_compilation(mesh))
     with jax.default_device(mesh.devices.flat[0]):
-        lowered = jitted.lower(config, cell)
+        lowered = jitted.lower(*arguments)
         training.prepare_drawing()
-        outcome = jax.device_get(lowered.compile()())
-    finite = np.isfinite([*outcome.curves[0], outcome.test[0]])
+        outcome = jax.device_get(lowered.compile()(*arguments))
+    losses = np.concatenate(
+        [np.atleast_2d(outcome.curves[0]), np.reshape(outcome.test[0], (-1, 1))], axis=1
+    )
+    finite = np.isfinite(losses).all(axis=0)
     if not finite.all():
         raise UserError(
             f"loss is not finite at update {finite.argmin() + 1}; lower --learning-rate"
@@ -215,14 +260,17 @@ def print_table(
 def draw(
     config: Config,
     run: training.RunFolder,
-    loss: Float[np.ndarray, " N"],
-    accuracy: Float[np.ndarray, " N"],
+    loss: Float[np.ndarray, "*R N"],
+    accuracy: Float[np.ndarray, "*R N"],
     every: int = 10,
 ) -> None:
     """Write the metrics and draw the curves, each point a mean over ``every`` updates."""
     for start in range(0, config.updates, every):
         part = slice(start, start + every)
-        means = {"loss": float(loss[part].mean()), "accuracy": float(accuracy[part].mean())}
+        means = {
+            name: values[..., part].mean(axis=-1).tolist()
+            for name, values in (("loss", loss), ("accuracy", accuracy))
+        }
         step = min(start + every, config.updates)
         run.log({"kind": "step", "step": step, "epoch": 1, **means})
     cell = CellSpec.parse(config.cell).call

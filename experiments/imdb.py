@@ -27,6 +27,7 @@ import dataclasses
 import math
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -40,12 +41,12 @@ from lstmjax.cells import (
     CellSpec,
     cell_source,
     load_cell,
-    neighbours,
     source_digest,
 )
 from lstmjax.data import (
     Batches,
     Dataset,
+    SideBySide,
     StreamedBatches,
     bucket_boundaries,
     hold_out,
@@ -65,6 +66,7 @@ from lstmjax.training.command import (
     require_share,
     run_command,
 )
+from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, table_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,11 @@ class Config:
     engine: Literal["auto", "pallas_tpu", "pallas_gpu", "associative", "derived", "scan"] = "auto"
     """What runs the recurrence; auto takes the fastest that can run the cell, and says which."""
     seed: int = 0
-    """Of parameters, order of batches and dropout."""
+    """Of parameters, order of batches and dropout; with --seeds the first of them."""
+    seeds: int = 1
+    """Train so many replicas side by side in one program, each equal to its single run."""
+    learning_rates: tuple[float, ...] = ()
+    """Train every seed with each of these, in the same program."""
     epochs: int = 3
     """Passes over the training reviews."""
     run_dir: pathlib.Path | None = None
@@ -143,6 +149,18 @@ class Config:
     optimizer: training.OptimizerConfig = dataclasses.field(
         default_factory=training.OptimizerConfig
     )
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """The runs that this one is made of."""
+        rates = self.learning_rates or (self.optimizer.learning_rate,)
+        seeds = range(self.seed, self.seed + self.seeds)
+        return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether they are replicas in one program."""
+        return self.seeds > 1 or bool(self.learning_rates)
 
 
 CORPUS = {
@@ -191,6 +209,7 @@ def check(config: Config) -> None:
             "conv-width": model.conv_width,
             "conv-pool": model.conv_pool,
             "keep": config.keep,
+            "seeds": config.seeds,
         }
     )
     require_share(
@@ -214,11 +233,17 @@ def check(config: Config) -> None:
         )
     if model.conv_filters < 0:
         raise UserError(f"--conv-filters must be at least 0, got {model.conv_filters}")
+    if config.side_by_side and (config.keep_best or config.patience or config.processes):
+        raise UserError(
+            "--seeds and --learning-rates go without --keep-best, --patience and --processes"
+        )
     rate, clip = config.optimizer.learning_rate, config.optimizer.clip_norm
-    require_rate(rate)
+    for one in (rate, *config.learning_rates):
+        require_rate(one)
     if not (clip >= 0 and math.isfinite(clip)):
         raise UserError(f"--clip-norm must be at least 0 and finite, got {clip}")
     require_seed(config.seed)
+    require_seed(config.seed + config.seeds - 1)
     if config.epochs > 10_000:
         raise UserError(f"--epochs must be at most 10000, got {config.epochs}")
 
@@ -228,6 +253,8 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     name = training.run_name(
         "imdb", config.recipe, config.data.data, cell=config.cell, seed=config.seed
     )
+    if config.side_by_side:
+        name += f"-{len(config.replicas)}runs"
     settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
     for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
         del settings[here_only]
@@ -321,11 +348,13 @@ def main(config: Config) -> None:
     check(config)
     training.check_viewers(config.log)
     training.join(config.coordinator, config.processes, config.process_id)
-    mesh = training.make_mesh(config.accelerator, rows=config.data.batch_size)
+    replicas = len(config.replicas)
+    mesh = training.make_mesh(config.accelerator, config.data.batch_size, replicas)
     cell = load_cell(config.cell, config.model.hidden_size)
     train, evaluations = make_batches(config)
     engine, reason = engine_for(config, cell, mesh)
-    model = make_model(config, cell, mesh)
+    models = make_models(config, cell, mesh)
+    model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
     shape = (config.data.batch_size, config.data.max_length)
     table = summary(model, jax.ShapeDtypeStruct(shape, "int32"))
     with open_run(config, mesh, [b.fingerprint for b in (train, *evaluations.values())]) as run:
@@ -337,11 +366,12 @@ def main(config: Config) -> None:
             f"{training.accelerator_name(mesh)} x {mesh.size}; engine {engine.name} ({reason}); "
             f"run folder {run.path}"
         )
-        describe_model(config, train, run)
+        if not config.side_by_side:
+            describe_model(config, train, run)
         run.show_in(config.log)
         started = time.perf_counter()
         with training.counting_compilations() as made:
-            history = learn(config, cell, model, train, evaluations, run, mesh)
+            history = learn(config, cell, models, train, evaluations, run, mesh)
         facts = {
             "parameters": count_parameters(model),
             "seconds": time.perf_counter() - started,
@@ -356,8 +386,6 @@ def main(config: Config) -> None:
 
 def describe_model(config: Config, train: Batches, run: training.RunFolder) -> None:
     """Write what `lstmjax.load_run` needs; rows on disk come without words."""
-    for name, source in neighbours(config.cell).items():
-        run.write_bytes(name, source)
     if train.vocabulary is not None:
         described = ModelConfig(
             config.cell,
@@ -382,14 +410,30 @@ def report(
     kept = training.best_epoch(history, name) if config.keep_best else history[-1]
     corpus, cell = CORPUS[config.data.data], CellSpec.parse(config.cell).call
     outcome = {key: kept[key] for key in (f"{name}_accuracy", f"{name}_loss")}
+    rows = rows_of(config, kept, name)
+    if config.side_by_side:
+        outcome = outcome_of(ACCURACY, rows, several=True)
     facts = {**facts, "kept_epoch": kept["epoch"]}
     run.write_result(config, mesh, outcome, **facts, data=config.data.data, epochs=history)
     run.draw_curves(f"{cell} · recipe {config.recipe} · {corpus} · seed {config.seed}")
     print_table(history, name)
+    if config.side_by_side:
+        print(f"\n{table_of(ACCURACY, rows)}")
+    accuracy = float(np.mean([row.test[name] for row in rows]))
     print(
-        f"{corpus}, {name} accuracy {kept[f'{name}_accuracy']:.2%} after epoch {kept['epoch']}; "
+        f"{corpus}, {name} accuracy {accuracy:.2%} after epoch {kept['epoch']}; "
         f"everything in {run.path}"
     )
+
+
+def rows_of(config: Config, record: Mapping[str, Any], name: str) -> list[Row]:
+    """One row a replica of an epoch's record; ``name`` is the split that was evaluated."""
+    keys = (f"{name}_accuracy", f"{name}_loss")
+    columns = [np.atleast_1d(np.array(record[key], float)).tolist() for key in keys]
+    return [
+        Row(seed, rate, math.nan, {name: found[0]}, dict(zip(keys, found, strict=True)))
+        for (seed, rate), *found in zip(config.replicas, *columns, strict=True)
+    ]
 
 
 def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
@@ -405,19 +449,20 @@ def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
         raise UserError(f"{error}; leave out --engine") from error
 
 
-def make_model(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
-    """The model before the first step, drawn by one program: quicker to start than one a draw.
+def make_model(config: Config, cell: Cell, seed: Any) -> Classifier:
+    """The model of a seed before the first step.
 
     Without ``--engine``, every layer and every shape of batch gets an engine that can run it.
     """
     engine = None if config.engine == "auto" else config.engine
+    rngs = nnx.Rngs(jax.random.key(seed))
+    return Classifier(cell, config.model, precision=config.precision, engine=engine, rngs=rngs)
 
-    def draw() -> Classifier:
-        rngs = nnx.Rngs(config.seed)
-        return Classifier(cell, config.model, precision=config.precision, engine=engine, rngs=rngs)
 
-    with jax.default_device(training.local_device(mesh.devices.flat)):
-        return jax.jit(draw, compiler_options=training.quick_compilation(mesh))()
+def make_models(config: Config, cell: Cell, mesh: Mesh) -> Classifier:
+    """The model, or one that holds the parameters of all replicas, stacked."""
+    seeds = [replica.seed for replica in config.replicas] if config.side_by_side else config.seed
+    return training.draw_models(lambda seed: make_model(config, cell, seed), seeds, mesh)
 
 
 def learn(
@@ -432,16 +477,24 @@ def learn(
     """Train and evaluate; one record an epoch."""
     optimizer = training.make_optimizer(config.optimizer, config.epochs * len(train))
     masked = config.data.padding == "bucketed"
-    steps = training.make_steps(model, optimizer, mesh, padding=train.padding, masked=masked)
+    several, rate = config.side_by_side, config.optimizer.learning_rate
+    steps = training.make_steps(
+        model,
+        optimizer,
+        mesh,
+        padding=train.padding,
+        masked=masked,
+        replicas=[r.learning_rate / rate for r in config.replicas] if several else (),
+    )
     try:
         return training.fit(
             steps,
-            train,
+            SideBySide(train) if several else train,
             evaluations,
             run,
             mesh,
             epochs=config.epochs,
-            seed=config.seed,
+            seed=tuple(r.seed for r in config.replicas) if several else config.seed,
             resume=config.resume or config.resume_or_start,
             checkpoint_every=config.checkpoint_every,
             keep=config.keep,
@@ -457,19 +510,24 @@ def learn(
 
 
 def print_table(history: list[dict[str, Any]], name: str) -> None:
-    """A line an epoch; ``name`` is the split that was evaluated."""
+    """A line an epoch, of replicas their means; ``name`` is the split that was evaluated."""
     heads = ("epoch", "train loss", "train acc", f"{name} loss", f"{name} acc", "seconds")
     print("\n" + "  ".join(f"{head:>15}" for head in heads))
     for r in history:
         values = (
             f"{r['epoch']}",
-            f"{r['train_loss']:.4f}",
-            f"{r['train_accuracy']:.2%}",
-            f"{r[f'{name}_loss']:.4f}",
-            f"{r[f'{name}_accuracy']:.2%}",
+            f"{_mean(r['train_loss']):.4f}",
+            f"{_mean(r['train_accuracy']):.2%}",
+            f"{_mean(r[f'{name}_loss']):.4f}",
+            f"{_mean(r[f'{name}_accuracy']):.2%}",
             f"{r['seconds']:.1f}",
         )
         print("  ".join(f"{value:>15}" for value in values))
+
+
+def _mean(value: Any) -> float:
+    """Of replicas, those that did not diverge."""
+    return float(np.nanmean(np.array(value, float)))
 
 
 if __name__ == "__main__":

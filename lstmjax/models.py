@@ -326,6 +326,154 @@ class Tagger(nnx.Module):
         yield Stage("dense", self.head, _logits(self.head(hs)))
 
 
+@dataclasses.dataclass(frozen=True)
+class SequenceConfig:
+    """Sizes of a `SequenceModel`."""
+
+    hidden_size: int = 64
+    """Units H of each recurrent layer."""
+    embedding_size: int = 32
+    """Features of a token, where the input is tokens."""
+    num_layers: int = 1
+    """Recurrent layers on top of one another."""
+    bidirectional: bool = False
+    """Run each layer in both directions."""
+    dropout_before: float = 0.0
+    """Dropout between the input and the recurrence."""
+    dropout_between: float = 0.0
+    """Dropout between recurrent layers."""
+    dropout_after: float = 0.0
+    """Dropout between the recurrence and the head."""
+
+
+class SequenceModel(nnx.Module):
+    """Tokens or features to outputs of every step, or of the sequence: recurrence and head.
+
+    Args:
+        cell: the recurrence of every layer, of ``config.hidden_size`` units.
+        config: sizes and shares dropped.
+        tokens: how many there are, for ids ``(B, T)``; 0: the input is features ``(B, T, D)``.
+        features: D, if there are no tokens.
+        per_step: an output at every step; else one of the last state.
+        num_outputs: of each: 1, or one a class.
+        precision, engine: as in `Classifier`.
+        rngs: draws the parameters.
+
+    Raises:
+        ValueError: cell and config disagree, or a share is out of range.
+
+    Example:
+        >>> from lstmjax.cells import LSTM
+        >>> config = SequenceConfig(hidden_size=8, embedding_size=4)
+        >>> model = SequenceModel(LSTM(8), config, tokens=9, num_outputs=9, rngs=nnx.Rngs(0))
+        >>> model(jnp.ones((2, 5), jnp.int32)).shape
+        (2, 5, 9)
+        >>> outputs, carry = model(jnp.ones((2, 5), jnp.int32), carry=model.initial_carry(2))
+        >>> carry[0].h.shape
+        (2, 8)
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        config: SequenceConfig,
+        *,
+        tokens: int = 0,
+        features: int = 1,
+        per_step: bool = True,
+        num_outputs: int = 1,
+        precision: PrecisionLike = "float32",
+        engine: str | Engine | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _check_config(cell, config)
+        self.config, self.per_step = config, per_step
+        self.num_outputs = _at_least_one(num_outputs)
+        self.embedding = embedding(tokens, config.embedding_size, rngs=rngs) if tokens else None
+        self.recurrent = Stack(
+            cell,
+            config.embedding_size if tokens else features,
+            num_layers=config.num_layers,
+            bidirectional=config.bidirectional,
+            dropout_rate=config.dropout_between,
+            precision=precision,
+            engine=engine,
+            rngs=rngs,
+        )
+        size = self.recurrent.output_size
+        self.head = dense(size, num_outputs, precision=precision, rngs=rngs)
+
+    def initial_carry(self, rows: int) -> PyTree:
+        """The state of every layer before the first step, to be given as ``carry``."""
+        return self.recurrent.initial_carry(rows)
+
+    def __call__(
+        self,
+        x: Int[Array | np.ndarray, "B T"] | Float[Array | np.ndarray, "B T D"],
+        mask: Bool[Array | np.ndarray, "B T"] | None = None,
+        keys: AnyKeys = None,
+        *,
+        carry: PyTree = None,
+        resets: Bool[Array | np.ndarray, "B T"] | None = None,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> PyTree:
+        """Outputs ``(B, T, K)`` or ``(B, K)``, without the last axis where K is 1.
+
+        Args:
+            x: ids less than ``tokens``, or features.
+            mask: marks valid steps; None is all.
+            keys: one a row, one for all, or `Keys`: switch dropout and the cell's noise on.
+            carry: to go on from; then the outputs come with the carry after the last step.
+            resets: where a new sequence begins.
+            inputs: the cell's ``step_inputs`` by name, ``(B, T, width)``.
+        """
+        found = keys_of_call(keys, None, None, x.shape[0])
+        *_, (last, final) = self._run(x, mask, found, carry, resets, inputs)
+        return last.output if carry is None else (last.output, final)
+
+    def _stages(
+        self,
+        x: Array,
+        mask: Array | None = None,
+        keys: Keys | None = None,
+    ) -> Iterator[Stage]:
+        """The forward pass layer by layer."""
+        return (stage for stage, _ in self._run(x, mask, keys))
+
+    def _run(
+        self,
+        x: Array | np.ndarray,
+        mask: Array | np.ndarray | None = None,
+        keys: Keys | None = None,
+        carry: PyTree = None,
+        resets: Array | np.ndarray | None = None,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> Iterator[tuple[Stage, PyTree]]:
+        config = self.config
+        key_before, key_between, key_after = fold_keys(keys, 3)
+        x, mask = jnp.asarray(x), None if mask is None else jnp.asarray(mask)
+        if self.embedding is not None:
+            x = self.embedding(x)
+            yield Stage("embedding", self.embedding, x), None
+        if config.dropout_before:
+            x = dropout(x, config.dropout_before, key_before)
+            yield Stage("dropout_before", None, x), None
+        resets = None if resets is None else jnp.asarray(resets)
+        options = Options(mask=mask, resets=resets, inputs=dict(inputs or {}))
+        layers = [*stages(self.recurrent, x, carry, key_between, options)]
+        for number, (layer, found) in enumerate(layers, 1):
+            yield Stage(f"recurrent_{number}", layer, found.outputs), None
+        final = [found.carry for _, found in layers]
+        x = layers[-1][1].outputs
+        if not self.per_step:
+            x = pool(x, final, mask, "last")
+            yield Stage("last", None, x), None
+        if config.dropout_after:
+            x = dropout(x, config.dropout_after, key_after)
+            yield Stage("dropout_after", None, x), None
+        yield Stage("dense", self.head, _logits(self.head(x))), final
+
+
 def _logits(outputs: Float[Array, "*B K"]) -> Float[Array, "..."]:
     """Without the last axis where there is but one number on it."""
     return outputs[..., 0] if outputs.shape[-1] == 1 else outputs
@@ -337,8 +485,8 @@ def _at_least_one(num_outputs: int) -> int:
     return num_outputs
 
 
-def _check_config(cell: Cell, config: ClassifierConfig) -> None:
-    """Raise `ValueError` where a classifier cannot be what it says."""
+def _check_config(cell: Cell, config: ClassifierConfig | SequenceConfig) -> None:
+    """Raise `ValueError` where a model cannot be what it says."""
     if cell.hidden_size != config.hidden_size:
         raise ValueError(
             f"the cell has {cell.hidden_size} units, but config.hidden_size is "

@@ -6,8 +6,9 @@ Beside its checkpoints, which are for going on, a run folder holds what the mode
     params.safetensors    its parameters, by name
     vocabulary.txt        its words, one a line, the first of them with id 4
     cell.py               the file of a user's cell
+    tokenizer.py          the file of a user's tokenizer
 
-All but ``cell.py`` are data. That file is a program, and loading the run runs it, as training did:
+All but the last two are data. Those are programs, and loading the run runs them, as training did:
 load runs of people whose programs you would run.
 """
 
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int, Int32, PyTree
 
 from lstmjax import files
 from lstmjax.cells import Cell, CellSpec, load_cell
+from lstmjax.data.tokenizers import load_tokenizer
 from lstmjax.data.vocabulary import FIRST_WORD, Vocabulary
 from lstmjax.errors import StorageError, UserError, first_line, reason
 from lstmjax.interop import read_safetensors
@@ -36,6 +38,7 @@ from lstmjax.training.report import CELL, PARAMS, RunFolder, as_dict
 
 MODEL = "model.json"
 VOCABULARY = "vocabulary.txt"
+TOKENIZER = "tokenizer.py"
 MAX_BYTES = 2**34
 Text = str | bytes
 """A text; bytes are read as UTF-8, and what is none becomes U+FFFD."""
@@ -64,6 +67,8 @@ class ModelConfig:
     """What it was trained on."""
     words: int = 0
     """In the vocabulary."""
+    tokenizer: str = "keras"
+    """How texts are split into words: keras, words, or ``tokenizer.py:function``."""
 
 
 def describe(run: RunFolder, config: ModelConfig, vocabulary: Vocabulary) -> None:
@@ -74,6 +79,10 @@ def describe(run: RunFolder, config: ModelConfig, vocabulary: Vocabulary) -> Non
     """
     words = vocabulary.words[: config.classifier.top_words - FIRST_WORD]
     cell = CellSpec.parse(config.cell).within(CELL)
+    path, _, function = config.tokenizer.rpartition(":")
+    if path:
+        run.write_bytes(TOKENIZER, pathlib.Path(path).read_bytes())
+        config = dataclasses.replace(config, tokenizer=f"{TOKENIZER}:{function}")
     run.write_bytes(VOCABULARY, "\n".join(words).encode("utf-8", "surrogatepass"))
     run.write(MODEL, as_dict(dataclasses.replace(config, cell=cell, words=len(words))))
 
@@ -108,7 +117,11 @@ def load_run(folder: str | pathlib.Path) -> "TrainedModel":
     module = _read(path / MODEL, lambda _: build(config, cell))
     named = _read(path / PARAMS, read_safetensors)
     _read(path / PARAMS, lambda _: set_parameters(module, named))
-    return TrainedModel(path, config, module, Vocabulary(words))
+    own, _, function = config.tokenizer.rpartition(":")
+    if own not in ("", TOKENIZER):
+        raise UserError(f"{path / MODEL} names a tokenizer in {own!r}, which is not in {path}")
+    tokenizer = load_tokenizer(f"{path / TOKENIZER}:{function}" if own else function)
+    return TrainedModel(path, config, module, Vocabulary(words, tokenizer))
 
 
 def build(config: ModelConfig, cell: Cell, engine: str | Engine | None = None) -> Classifier:

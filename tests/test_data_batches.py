@@ -44,8 +44,8 @@ def test_content(padding):
     seen = 0
     for batch in itertools.chain(batches.epoch(0, 0), batches.in_order()):
         assert batch.ids.shape in batches.shapes
-        assert [a.dtype for a in batch] == [np.int32, np.int32, np.int32, np.float32]
-        for ids, length, label, weight in zip(*batch, strict=True):
+        assert [a.dtype for a in batch[:4]] == [np.int32, np.int32, np.int32, np.float32]
+        for ids, length, label, weight in zip(*batch[:4], strict=True):
             inside = ids[:length] if padding == "right" else ids[len(ids) - length :]
             outside = ids[length:] if padding == "right" else ids[: len(ids) - length]
             assert not outside.any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lstmjax.data import Batches, bucket_boundaries, load_demo
-from lstmjax.data.demo import _WORDS, _reports
+from lstmjax.data.demo import _WORDS, reports
 from lstmjax.errors import UserError
 
 
@@ -48,9 +48,9 @@ def test_same_words_but_no_report_in_both(train, test):
 
 
 def test_a_function_of_its_arguments():
-    _reports.cache_clear()
+    reports.cache_clear()
     first = load_demo("test", size=50)
-    _reports.cache_clear()
+    reports.cache_clear()
     again, other = load_demo("test", size=80), load_demo("test", size=50, seed=1)
     for a, b in zip(first.sequences, again.sequences, strict=False):
         np.testing.assert_array_equal(a, b)
@@ -59,7 +59,7 @@ def test_a_function_of_its_arguments():
 
 
 def test_written_in_seconds():
-    _reports.cache_clear()
+    reports.cache_clear()
     start = time.process_time()
     load_demo("train")
     load_demo("test")
@@ -74,7 +74,7 @@ def test_limits():
 
 def test_the_label_follows_from_the_grammar():
     good, bad = set(_WORDS["good"]), set(_WORDS["bad"])
-    for text, label in zip(*_reports("test", 200, 0), strict=True):
+    for text, label in zip(*reports("test", 200, 0), strict=True):
         first, *sentences = [sentence.strip() for sentence in text.split(".") if sentence.strip()]
         votes = 0
         for sentence in sentences:

@@ -9,10 +9,13 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import lstmjax
-from lstmjax.cells import Cell, check_contract, load_cell
+from lstmjax.cells import LSTM, Cell, check_contract, load_cell
+from lstmjax.models import SequenceConfig
 from lstmjax.recurrence import unroll
+from lstmjax.tasks import load_task
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -83,3 +86,15 @@ def test_links_and_named_files_exist(page):
         assert (folder / target).exists(), target
     for name in re.findall(r"\b(?:lstmjax|tests|docs|experiments)/[\w/]+\.(?:py|md)\b", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_task_on_the_page_is_a_task(tmp_path):
+    """Where it says so, the bit of five steps ago is asked for."""
+    file = tmp_path / "my_task.py"
+    file.write_text(blocks("docs/workbench.md")[0])
+    task = load_task(f"{file}:LastBit(delay=3)")
+    batch = next(task.train(4).epoch(0, 0))
+    for row, labels, weights in zip(batch.ids, batch.labels, batch.weights, strict=True):
+        assert [*labels[weights > 0]] == [*row[:-3]]
+    model = task.make_model(LSTM(3), SequenceConfig(hidden_size=3), rngs=nnx.Rngs(0))
+    assert model(batch.ids).shape == batch.labels.shape

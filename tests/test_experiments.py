@@ -82,6 +82,19 @@ def test_demo_run_leaves_everything_behind(run, capsys):
     assert "not IMDB" in out
 
 
+def test_replicas_are_as_their_single_runs(run, capsys):
+    small = ("--data", "demo", "--epochs", 1, *SMALL, "--dropout-words", 0.1)
+    run(imdb, *small, "--seed", 1, "--run-dir", "one")
+    run(imdb, *small, "--seeds", 2, "--run-dir", "both")
+    assert "95 %" in capsys.readouterr().out
+    found = result("both")["replicas"][1]
+    assert (found["seed"], found["learning_rate"]) == (
+        1,
+        imdb.RECIPES["default"].optimizer.learning_rate,
+    )
+    assert found["figures"]["test_loss"] == pytest.approx(result("one")["test_loss"], rel=2e-5)
+
+
 def test_the_command_line_knows_every_engine(error_of):
     assert get_args(get_type_hints(imdb.Config)["engine"]) == ("auto", *ENGINES)
     line = error_of(imdb, "--data", "demo", "--engine", "pallas_tpu", "--accelerator", "cpu")
@@ -426,6 +439,18 @@ def test_cumsum_is_reproducible(run):
     for name in ("a", "b"):
         run(cumsum, "--updates", 50, "--recipe", "notebook", "--run-dir", name)
     assert result("a")["test_loss"] == result("b")["test_loss"]
+
+
+def test_cumsum_with_several_seeds(run, capsys):
+    run(cumsum, "--updates", 40, "--seed", 1, "--run-dir", "one", "--learning-rate", 0.01)
+    run(cumsum, "--updates", 40, "--seeds", 2, "--learning-rates", 0.02, 0.01, "--run-dir", "all")
+    assert "95 %" in capsys.readouterr().out
+    found = result("all")["replicas"]
+    assert [(row["seed"], row["learning_rate"]) for row in found] == [
+        (0, 0.02), (1, 0.02), (0, 0.01), (1, 0.01),
+    ]  # fmt: skip
+    assert found[3]["figures"]["test_loss"] == pytest.approx(result("one")["test_loss"], rel=2e-5)
+    assert pathlib.Path("all/curves.png").exists()
 
 
 def test_cumsum_refuses_sizes_below_one(error_of):

@@ -5,10 +5,10 @@ import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from lstmjax.data.vocabulary import PAD, Dataset, Vocabulary, check_rows
 from lstmjax.errors import UserError
@@ -18,22 +18,39 @@ class Batch(NamedTuple):
     """One batch; rows that only fill it up have length 0, label 0 and weight 0.
 
     Attributes:
-        ids: (batch, steps), padded with 0.
-        lengths: (batch,), the number of ids that are not padding.
-        labels: (batch,).
-        weights: (batch,), 1 for a row of the data set, 0 for a filler row.
+        ids: (batch, steps), padded with 0; or features, (batch, steps, D).
+        lengths: (batch,), the number of steps that are not padding.
+        labels: (batch,), or one a step, (batch, steps); numbers where they are not classes.
+        weights: of the shape of the labels, 1 for what counts, 0 for what does not, fillers above
+            all.
+        resets: (batch, steps), where a new sequence begins, for a recurrence that goes on from
+            batch to batch; else None.
     """
 
-    ids: Int32[np.ndarray, "batch steps"]
+    ids: Int32[np.ndarray, "batch steps"] | Float32[np.ndarray, "batch steps features"]
     lengths: Int32[np.ndarray, " batch"]
-    labels: Int32[np.ndarray, " batch"]
-    weights: Float32[np.ndarray, " batch"]
+    labels: Int32[np.ndarray, "batch *steps"] | Float32[np.ndarray, "batch *steps"]
+    weights: Float32[np.ndarray, "batch *steps"]
+    resets: Bool[np.ndarray, "batch steps"] | None = None
 
 
-def _generator(*seed: int) -> np.random.Generator:
+def generator_of(*seed: int) -> np.random.Generator:
+    """A generator that is a function of these whole numbers, 0 or more."""
     if min(seed) < 0:
         raise UserError(f"seed {min(seed)} is negative: give 0 or more")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+
+
+class Sequences(NamedTuple):
+    """A data set of features, or of ids without a vocabulary.
+
+    Attributes:
+        sequences: of each row (steps, D) numbers, or (steps,) ids.
+        labels: (rows,), or of each row (steps,); whole numbers for classes, else numbers.
+    """
+
+    sequences: list[np.ndarray]
+    labels: np.ndarray | list[np.ndarray]
 
 
 class Batches:
@@ -54,9 +71,9 @@ class Batches:
     Args:
         dataset: what to cut; it must have rows.
         batch_size: rows of every batch.
-        boundaries: lengths of the batches, rising; of longer rows the last ids are kept.
+        boundaries: lengths of the batches, rising; of longer rows the last steps are kept.
         padding: "right" or "left", the side of the ids that is padded.
-        num_classes: labels are 0 to ``num_classes - 1``.
+        num_classes: labels are 0 to ``num_classes - 1``; None: they are not looked at.
         top_words: ids are less than this, if it is given: the size of the model's table.
 
     Raises:
@@ -68,24 +85,31 @@ class Batches:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Sequences,
         batch_size: int,
         *,
         boundaries: Sequence[int],
         padding: Literal["right", "left"] = "right",
-        num_classes: int = 2,
+        num_classes: int | None = 2,
         top_words: int | None = None,
     ) -> None:
         self._prepare(batch_size, boundaries, padding, len(dataset.sequences))
-        self.vocabulary = dataset.vocabulary
-        check_rows(dataset, num_classes, top_words)
+        if isinstance(dataset, Dataset):
+            self.vocabulary = dataset.vocabulary
+            check_rows(dataset, num_classes, top_words)
+        first = dataset.sequences[0]
         ends = np.cumsum([len(row) for row in dataset.sequences])
         lengths = np.minimum(np.diff(ends, prepend=0), self.boundaries[-1])
-        self._ids = np.concatenate([*dataset.sequences, np.zeros(1, np.int32)])
+        self._ids = np.concatenate(
+            [*dataset.sequences, np.zeros((1, *first.shape[1:]), first.dtype)]
+        )
         # One empty row more, at index -1: the filler.
         self._starts = np.append(ends - lengths, 0)
         self._lengths = np.append(lengths, 0).astype(np.int32)
-        self._labels = np.append(dataset.labels, 0).astype(np.int32)
+        self._per_step = isinstance(dataset.labels, list)
+        each = dataset.labels if isinstance(dataset.labels, list) else [dataset.labels]
+        labels = np.append(np.concatenate(each), 0)
+        self._labels = labels.astype(np.float32 if labels.dtype.kind == "f" else np.int32)
 
     def _prepare(
         self,
@@ -98,6 +122,7 @@ class Batches:
         self.boundaries = tuple(int(length) for length in boundaries)
         self.padding = padding
         self._part = slice(None)
+        self._per_step = False
         self._check(rows)
 
     def _check(self, rows: int) -> None:
@@ -164,7 +189,7 @@ class Batches:
         """
         if start < 0:
             raise UserError(f"start is {start}: give the number of a batch, 0 or more")
-        generator = _generator(seed, epoch)
+        generator = generator_of(seed, epoch)
         rows = self._plan(generator.permutation(len(self._lengths) - 1))
         return self._batches(rows[generator.permutation(len(rows))][start:])
 
@@ -195,14 +220,114 @@ class Batches:
             position = position - (steps - lengths)[:, None]
         inside = (position >= 0) & (position < lengths[:, None])
         ids = self._cut(rows, position, inside)
+        if self._per_step:
+            labels = self._at(self._labels, rows, position, inside)
+            return Batch(ids, lengths, labels, inside.astype(np.float32))
         return Batch(ids, lengths, self._labels[rows], (rows >= 0).astype(np.float32))
 
     def _cut(
         self, rows: Int[np.ndarray, " batch"], position: np.ndarray, inside: np.ndarray
-    ) -> Int32[np.ndarray, "batch steps"]:
-        """The ids of these rows, each at its place."""
+    ) -> Int32[np.ndarray, "batch steps"] | Float32[np.ndarray, "batch steps features"]:
+        """The ids or features of these rows, each at its place."""
+        return self._at(self._ids, rows, position, inside)
+
+    def _at(
+        self, numbers: np.ndarray, rows: np.ndarray, position: np.ndarray, inside: np.ndarray
+    ) -> np.ndarray:
         index = np.where(inside, self._starts[rows][:, None] + position, -1)
-        return np.where(inside, self._ids[index], np.int32(PAD))
+        found = numbers[index]  # -1 is a zero at the end
+        found[~inside] = PAD
+        return found
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where the training loop gets its batches from.
+
+    Attributes:
+        padding: the side of the rows that is padded.
+    """
+
+    padding: Literal["right", "left"]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """All (batch, steps) that can occur."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that the batches depend on."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def epoch(self, seed: Any, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from number ``start`` on: a pure function of these three."""
+        ...
+
+    def in_order(self) -> Iterator[Batch]:
+        """All batches, always the same, to evaluate on."""
+        ...
+
+
+class SideBySide:
+    """The batches of several seeds at once, each array with the seeds as its first axis.
+
+    Of batches of different lengths the shorter ones are padded.
+
+    >>> from lstmjax.data import load_demo
+    >>> both = SideBySide(Batches(load_demo("test"), 64, boundaries=(64, 128, 500)))
+    >>> next(both.epoch(seed=(0, 1), epoch=3)).lengths.shape
+    (2, 64)
+
+    Args:
+        one: the batches of one seed.
+    """
+
+    def __init__(self, one: Source) -> None:
+        self.one, self.padding = one, one.padding
+
+    def __len__(self) -> int:
+        return len(self.one)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """Those of one seed."""
+        return self.one.shapes
+
+    @property
+    def fingerprint(self) -> str:
+        """That of one seed."""
+        return self.one.fingerprint
+
+    def epoch(self, seed: Any, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch of every one of the seeds, a tuple."""
+        each = [self.one.epoch(one, epoch, start) for one in seed]
+        return (self._stacked(parts) for parts in zip(*each, strict=True))
+
+    def in_order(self) -> Iterator[Batch]:
+        """All batches of one seed, to evaluate all on."""
+        return self.one.in_order()
+
+    def _stacked(self, parts: Sequence[Batch]) -> Batch:
+        steps = max(part.ids.shape[1] for part in parts)
+
+        def stacked(*arrays: np.ndarray | None) -> Any:
+            if arrays[0] is None:
+                return None
+            return np.stack([self._padded(a, steps) for a in arrays if a is not None])
+
+        return Batch(*map(stacked, *parts))
+
+    def _padded(self, array: np.ndarray, steps: int) -> np.ndarray:
+        if array.ndim == 1:
+            return array
+        missing = steps - array.shape[1]
+        sides = (missing, 0) if self.padding == "left" else (0, missing)
+        return np.pad(array, [(0, 0), sides, *[(0, 0)] * (array.ndim - 2)])
 
 
 def bucket_boundaries(
@@ -267,7 +392,7 @@ def hold_out(dataset: Dataset, fraction: float = 0.1, seed: int = 0) -> tuple[Da
         [numbers.setdefault(row.tobytes(), len(numbers)) for row in dataset.sequences],
         dtype=np.int64,
     )
-    order = _generator(seed).permutation(len(numbers))
+    order = generator_of(seed).permutation(len(numbers))
     size = np.bincount(group, minlength=len(numbers))
     held = np.empty(len(numbers), bool)
     held[order] = np.cumsum(size[order]) <= fraction * len(group)

@@ -2,7 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, Key, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32, Key, UInt32
 
 
 def sample_cumsum(
@@ -23,5 +24,15 @@ def sample_cumsum(
         The numbers (batch, steps, 1) and the labels (batch, steps).
     """
     x = jax.random.uniform(key, (batch, steps), jnp.float32)
-    y = (jnp.cumsum(x, axis=1) >= steps / 4).astype(jnp.int32)
-    return x[:, :, None], y
+    return x[:, :, None], jnp.asarray(cumsum_labels(x), jnp.int32)
+
+
+def cumsum_labels(
+    x: Float32[Array | np.ndarray, "batch steps"],
+) -> Bool[Array | np.ndarray, "batch steps"]:
+    """Whether the sum up to each step has reached a quarter of the number of steps.
+
+    >>> cumsum_labels(np.array([[0.4, 0.3, 0.4, 0.1]], np.float32)).tolist()
+    [[False, False, True, True]]
+    """
+    return x.cumsum(axis=1) >= x.shape[1] / 4

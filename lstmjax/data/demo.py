@@ -103,7 +103,8 @@ def _report(draw: random.Random) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=4)
-def _reports(split: str, size: int, seed: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def reports(split: str, size: int, seed: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Texts and labels of a split."""
     draw = random.Random(f"{split} {seed}")
     texts, labels = zip(*(_report(draw) for _ in range(size)), strict=True)
     return texts, labels
@@ -111,7 +112,7 @@ def _reports(split: str, size: int, seed: int) -> tuple[tuple[str, ...], tuple[i
 
 @lru_cache(maxsize=4)
 def _vocabulary(seed: int) -> Vocabulary:
-    return Vocabulary.from_texts(_reports("train", SIZES["train"], seed)[0])
+    return Vocabulary.from_texts(reports("train", SIZES["train"], seed)[0])
 
 
 def load_demo(
@@ -145,6 +146,6 @@ def load_demo(
         raise UserError(f"size is {size}: give at least 1")
     check_limits(top_words, max_length)
     vocabulary = _vocabulary(seed)
-    texts, labels = _reports(split, size or SIZES[split], seed)
+    texts, labels = reports(split, size or SIZES[split], seed)
     sequences = [vocabulary.encode(text, top_words, max_length) for text in texts]
     return Dataset(sequences, np.array(labels, np.int32), vocabulary)

@@ -1,14 +1,16 @@
 """Words and their ids, as Keras numbers them, and the encoded data set that every source gives."""
 
+import re
 import string
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float32, Int32
 
 from lstmjax.errors import UserError
 
@@ -37,6 +39,21 @@ def tokenize(text: str) -> list[str]:
     return [word for word in text.translate(_TABLE).split(" ") if word]
 
 
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text of any language that separates its words: runs of letters, in lower case.
+
+    Unlike `tokenize` it knows the letters and marks of all scripts. Texts are brought to one form
+    first (NFC), so that an accent is the same however it was typed.
+
+    >>> words_of("L'ÉTÉ, ça s’achève… Größe 3")
+    ["l'été", 'ça', 's’achève', 'größe', '3']
+    """
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
+
+
 def check_limits(top_words: int, max_length: int) -> None:
     """Raise :class:`UserError` if no word or no step would be left."""
     if top_words <= FIRST_WORD:
@@ -62,14 +79,17 @@ class Vocabulary:
     """
 
     words: tuple[str, ...]
+    tokenizer: Callable[[str], list[str]] = tokenize
 
     @classmethod
-    def from_texts(cls, texts: Iterable[str]) -> "Vocabulary":
+    def from_texts(
+        cls, texts: Iterable[str], tokenizer: Callable[[str], list[str]] = tokenize
+    ) -> "Vocabulary":
         """Count the words of ``texts``; of equally frequent words, the one seen first is first."""
         counts: Counter[str] = Counter()
         for text in texts:
-            counts.update(tokenize(text))
-        return cls(tuple(word for word, _ in counts.most_common()))
+            counts.update(tokenizer(text))
+        return cls(tuple(word for word, _ in counts.most_common()), tokenizer)
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -114,7 +134,7 @@ class Vocabulary:
             1 if max_length is None else max_length,
         )
         known = self._ids.get
-        ids = [START, *[known(word, UNKNOWN) for word in tokenize(text)]]
+        ids = [START, *[known(word, UNKNOWN) for word in self.tokenizer(text)]]
         array = np.array(ids if max_length is None else ids[-max_length:], np.int32)
         if top_words is not None:
             array[array >= top_words] = UNKNOWN
@@ -134,12 +154,12 @@ class Dataset(NamedTuple):
 
     Attributes:
         sequences: the ids of each row, each an int32 array of its own length, unpadded.
-        labels: (rows,), 1 for positive, 0 for negative.
+        labels: (rows,), 1 for positive, 0 for negative; or other classes, or numbers.
         vocabulary: all words of the training split, also those beyond ``top_words``.
     """
 
     sequences: list[np.ndarray]
-    labels: Int32[np.ndarray, " rows"]
+    labels: Int32[np.ndarray, " rows"] | Float32[np.ndarray, " rows"]
     vocabulary: Vocabulary
 
 

@@ -25,9 +25,11 @@ from lstmjax.training.report import (
 )
 from lstmjax.training.step import (
     OptimizerConfig,
+    draw_models,
     make_optimizer,
     make_steps,
     training_key,
+    without_gradient,
 )
 from lstmjax.training.trackers import Viewer, check_viewers
 
@@ -47,6 +49,7 @@ __all__ = [
     "config_of",
     "counting_compilations",
     "draw_curves",
+    "draw_models",
     "evaluate",
     "fit",
     "join",
@@ -64,4 +67,5 @@ __all__ = [
     "simple_kernels",
     "training_key",
     "versions",
+    "without_gradient",
 ]

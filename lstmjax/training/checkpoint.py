@@ -160,7 +160,7 @@ class Checkpoints:
             "position": dataclasses.asdict(position),
             "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
         }
-        text = json.dumps(content)
+        text = json.dumps(content, default=_as_list)
         files.publish_json(
             temporary / MANIFEST, {"sha256": _digest(text.encode()), "content": text}
         )
@@ -312,10 +312,17 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return content
 
 
+def _as_list(array: np.ndarray) -> list[float | None]:
+    """Of replicas, as JSON has it: None for what is not finite."""
+    return [float(a) if np.isfinite(a) else None for a in array]
+
+
 def _position(place_in_data: Mapping[str, Any]) -> Position:
     fields = dict(place_in_data)
     for name in ("sums", "since"):
-        fields[name] = Sums(*fields[name])
+        fields[name] = Sums(
+            *(np.array(a, float) if isinstance(a, list) else a for a in fields[name])
+        )
     return Position(**{**fields, "history": tuple(fields["history"])})
 
 

@@ -23,20 +23,32 @@ ConfigT = TypeVar("ConfigT")
 
 
 def run_command(
-    recipes: Mapping[str, ConfigT], main: Callable[[ConfigT], Any], description: str
+    recipes: Mapping[str, ConfigT] | Callable[[str], ConfigT],
+    main: Callable[[ConfigT], Any],
+    description: str,
+    *,
+    chooser: str = "recipe",
+    default: str = "default",
 ) -> None:
     """Parse the command line and run ``main(config)``.
 
-    The flags are the fields of the config dataclass; ``--recipe`` chooses the config that gives
-    their defaults. Compiled programs are kept for the next run. An error is printed as one line;
-    docs/reliability.md lists the exit codes. Output that cannot be written stops nothing.
+    The flags are the fields of the config dataclass; one of them, ``--recipe``, chooses the config
+    that gives their defaults. Compiled programs are kept for the next run. An error is printed as
+    one line; docs/reliability.md lists the exit codes. Output that cannot be written stops nothing.
+
+    Args:
+        recipes: the configs by name, or what makes one of a name.
+        main: the program.
+        description: what ``--help`` says before the flags.
+        chooser: the field whose flag chooses.
+        default: the name that it has where the flag is not given.
     """
     _keep_output()
     _widen_terminal()
-    config = _parse(recipes, description)
     jax.config.update("jax_enable_x64", False)  # float32 is the default, whatever JAX was told
     keep_freed_memory()
     try:
+        config = _parse(recipes, description, chooser, default)
         with keep_compiled():
             main(config)
     except Interrupted as stop:
@@ -52,16 +64,23 @@ def run_command(
         stopping.leave(128 + signal.SIGINT)
 
 
-def _parse(recipes: Mapping[str, ConfigT], description: str) -> ConfigT:
+def _parse(
+    recipes: Mapping[str, ConfigT] | Callable[[str], ConfigT],
+    description: str,
+    chooser: str,
+    default: str,
+) -> ConfigT:
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", choices=recipes, default="default")
+    choices = recipes if isinstance(recipes, Mapping) else None
+    first.add_argument(f"--{chooser}", choices=choices, default=default)
     known = [a for a in sys.argv[1:] if a not in ("-h", "--help")]
-    default = recipes[first.parse_known_args(known)[0].recipe]
+    name = vars(first.parse_known_args(known)[0])[chooser]
+    chosen = recipes[name] if isinstance(recipes, Mapping) else recipes(name)
     return tyro.cli(
-        tyro.conf.OmitArgPrefixes[type(default)],  # type: ignore[misc]
-        default=default,
+        tyro.conf.OmitArgPrefixes[type(chosen)],  # type: ignore[misc]
+        default=chosen,
         description=description,
     )
 

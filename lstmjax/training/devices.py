@@ -30,7 +30,9 @@ _INSTALL = {
 }
 
 
-def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mesh:
+def make_mesh(
+    accelerator: Accelerator = "auto", rows: int | None = None, replicas: int = 1
+) -> Mesh:
     """A one-dimensional mesh over the devices of the accelerator; on CPU, one a core.
 
     Call it before anything else touches JAX: the number of CPU devices is fixed by then.
@@ -38,6 +40,7 @@ def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mes
     Args:
         accelerator: the platform; ``"auto"`` takes the best that JAX finds.
         rows: take as many devices as divide this number of rows; all by default.
+        replicas: or this number of models trained side by side.
 
     Raises:
         UserError: no such accelerator here, or rows that the processes cannot share.
@@ -54,14 +57,14 @@ def make_mesh(accelerator: Accelerator = "auto", rows: int | None = None) -> Mes
             f"no {what} here; this JAX finds: {', '.join(_platforms())}. "
             f"Choose one of them with --accelerator, or get {what}: {_INSTALL[accelerator]}"
         ) from error
-    chosen = _dividing(found, rows)
+    chosen = _dividing(found, rows, replicas)
     if chosen[0].platform != jax.default_backend():  # engines are chosen for the default device
         jax.config.update("jax_default_device", local_device(chosen))
     return jax.make_mesh((len(chosen),), (BATCH,), devices=chosen, axis_types=(AxisType.Auto,))
 
 
-def _dividing(found: Sequence[Any], rows: int | None) -> list[Any]:
-    """As many of the devices as divide the rows, the same number of each process."""
+def _dividing(found: Sequence[Any], rows: int | None, replicas: int) -> list[Any]:
+    """As many of the devices as divide rows or replicas, the same number of each process."""
     by_process: dict[int, list[Any]] = {}
     for device in found:
         by_process.setdefault(device.process_index, []).append(device)
@@ -70,7 +73,7 @@ def _dividing(found: Sequence[Any], rows: int | None) -> list[Any]:
         raise UserError(
             f"--batch-size {rows} is not a multiple of the {several} processes: choose one"
         )
-    while rows is not None and rows % (several * each):
+    while rows is not None and rows % (several * each) and replicas % (several * each):
         each -= 1
     return [device for process in sorted(by_process) for device in by_process[process][:each]]
 

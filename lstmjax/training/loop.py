@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, Sharding
 
 from lstmjax import stopping
-from lstmjax.data import Batch, Batches
+from lstmjax.data import Batch, Source
 from lstmjax.errors import UserError
 from lstmjax.training.checkpoint import Checkpoints, Position, copied
 from lstmjax.training.devices import place, replicated, sharded
@@ -43,7 +45,7 @@ class Interrupted(Exception):
 
 def on_device(
     batches: Iterable[Batch],
-    mesh: Mesh,
+    where: Mesh | Sharding,
     prepare: Callable[[Batch], None] = lambda batch: None,
     ahead: int = 8,
 ) -> Iterator[Batch]:
@@ -51,11 +53,12 @@ def on_device(
 
     Args:
         batches: what to put there.
-        mesh: the devices.
+        where: how they lie there; on a mesh, by rows.
         prepare: called with every batch that waits, each time another one has been used.
         ahead: how many wait.
     """
-    placed = (place(batch, sharded(mesh)) for batch in batches)
+    sharding = sharded(where) if isinstance(where, Mesh) else where
+    placed = (place(batch, sharding) for batch in batches)
     waiting = collections.deque(itertools.islice(placed, 1))
     while waiting:
         yield waiting.popleft()
@@ -66,16 +69,17 @@ def on_device(
 
 def fit(
     steps: Steps,
-    train: Batches,
-    evaluations: dict[str, Batches],
+    train: Source,
+    evaluations: Mapping[str, Source],
     run: RunFolder,
     mesh: Mesh,
     *,
     epochs: int,
-    seed: int,
+    seed: int | tuple[int, ...],
     resume: bool = False,
     checkpoint_every: int = 0,
     keep: int = 2,
+    score: str = "accuracy",
     keep_best: bool = False,
     patience: int = 0,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
@@ -86,6 +90,9 @@ def fit(
     far. Which one is best is told by the loss of the first of the evaluations; the earlier of
     equals is.
 
+    Where ``steps`` train replicas, every figure is a list of theirs; one that is not finite is
+    None, and only if none is left the run ends. Their parameters are not written by name.
+
     Args:
         steps: the compiled functions.
         train: training batches; their order is a function of ``(seed, epoch)``.
@@ -93,16 +100,18 @@ def fit(
         run: where everything is written.
         mesh: the devices.
         epochs: passes over the training data.
-        seed: of the order of batches and of dropout.
+        seed: of the order of batches and of dropout; of replicas, theirs, for batches that are
+            `SideBySide`.
         resume: go on from the newest checkpoint in ``run``, if there is one.
         checkpoint_every: checkpoint every so many steps, too; 0: epochs alone.
         keep: how many checkpoints stay.
+        score: what the mean of the scores is called.
         keep_best: the parameters written by name are those of the best epoch, not of the last.
         patience: end after so many epochs without a better one; 0: after ``epochs``.
 
     Returns:
         The final state and one record an epoch: ``epoch`` (from 1), ``step``, ``train_loss``,
-        ``train_accuracy``, ``seconds`` (training alone), ``<name>_loss``, ``<name>_accuracy``.
+        ``train_<score>``, ``seconds`` (training alone), ``<name>_loss``, ``<name>_<score>``.
 
     Raises:
         NonFiniteLossError: naming step and epoch; the last good checkpoint is kept.
@@ -115,7 +124,9 @@ def fit(
             state, at = _beginning(steps, checkpoints, resume)
             _check_position(at, int(state.step), len(train), epochs)
             run.rewind(int(state.step), at.history, _logged(at, int(state.step), len(train)))
-            epoch_of = _Trainer(steps, train, mesh, seed, run, checkpoints, checkpoint_every, stop)
+            epoch_of = _Trainer(
+                steps, train, mesh, seed, run, checkpoints, checkpoint_every, stop, score
+            )
             while at.epoch < epochs:
                 if at.batch < len(train):  # else it was stopped while it was evaluated
                     state, at = epoch_of.train(state, at, epochs)
@@ -124,16 +135,16 @@ def fit(
                     checkpoints.wait()
                     meet()
                     raise Interrupted(stop.signal or signal.SIGTERM)
-                record = _record(at, int(state.step), len(train))
+                record = _record(at, int(state.step), len(train), score)
                 for name, batches in evaluations.items():
                     sums = evaluate(steps, state.params, batches, mesh, name, stop)
-                    record |= _means(name, sums, at.epoch + 1)
+                    record |= means(name, sums, score, f"after epoch {at.epoch + 1}")
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
                 best = at.epoch
                 if evaluations and (keep_best or patience):
                     best = best_epoch(at.history, next(iter(evaluations)))["epoch"]
-                if best == at.epoch or not keep_best:
+                if isinstance(seed, int) and (best == at.epoch or not keep_best):
                     run.write_parameters(state.params)
                 if patience and at.epoch - best >= patience:
                     break
@@ -182,7 +193,7 @@ def _logged(at: Position, step: int, batches: int) -> list[int]:
 def evaluate(
     steps: Steps,
     params: Any,
-    batches: Batches,
+    batches: Source,
     mesh: Mesh,
     name: str = "",
     stop: stopping.Stop | None = None,
@@ -196,7 +207,9 @@ def evaluate(
 
     pending: collections.deque[Sums] = collections.deque()
     total = Sums()
-    placed = on_device(batches.in_order(), mesh, steps.prepare_evaluate)
+    where = steps.evaluation_rows or mesh
+    whole = (filled(batch, where) for batch in batches.in_order())
+    placed = on_device(whole, where, steps.prepare_evaluate)
     bar = tqdm(placed, f"  {name}", len(batches), leave=False, unit="batch")
     with bar:
         for batch in bar:
@@ -210,6 +223,16 @@ def evaluate(
     return total
 
 
+def filled(batch: Batch, where: Mesh | Sharding) -> Batch:
+    """The batch with filler rows behind, as many as let the devices share it."""
+    sharding = sharded(where) if isinstance(where, Mesh) else where
+    shards = 1 if sharding.is_fully_replicated else len(sharding.device_set) // jax.process_count()
+    missing = -len(batch.lengths) % shards
+    if not missing:
+        return batch
+    return jax.tree.map(lambda a: np.pad(a, [(0, missing), *[(0, 0)] * (a.ndim - 1)]), batch)
+
+
 class _Trainer:
     """Trains epoch by epoch, and checkpoints on the way.
 
@@ -220,23 +243,30 @@ class _Trainer:
     def __init__(
         self,
         steps: Steps,
-        batches: Batches,
+        batches: Source,
         mesh: Mesh,
-        seed: int,
+        seed: int | tuple[int, ...],
         run: RunFolder,
         checkpoints: Checkpoints,
         checkpoint_every: int,
         stop: stopping.Stop,
+        score: str,
     ) -> None:
         self._steps, self._batches, self._mesh, self._seed = steps, batches, mesh, seed
         self._run, self._checkpoints, self._stop = run, checkpoints, stop
-        self._every = checkpoint_every
-        self._key = jax.jit(lambda: training_key(seed), out_shardings=replicated(mesh))()
+        self._every, self._score = checkpoint_every, score
+
+        def draw() -> jax.Array:
+            keys = [training_key(one) for one in (seed if isinstance(seed, tuple) else (seed,))]
+            return jnp.stack(keys) if isinstance(seed, tuple) else keys[0]
+
+        self._key = jax.jit(draw, out_shardings=steps.states or replicated(mesh))()
         self._agree = Agreement(mesh, stop)
 
     def train(self, state: TrainState, at: Position, epochs: int) -> tuple[TrainState, Position]:
         """Train from ``at`` to the epoch's end, or to the step at which a signal was noticed."""
-        meter = _Meter(self._run, at, len(self._batches), epochs, self._checkpoints)
+        batches = len(self._batches)
+        meter = _Meter(self._run, at, batches, epochs, self._checkpoints, self._score)
         pending: collections.deque[tuple[int, Sums, TrainState | None]] = collections.deque()
         first, done, started = int(state.step) - at.batch, at.batch, time.perf_counter()
 
@@ -257,7 +287,7 @@ class _Trainer:
 
         with meter:
             order = self._batches.epoch(self._seed, at.epoch, start=at.batch)
-            for batch in on_device(order, self._mesh, prepare):
+            for batch in on_device(order, self._steps.train_rows or self._mesh, prepare):
                 step, told = self._agree(state.step)
                 state = state._replace(step=step)
                 if told:
@@ -279,10 +309,17 @@ class _Meter:
     """Takes in the sums of an epoch's finished steps: checks, adds up, shows, logs."""
 
     def __init__(
-        self, run: RunFolder, at: Position, batches: int, epochs: int, checkpoints: Checkpoints
+        self,
+        run: RunFolder,
+        at: Position,
+        batches: int,
+        epochs: int,
+        checkpoints: Checkpoints,
+        score: str,
     ) -> None:
         from tqdm import tqdm
 
+        self._score = score
         self.total, self.since = at.sums, at.since
         self._run, self._epoch, self._checkpoints = run, at.epoch + 1, checkpoints
         self._tokens_before, self._started = at.sums.tokens, time.perf_counter()
@@ -307,7 +344,7 @@ class _Meter:
             NonFiniteLossError: its loss is not finite.
         """
         sums = _on_host(sums)
-        if not math.isfinite(sums.loss):
+        if not np.isfinite(sums.loss).any():
             self._checkpoints.wait()
             newest = self._checkpoints.latest()
             kept = (
@@ -316,14 +353,17 @@ class _Meter:
                 else f"the checkpoint of step {newest} is kept"
             )
             raise NonFiniteLossError(
-                f"loss or gradient is {sums.loss} at step {step} of epoch {self._epoch}; {kept}. "
-                "Lower --learning-rate, or set --clip-norm 1"
+                f"loss or gradient is {_first(sums.loss)} at step {step} of epoch {self._epoch}; "
+                f"{kept}. Lower --learning-rate, or set --clip-norm 1"
             )
         self.total, self.since = _add(self.total, sums), _add(self.since, sums)
-        rate = (self.total.tokens - self._tokens_before) / (time.perf_counter() - self._started)
+        seconds = time.perf_counter() - self._started
+        rate = np.sum(self.total.tokens - self._tokens_before) / seconds
+        loss = np.nanmean(self.total.loss / self.total.rows)
+        score = np.nanmean(self.total.correct / self.total.rows)
         self._bar.set_postfix_str(
-            f"loss {self.total.loss / self.total.rows:.3f} "
-            f"acc {self.total.correct / self.total.rows:.3f} {rate / 1e3:.0f}k tok/s",
+            f"loss {loss:.3f} {_SHORT.get(self._score, self._score)} {score:.3f} "
+            f"{rate / 1e3:.0f}k tok/s",
             refresh=False,
         )
         self._bar.update()
@@ -331,42 +371,56 @@ class _Meter:
             self._log(step)
 
     def _log(self, step: int) -> None:
-        means = {
-            "loss": self.since.loss / self.since.rows,
-            "accuracy": self.since.correct / self.since.rows,
-        }
-        self._run.log({"kind": "step", "step": step, "epoch": self._epoch, **means})
+        found = means("", self.since, self._score, f"at step {step}")
+        self._run.log({"kind": "step", "step": step, "epoch": self._epoch, **found})
         self.since = Sums()
 
 
-def _record(at: Position, step: int, batches: int) -> dict[str, Any]:
+_SHORT = {"accuracy": "acc", "absolute_error": "err"}
+
+
+def _record(at: Position, step: int, batches: int, score: str) -> dict[str, Any]:
     assert at.batch == batches, "an epoch is recorded once it is complete"
     return {
         "kind": "epoch",
         "epoch": at.epoch + 1,
         "step": step,
-        "train_loss": at.sums.loss / at.sums.rows,
-        "train_accuracy": at.sums.correct / at.sums.rows,
+        **means("train", at.sums, score, f"in epoch {at.epoch + 1}"),
         "seconds": at.seconds,
     }
 
 
-def _means(name: str, sums: Sums, epoch: int) -> dict[str, float]:
-    """What an evaluation adds to the epoch's record.
+def means(name: str, sums: Sums, score: str, when: str) -> dict[str, Any]:
+    """Mean loss and score by their names, lists of them for replicas.
 
     Raises:
-        NonFiniteLossError: its loss is not finite.
+        NonFiniteLossError: no loss is finite.
     """
-    if not math.isfinite(sums.loss):
+    if not np.isfinite(sums.loss).any():
         raise NonFiniteLossError(
-            f"{name} loss is {sums.loss} after epoch {epoch}; "
+            f"{name} loss is {_first(sums.loss)} {when}; "
             "lower --learning-rate, or set --clip-norm 1"
         )
-    return {f"{name}_loss": sums.loss / sums.rows, f"{name}_accuracy": sums.correct / sums.rows}
+    prefix = f"{name}_" if name else ""
+    loss, found = sums.loss / sums.rows, sums.correct / sums.rows
+    return {f"{prefix}loss": _figures(loss), f"{prefix}{score}": _figures(found + 0 * loss)}
+
+
+def _figures(value: Any) -> float | list[float | None]:
+    """As JSON has it: of replicas a list, None for what is not finite."""
+    if np.ndim(value) == 0:
+        return float(value)
+    return [float(a) if math.isfinite(a) else None for a in value]
+
+
+def _first(loss: Any) -> float:
+    return float(np.ravel(loss)[0])
 
 
 def _on_host(sums: Sums) -> Sums:
-    return Sums(*map(float, jax.device_get(sums)))
+    return Sums(
+        *(float(a) if np.ndim(a) == 0 else np.array(a, float) for a in jax.device_get(sums))
+    )
 
 
 def _add(total: Sums, more: Sums) -> Sums:

@@ -16,22 +16,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from lstmjax import files
 from lstmjax.cells import CellSpec
-from lstmjax.cells.loading import same_program
+from lstmjax.cells.loading import CELL, same_program
 from lstmjax.errors import DISK_FAILS, StorageError, UserError, printable, reason
-from lstmjax.interop import write_safetensors
+from lstmjax.interop import read_safetensors, write_safetensors
 from lstmjax.models import named_parameters
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
 from lstmjax.training.trackers import Trackers, Viewer, check_viewers
 
 MAX_METRICS_BYTES = 2**30
-CELL = "cell.py"
-"""The run folder's copy of the file of a user's cell."""
 PARAMS = "params.safetensors"
 """The run folder's trained parameters, by name."""
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -91,7 +90,7 @@ class RunFolder:
         resume: bool = False,
         start: bool | None = None,
         environment: Mapping[str, Any] | None = None,
-        cell_source: bytes | None = None,
+        cell_source: Mapping[str, bytes] = {},
     ) -> "RunFolder":
         """The folder of a run: a new one, or with ``resume`` the one to go on with.
 
@@ -104,7 +103,7 @@ class RunFolder:
             resume: go on with the run in ``path``, else with the newest of this name.
             start: start one if there is none to go on with; by default the opposite of ``resume``.
             environment: what else the results depend on; a difference is told on resuming.
-            cell_source: content of the file of a user's cell, to be kept with the run.
+            cell_source: a user's cell as files, to be kept with the run.
 
         Raises:
             UserError: as `create` and `reopen`.
@@ -160,7 +159,7 @@ class RunFolder:
         path: pathlib.Path,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
-        cell_source: bytes | None = None,
+        cell_source: Mapping[str, bytes] = {},
     ) -> "RunFolder":
         """A new run's folder, locked; what a start that was cut short left there does not count.
 
@@ -176,8 +175,8 @@ class RunFolder:
                     f"{path} is not empty: name another --run-dir, or resume the run that it holds"
                 )
             run.write("environment.json", _environment(environment))
-            if cell_source is not None:
-                files.publish(path / CELL, cell_source)
+            for name, content in cell_source.items():
+                files.publish(path / name, content)
             run.write("config.json", config)  # last: it makes the folder a run
         except OSError as error:
             run.close()
@@ -193,7 +192,7 @@ class RunFolder:
         path: pathlib.Path,
         config: Mapping[str, Any],
         environment: Mapping[str, Any] | None = None,
-        cell_source: bytes | None = None,
+        cell_source: Mapping[str, bytes] = {},
     ) -> "RunFolder":
         """The folder of a run to go on with, locked.
 
@@ -254,12 +253,12 @@ class RunFolder:
                 f"nothing to resume in {self.path}: no readable config.json; {remedy}"
             ) from error
 
-    def _same_cell(self, before: Mapping[str, Any], source: bytes | None) -> bool:
+    def _same_cell(self, before: Mapping[str, Any], source: Mapping[str, bytes]) -> bool:
         """Whether the file of the cell is that of the run but for comments and layout."""
         with contextlib.suppress(OSError, ValueError):
             kept = files.read_bytes(self.path / CELL, files.MAX_JSON_BYTES)
             whole = hashlib.sha256(kept).hexdigest() == before.get("cell_source")
-            return whole and source is not None and same_program(kept, source)
+            return whole and CELL in source and same_program(kept, source[CELL])
         return False
 
     def environment(self) -> dict[str, Any]:
@@ -362,6 +361,12 @@ class RunFolder:
             write_safetensors(self.path / PARAMS, jax.device_get(named_parameters(params)))
         except OSError as error:
             raise _cannot_write(f"{self.path / PARAMS}", error) from error
+
+    def read_parameters(self, like: PyTree) -> PyTree:
+        """What `write_parameters` wrote last, laid out over the devices as ``like`` is."""
+        named = read_safetensors(self.path / PARAMS)
+        names = iter(named_parameters(like))
+        return jax.tree.map(lambda leaf: jax.device_put(named[next(names)], leaf.sharding), like)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``.
@@ -497,24 +502,24 @@ def draw_curves(
     figure.suptitle(printable(title), parse_math=False)
     points = {key for r in epochs for key in r if "_" in key and not key.startswith("train_")}
     splits = sorted({key.partition("_")[0] for key in points})
-    colors = {split: f"C{n}" for n, split in enumerate(splits, 1)}
     metrics = sorted({key for r in steps for key in r} - {"kind", "step", "epoch", "loss"})
     metrics = metrics or sorted({key.partition("_")[2] for key in points} - {"loss"})
     for axes, names in ((left, ["loss"]), (right, metrics)):
         for name in names:
-            scale = 100 if name == "accuracy" else 1
-            line = [(r["step"], scale * r[name]) for r in steps if name in r]
-            if line:
-                marker = "." if len(line) == 1 else None
-                label = "training" if len(names) == 1 else f"training {name}"
-                axes.plot(*zip(*line, strict=True), color="C0", lw=1, marker=marker, label=label)
-            for split in splits:
-                key = f"{split}_{name}"
-                dots = [(r["step"], scale * r[key]) for r in epochs if key in r]
-                if dots:
+            of_steps = ("training", name, steps, "C0", "." if len(steps) == 1 else "")
+            of_epochs = [
+                (split, f"{split}_{name}", epochs, f"C{n}", "o")
+                for n, split in enumerate(splits, 1)
+            ]
+            for split, key, records, color, marker in (of_steps, *of_epochs):
+                found = [r for r in records if key in r]
+                if found:
+                    values = (100 if name == "accuracy" else 1) * _numbers([r[key] for r in found])
+                    style = {"color": color, "marker": marker, "lw": 1}
+                    lines = axes.plot([r["step"] for r in found], values, **style)
+                    several = f", {len(lines)} seeds" if len(lines) > 1 else ""
                     label = split if len(names) == 1 else f"{split} {name}"
-                    style = {"color": colors[split], "marker": "o", "lw": 1.2, "label": label}
-                    axes.plot(*zip(*dots, strict=True), **style)
+                    lines[0].set_label(label + several)
         units = ["accuracy (%)" if name == "accuracy" else name for name in names]
         axes.set(xlabel="step", ylabel=", ".join(units))
         axes.grid(alpha=0.3)
@@ -524,6 +529,11 @@ def draw_curves(
             axes.set_visible(False)
     left.set_xlim(left=0)
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+
+
+def _numbers(values: Sequence[Any]) -> np.ndarray:
+    """A row a value; of replicas, a column each, with a gap where one is not finite."""
+    return np.array(values, float)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -568,8 +578,15 @@ def _record(line: bytes) -> dict[str, Any] | None:
     whole = isinstance(record, dict) and record.get("kind") in ("step", "epoch")
     if not whole or not all(type(record.get(name)) is int for name in ("step", "epoch")):
         return None
-    numbers = {key: value for key, value in record.items() if key != "kind"}
-    return record if all(type(v) in (int, float) for v in numbers.values()) else None
+    numbers = [value for key, value in record.items() if key != "kind"]
+    return record if all(map(_is_figure, numbers)) else None
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it is a number, or of replicas a list of them, None for those that diverged."""
+    if isinstance(value, list):
+        return all(type(a) in (int, float, type(None)) for a in value)
+    return type(value) in (int, float)
 
 
 def _holds_a_run(path: pathlib.Path) -> bool:
@@ -584,7 +601,12 @@ def _holds_a_run(path: pathlib.Path) -> bool:
             return True
     left = {files.LOCK, "config.json", "environment.json", CELL}
     left |= {f".{name}{files.TEMPORARY}" for name in left}
-    return path.exists() and any(entry.name not in left for entry in path.iterdir())
+    if not path.exists():
+        return False
+    found = {entry.name for entry in path.iterdir()}
+    if "environment.json" in found:  # the first that is written; then a user's cell
+        left |= {name for name in found if name.endswith((".py", f".py{files.TEMPORARY}"))}
+    return not found <= left
 
 
 def _environment(more: Mapping[str, Any] | None) -> dict[str, Any]:

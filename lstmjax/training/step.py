@@ -7,9 +7,9 @@ over a sharded batch would sum its weight gradient over the devices at every tim
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import PRNGKeyArray, PyTree
 
 from lstmjax import stopping
 from lstmjax.data import Batch
@@ -26,12 +26,15 @@ from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.noise import Keys, as_keys
 from lstmjax.training.devices import (
     BATCH,
+    local_device,
     place,
     quick_compilation,
     replicated,
-    sharded,
     usable_cores,
 )
+from lstmjax.training.objective import CROSS_ENTROPY, Objective
+
+ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class OptimizerConfig:
     """Largest norm of the whole gradient (Pascanu et al. 2013); 0 does not clip."""
 
 
-def training_key(seed: int) -> PRNGKeyArray:
+def training_key(seed: int | Array) -> PRNGKeyArray:
     """The key of everything random in training.
 
     ``nnx.Rngs(seed)`` hands out ``fold_in(key(seed), 0)``, ``1``, ... to draw parameters; a number
@@ -56,11 +59,16 @@ def training_key(seed: int) -> PRNGKeyArray:
 
 
 class TrainState(NamedTuple):
-    """What a step changes: parameters, optimizer state, number of steps done."""
+    """What a step changes: parameters, optimizer state, number of steps done, carried state.
+
+    Of replicas, every array but ``step`` has them as its first axis. ``carry`` has no arrays unless
+    the recurrence goes on from batch to batch.
+    """
 
     params: PyTree
     opt_state: optax.OptState
     step: Array
+    carry: PyTree = ()
 
 
 Number = Any
@@ -68,7 +76,11 @@ Number = Any
 
 
 class Sums(NamedTuple):
-    """Sums over the real rows of a batch: loss, correct answers, rows, valid time steps."""
+    """Sums over what counts in a batch: loss, score, how much counts, valid time steps.
+
+    Of a classification with a label a row these are loss, correct answers, rows, valid steps. Of
+    replicas, each is an array ``(replicas,)``.
+    """
 
     loss: Number = 0.0
     correct: Number = 0.0
@@ -90,14 +102,52 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return adam
 
 
+def draw_models(make: Callable[[Any], ModelT], seeds: int | Sequence[int], mesh: Mesh) -> ModelT:
+    """A model before the first step, drawn by one program: quicker to start than one a draw.
+
+    Args:
+        make: makes the model of a seed, an integer or an array of one.
+        seeds: one; or of several replicas, whose parameters come stacked, ``(replicas, ...)``.
+        mesh: the devices.
+    """
+    first = seeds if isinstance(seeds, int) else seeds[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: make(first)))[0]
+
+    def draw(seed: Any) -> PyTree:
+        return nnx.split(make(seed))[1]
+
+    options = quick_compilation(mesh)
+    with jax.default_device(local_device(mesh.devices.flat)):
+        if isinstance(seeds, int):
+            return nnx.merge(graphdef, jax.jit(lambda: draw(seeds), compiler_options=options)())
+        drawn = jax.jit(jax.vmap(draw), compiler_options=options)
+        return nnx.merge(graphdef, drawn(np.array(seeds, np.uint32)))
+
+
+def without_gradient(parts: Sequence[str]) -> optax.GradientTransformation:
+    """Takes the gradient of parts of a model as zero, so that they stay as they are.
+
+    Args:
+        parts: names of attributes of the model.
+    """
+
+    def cleared(path: tuple[Any, ...], gradient: Array) -> Array:
+        return jnp.zeros_like(gradient) if getattr(path[0], "key", None) in parts else gradient
+
+    return optax.stateless(lambda g, _: jax.tree_util.tree_map_with_path(cleared, g))
+
+
 IN_FLIGHT = 4
 """Calls of a compiled function that may be under way at once."""
 
-_SumsOf = Callable[[PyTree, Batch, Keys | None], tuple[Array, Sums]]
-_GradientOf = Callable[[PyTree, Batch, Keys], tuple[PyTree, Sums]]
+_SumsOf = Callable[[PyTree, Batch, Keys | None, PyTree], tuple[Array, tuple[Sums, PyTree]]]
+_GradientOf = Callable[[PyTree, Batch, Keys, PyTree], tuple[PyTree, Sums, PyTree]]
 _EvaluationOf = Callable[[PyTree, Batch], Sums]
-_Update = Callable[[TrainState, PyTree, Sums], tuple[TrainState, Sums]]
-_Train = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Sums]]
+_OutputsOf = Callable[[PyTree, Batch], Array]
+_Update = Callable[[TrainState, Array | None, PyTree, Sums, PyTree], tuple[TrainState, Sums]]
+_Key: TypeAlias = Any
+"""A key, of replicas one each; or its shape."""
+_Train = Callable[[TrainState, Batch, _Key], tuple[TrainState, Sums]]
 
 
 class Steps(NamedTuple):
@@ -115,6 +165,10 @@ class Steps(NamedTuple):
         prepare_train: traces ``train`` for batches like this one and begins to compile it, if a
             core is free. What tracing raises it raises.
         prepare_evaluate: the same for ``evaluate``.
+        outputs: ``(params, batch) -> outputs``, what the model says of an evaluation batch.
+        train_rows: how the arrays of a training batch lie on the devices; None: the loop's mesh.
+        evaluation_rows: the same of an evaluation batch.
+        states: the same of parameters and keys.
     """
 
     init: Callable[[], TrainState]
@@ -122,6 +176,10 @@ class Steps(NamedTuple):
     evaluate: _EvaluationOf
     prepare_train: Callable[[Batch], None]
     prepare_evaluate: Callable[[Batch], None]
+    outputs: _OutputsOf | None = None
+    train_rows: Sharding | None = None
+    evaluation_rows: Sharding | None = None
+    states: Sharding | None = None
 
 
 def make_steps(
@@ -131,49 +189,133 @@ def make_steps(
     *,
     padding: Literal["left", "right"] = "right",
     masked: bool = True,
+    objective: Objective = CROSS_ENTROPY,
+    carried_rows: int = 0,
+    replicas: Sequence[float] = (),
 ) -> Steps:
-    """Compile classification of padded id sequences for ``model``.
+    """Compile training and evaluation of ``model`` on padded sequences.
 
     Args:
-        model: ``model(ids, mask, keys) -> logits``, ``(B,)`` for labels 0 and 1, or ``(B, K)`` for
-            labels 0 to K - 1. ``keys`` are `Keys`, or None to evaluate.
+        model: ``model(ids, mask, keys) -> outputs``, as ``objective`` wants them; ``keys`` are
+            `Keys`, or None to evaluate.
         optimizer: what turns gradients into updates.
-        mesh: the devices; the number of rows must be a multiple of theirs.
+        mesh: the devices; the number of rows, or of replicas, must be a multiple of theirs.
         padding: side on which the batches are padded.
         masked: hide the padding from the model; else it sees zeros as words.
+        objective: loss and score of the outputs.
+        carried_rows: if not 0, the recurrence goes on from batch to batch, truncated
+            backpropagation, and this is the number of rows; then
+            ``model(ids, mask, keys, carry=..., resets=...) -> (outputs, carry)``, and
+            ``model.initial_carry(rows)``.
+        replicas: train several models side by side in one program, mapped: of each, its learning
+            rate as a multiple of the optimizer's. ``model`` then holds their parameters stacked,
+            ``(replicas, ...)``, and so are training batches and keys, ``(replicas, rows, ...)``;
+            evaluation batches are shared. They are spread over the devices by replicas if
+            those divide them, else by rows.
     """
     graphdef, params = nnx.split(model, nnx.Param)
-    sums_of = _classification(graphdef, padding if masked else None)
-    gradient_of, evaluation_of = _summed_over_devices(sums_of, mesh)
+    lay = _layout(mesh, len(replicas))
+    outputs_of = _outputs(graphdef, padding if masked else None, bool(carried_rows))
+    gradient_of, evaluation_of, spread_outputs = _spread(
+        _objective_sums(outputs_of, objective), outputs_of, mesh, lay
+    )
+
+    def carry_of(params: PyTree) -> PyTree:
+        if not carried_rows:
+            return ()
+        stateful: Any = nnx.merge(graphdef, params)
+        return stateful.initial_carry(carried_rows)
+
+    rates = np.asarray(replicas, np.float32) if replicas else None
+    states = NamedSharding(mesh, lay.state)
+    train_rows = NamedSharding(mesh, lay.train)
 
     @jax.jit
     def first_state(params: PyTree) -> TrainState:
-        state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        opt_state = lay.mapped(optimizer.init)(params)
+        state = TrainState(
+            params, opt_state, jnp.zeros((), jnp.int32), lay.mapped(carry_of)(params)
+        )
         return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
 
+    def init() -> TrainState:
+        state = first_state(place(jax.device_get(params), states))
+        return state._replace(
+            step=jax.device_put(state.step, replicated(mesh)) if replicas else state.step,
+            carry=jax.device_put(state.carry, train_rows) if carried_rows else (),
+        )
+
     compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
-    places = Keys(sharded(mesh), replicated(mesh))  # type: ignore[arg-type]
-    keys_of = compiled(_step_keys, static_argnums=2, out_shardings=places)
-    gradient, evaluation = compiled(gradient_of), compiled(evaluation_of)
-    update = compiled(_update(optimizer), donate_argnums=0)
+    places = Keys(train_rows, states)  # type: ignore[arg-type]
+    step_keys = lay.mapped(_step_keys, (0, None, None))
+    keys_of = compiled(step_keys, static_argnums=2, out_shardings=places)
+    gradient, evaluation, answers = map(compiled, (gradient_of, evaluation_of, spread_outputs))
+    update_of = lay.mapped(_update(optimizer), (lay.state_axes, 0, 0, 0, 0), (lay.state_axes, 0))
+    update = compiled(update_of, donate_argnums=0)
+    rows_axis = 1 if replicas else 0
 
-    def train(state: TrainState, batch: Batch, key: PRNGKeyArray) -> tuple[TrainState, Sums]:
-        keys = keys_of(key, state.step, batch.ids.shape[0])
-        return update(state, *gradient(state.params, batch, keys))
+    def train(state: TrainState, batch: Batch, key: _Key) -> tuple[TrainState, Sums]:
+        keys = keys_of(key, state.step, batch.ids.shape[rows_axis])
+        found = gradient(state.params, batch, keys, state.carry)
+        return update(state, rates, *found)
 
-    def lower_train(state: TrainState, batch: Batch, key: PyTree) -> jax.stages.Lowered:
-        keys = keys_of.eval_shape(key, state.step, batch.ids.shape[0])
-        return gradient.lower(state.params, batch, keys)
+    def lower_train(state: TrainState, batch: Batch, key: _Key) -> jax.stages.Lowered:
+        keys = keys_of.eval_shape(key, state.step, batch.ids.shape[rows_axis])
+        return gradient.lower(state.params, batch, keys, state.carry)
 
     train_calls = _Calls(train, lower_train)
     evaluate_calls = _Calls(evaluation, evaluation.lower)
     return Steps(
-        lambda: first_state(place(jax.device_get(params), replicated(mesh))),
+        init,
         train_calls,
         evaluate_calls,
         train_calls.prepare,
         evaluate_calls.prepare,
+        answers,
+        train_rows,
+        NamedSharding(mesh, lay.evaluation),
+        states,
     )
+
+
+class _Layout(NamedTuple):
+    """How replicas and rows lie over the mesh.
+
+    Attributes:
+        replicas: how many models there are side by side; 0: one alone, without an axis for it.
+        state: where parameters lie, and one number a replica.
+        train, evaluation: where the arrays of batches lie.
+        outputs: where the outputs for an evaluation batch lie.
+        summed: whether rows are spread, so that what comes of them has to be added up.
+    """
+
+    replicas: int
+    state: PartitionSpec
+    train: PartitionSpec
+    evaluation: PartitionSpec
+    outputs: PartitionSpec
+    summed: bool
+
+    def mapped(
+        self, function: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0
+    ) -> Callable[..., Any]:
+        """``function`` of every replica; of a model alone, ``function``."""
+        return jax.vmap(function, in_axes, out_axes) if self.replicas else function
+
+    @property
+    def state_axes(self) -> TrainState:
+        """Which axes of a `TrainState` are the replicas'."""
+        return TrainState(0, 0, None, 0)  # type: ignore[arg-type]
+
+
+def _layout(mesh: Mesh, replicas: int) -> _Layout:
+    rows, whole = PartitionSpec(BATCH), PartitionSpec()
+    if not replicas:
+        return _Layout(0, whole, rows, rows, rows, True)
+    if replicas % mesh.size == 0:
+        return _Layout(replicas, rows, rows, whole, rows, False)
+    inner = PartitionSpec(None, BATCH)
+    return _Layout(replicas, whole, inner, rows, inner, True)
 
 
 class _Calls:
@@ -235,48 +377,82 @@ def _shape(a: PyTree) -> PyTree:
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) if on_devices else a
 
 
-def _classification(graphdef: nnx.GraphDef, hidden: Literal["left", "right"] | None) -> _SumsOf:
-    """Loss and sums of a batch; padding on the side ``hidden`` is kept from the model."""
+def _outputs(
+    graphdef: nnx.GraphDef, hidden: Literal["left", "right"] | None, carried: bool
+) -> Callable[[PyTree, Batch, Keys | None, PyTree], tuple[Array, PyTree]]:
+    """Outputs and carry for a batch; padding on the side ``hidden`` is kept from the model."""
 
-    def sums_of(params: PyTree, batch: Batch, keys: Keys | None) -> tuple[Array, Sums]:
+    def outputs_of(
+        params: PyTree, batch: Batch, keys: Keys | None, carry: PyTree
+    ) -> tuple[Array, PyTree]:
         lengths = jnp.asarray(batch.lengths)
         mask = length_mask(lengths, batch.ids.shape[1], hidden) if hidden else None
-        losses, right = _answers(nnx.merge(graphdef, params)(batch.ids, mask, keys), batch.labels)
+        model = nnx.merge(graphdef, params)
+        if not carried or carry is None:
+            return model(batch.ids, mask, keys), ()
+        return model(batch.ids, mask, keys, carry=carry, resets=batch.resets)
+
+    return outputs_of
+
+
+def _objective_sums(
+    outputs_of: Callable[[PyTree, Batch, Keys | None, PyTree], tuple[Array, PyTree]],
+    objective: Objective,
+) -> _SumsOf:
+    """Loss and sums of a batch."""
+
+    def sums_of(
+        params: PyTree, batch: Batch, keys: Keys | None, carry: PyTree
+    ) -> tuple[Array, tuple[Sums, PyTree]]:
+        outputs, carry = outputs_of(params, batch, keys, carry)
+        losses, scores = objective(outputs, jnp.asarray(batch.labels))
         loss = (losses * batch.weights).sum()
-        correct = jnp.where(right, batch.weights, 0).sum()
-        tokens = lengths.sum().astype(loss.dtype)
-        return loss, Sums(loss, correct, batch.weights.sum(), tokens)
+        score = jnp.where(batch.weights > 0, scores * batch.weights, 0).sum()
+        tokens = jnp.asarray(batch.lengths).sum().astype(loss.dtype)
+        return loss, (Sums(loss, score, batch.weights.sum(), tokens), carry)
 
     return sums_of
 
 
-def _answers(
-    logits: Array, labels: Array | np.ndarray
-) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Cross-entropy of each row, and whether the most probable class is the right one."""
-    if logits.ndim == 1:
-        losses = optax.sigmoid_binary_cross_entropy(logits, labels.astype(logits.dtype))
-        return losses, (logits > 0) == (labels == 1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, logits.argmax(axis=-1) == labels
+def _spread(
+    sums_of: _SumsOf, outputs_of: Callable[..., tuple[Array, PyTree]], mesh: Mesh, lay: _Layout
+) -> tuple[_GradientOf, _EvaluationOf, _OutputsOf]:
+    """The loss's gradient with the sums, the sums alone, and the outputs, over the mesh.
 
+    Where rows are spread, gradient and sums are added up over the devices once.
+    """
 
-def _summed_over_devices(sums_of: _SumsOf, mesh: Mesh) -> tuple[_GradientOf, _EvaluationOf]:
-    """The loss's gradient with the sums, and the sums alone, each added up over the mesh once."""
+    def total(tree: PyTree) -> PyTree:
+        return lax.psum(tree, BATCH) if lay.summed else tree
 
-    def local_gradient(params: PyTree, batch: Batch, keys: Keys) -> tuple[PyTree, Sums]:
-        return lax.psum(jax.grad(sums_of, has_aux=True)(params, batch, keys), BATCH)
+    def local_gradient(
+        params: PyTree, batch: Batch, keys: Keys, carry: PyTree
+    ) -> tuple[PyTree, Sums, PyTree]:
+        gradient_of = lay.mapped(jax.grad(sums_of, has_aux=True))
+        gradient, (sums, carry) = gradient_of(params, batch, keys, carry)
+        return *total((gradient, sums)), carry
+
+    def of_each(answer: Callable[[PyTree], Any], params: PyTree) -> Any:
+        # Evaluation takes large batches: one model after the other takes the memory of one.
+        return lax.map(answer, params) if lay.replicas else answer(params)
 
     def local_evaluation(params: PyTree, batch: Batch) -> Sums:
-        return lax.psum(sums_of(params, batch, None)[1], BATCH)
+        return total(of_each(lambda p: sums_of(p, batch, None, None)[1][0], params))
 
-    rows, whole = PartitionSpec(BATCH), PartitionSpec()
-    keys = Keys(rows, whole)  # type: ignore[arg-type]
+    def local_outputs(params: PyTree, batch: Batch) -> Array:
+        return of_each(lambda p: outputs_of(p, batch, None, None)[0], params)
+
     # check_vma=False: with it, replicated parameters get their sum inside the time loop.
-    spread = functools.partial(jax.shard_map, mesh=mesh, out_specs=whole, check_vma=False)
+    spread = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    keys = Keys(lay.train, lay.state)  # type: ignore[arg-type]
     return (
-        spread(local_gradient, in_specs=(whole, rows, keys)),
-        spread(local_evaluation, in_specs=(whole, rows)),
+        spread(
+            local_gradient,
+            in_specs=(lay.state, lay.train, keys, lay.train),
+            out_specs=(lay.state, lay.state, lay.train),
+        ),
+        spread(local_evaluation, in_specs=(lay.state, lay.evaluation), out_specs=lay.state),
+        spread(local_outputs, in_specs=(lay.state, lay.evaluation), out_specs=lay.outputs),
     )
 
 
@@ -290,13 +466,17 @@ def _step_keys(key: PRNGKeyArray, step: Array, rows: int) -> Keys:
 def _update(optimizer: optax.GradientTransformation) -> _Update:
     """The state after a step, and its sums, from the gradient and the sums over the batch."""
 
-    def update(state: TrainState, gradient: PyTree, totals: Sums) -> tuple[TrainState, Sums]:
+    def update(
+        state: TrainState, rate: Array | None, gradient: PyTree, totals: Sums, carry: PyTree
+    ) -> tuple[TrainState, Sums]:
         gradient = jax.tree.map(lambda g: g / jnp.maximum(totals.rows, 1), gradient)
         # A finite loss can have a gradient that is not: report it as the loss it will become.
         healthy = jnp.isfinite(optax.tree.norm(gradient))
         totals = totals._replace(loss=jnp.where(healthy, totals.loss, jnp.nan))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        if rate is not None:
+            updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), totals
+        return TrainState(params, opt_state, state.step + 1, carry), totals
 
     return update

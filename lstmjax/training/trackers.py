@@ -144,12 +144,15 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
     >>> scalars({"kind": "epoch", "epoch": 1, "step": 7, "test_loss": 0.5, "seconds": 3.0})
     {'test/loss': 0.5, 'epoch/seconds': 3.0}
-    >>> scalars({"kind": "step", "epoch": 1, "step": 7, "loss": 0.5})
-    {'step/loss': 0.5}
+    >>> scalars({"kind": "step", "epoch": 1, "step": 7, "loss": [0.5, None, 0.25]})
+    {'step/loss/0': 0.5, 'step/loss/2': 0.25}
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, value in record.items():
         if name not in ("kind", "epoch", "step"):
             split, _, metric = name.partition("_")
-            found[f"{split}/{metric}" if metric else f"{record['kind']}/{name}"] = float(value)
+            tag = f"{split}/{metric}" if metric else f"{record['kind']}/{name}"
+            several = isinstance(value, list)  # of replicas, None for one that diverged
+            each = {f"{tag}/{n}": v for n, v in enumerate(value)} if several else {tag: value}
+            found |= {tag: float(v) for tag, v in each.items() if v is not None}
     return found

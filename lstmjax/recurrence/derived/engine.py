@@ -263,10 +263,24 @@ def _active_chunks(plan: _Plan, inputs: Inputs) -> tuple[Any, Any]:
     if mask is None:
         return 0, count
     active = mask if resets is None else mask | resets
-    active = active.reshape(count, -1).any(1)
+    return _bounds(active.reshape(count, -1).any(1))
+
+
+@jax.custom_batching.custom_vmap
+def _bounds(active: Bool[Array, " chunks"]) -> tuple[Array, Array]:
+    """The first of the chunks that are active, and the one after the last."""
+    count = active.shape[0]
     first = jnp.argmax(active)
     last = count - jnp.argmax(active[::-1])
     return first, jnp.where(active.any(), last, first)
+
+
+@_bounds.def_vmap
+def _bounds_of_all(
+    axis_size: int, in_batched: list[bool], active: Bool[Array, "mapped chunks"]
+) -> tuple[tuple[Array, Array], tuple[bool, bool]]:
+    """Mapped recurrences run the same chunks: with bounds of its own each would copy its arrays."""
+    return _bounds(active.any(0)), (False, False)
 
 
 # No place is negative where it counts (a mapped loop that has ended may go on below zero, and what

@@ -1,0 +1,326 @@
+"""Data sets of sequences: digits pixel by pixel, and a user's own ``.npz``."""
+
+import dataclasses
+import functools
+import pathlib
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from jaxtyping import Bool
+
+from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, generator_of
+from lstmjax.errors import UserError, first_line
+from lstmjax.models import SequenceConfig
+from lstmjax.tasks.base import Recipe, Split, Task
+from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
+from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
+from lstmjax.training.step import OptimizerConfig
+
+
+def split_rows(
+    groups: Sequence[Any], validation: float, test: float
+) -> dict[Split, Bool[np.ndarray, " rows"]]:
+    """Which rows are for what, drawn once and for all: the same for every seed.
+
+    >>> parts = split_rows([*"abcdeabcde"], validation=0.2, test=0.2)
+    >>> {name: int(part.sum()) for name, part in parts.items()}
+    {'train': 6, 'validation': 2, 'test': 2}
+
+    Args:
+        groups: of each row something hashable; rows of the same stay together.
+        validation, test: shares; the rest is to train on.
+
+    Raises:
+        UserError: a part would be empty.
+    """
+    if not (validation > 0 and test > 0 and validation + test < 1):
+        raise UserError(
+            f"shares of {validation:g} for validation and {test:g} for the test leave nothing to "
+            "train on, or nothing for one of them: give two numbers above 0 with a sum below 1"
+        )
+    numbers: dict[Any, int] = {}
+    group = np.array([numbers.setdefault(key, len(numbers)) for key in groups], int)
+    size = np.bincount(group, minlength=len(numbers))
+    order = generator_of(0).permutation(len(numbers))
+    done = np.empty(len(numbers))
+    done[order] = np.cumsum(size[order])
+    share = done[group] / max(1, len(group))
+    parts: dict[Split, np.ndarray] = {
+        "train": share > validation + test,
+        "validation": (share > test) & (share <= validation + test),
+        "test": share <= test,
+    }
+    for name, part in parts.items():
+        if not part.any():
+            raise UserError(f"{len(group)} rows are too few: none is left for {name}")
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Task):
+    """A data set of sequences with a label each, or one at every step."""
+
+    validation_share: float = 0.1
+    """Share of the rows that settings are chosen by."""
+    test_share: float = 0.2
+    """Share of the rows to test on."""
+    buckets: int = 5
+    """Most lengths that batches may have; each is compiled once."""
+
+    masked: ClassVar[bool] = True
+
+    def rows(self) -> Sequences:
+        """All of them."""
+        raise NotImplementedError
+
+    @property
+    def num_outputs(self) -> int:
+        """One a class; 1 for two classes, and for numbers."""
+        count = _classes(self)
+        return 1 if count <= 2 else count
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The numbers of the classes."""
+        return tuple(map(str, range(max(2, count)))) if (count := _classes(self)) else ()
+
+    @property
+    def features(self) -> int:
+        """As the rows have it."""
+        return _loaded(self)[0].sequences[0].shape[1]
+
+    @property
+    def chance(self) -> float:
+        """The most frequent class, or the variance of the numbers, of the test part."""
+        labels = _labels(_part(self, "test"))
+        if labels.dtype.kind == "f":
+            return float(labels.var())
+        return float(np.bincount(labels).max() / len(labels))
+
+    @property
+    def objective(self) -> Objective:
+        """Cross-entropy, or the squared error where labels are no whole numbers."""
+        return CrossEntropy() if _classes(self) else SquaredError()
+
+    def train(self, batch_size: int) -> Source:
+        """The training part."""
+        return self._cut("train", batch_size)
+
+    def validation(self, batch_size: int) -> Source:
+        """The validation part."""
+        return self._cut("validation", batch_size)
+
+    def tests(self, batch_size: int) -> Mapping[str, Source]:
+        """The test part."""
+        return {"test": self._cut("test", batch_size)}
+
+    def facts(self) -> Mapping[str, Any]:
+        """Rows of each part, classes, and lengths."""
+        return {
+            name: describe([len(row) for row in part.sequences], _labels(part))
+            for name in ("train", "validation", "test")
+            for part in [_part(self, name)]
+        }
+
+    def _cut(self, split: Split, batch_size: int) -> Source:
+        lengths = [len(row) for row in _loaded(self)[0].sequences]
+        boundaries = bucket_boundaries(lengths, count=self.buckets)
+        return Batches(_part(self, split), batch_size, boundaries=boundaries)
+
+
+def describe(lengths: Sequence[int], labels: np.ndarray) -> dict[str, Any]:
+    """Rows, lengths, and how labels are spread.
+
+    >>> describe([3, 5], np.array([0, 1]))
+    {'rows': 2, 'lengths': '3 to 5, median 4', 'classes': '0: 50.0 %, 1: 50.0 %'}
+    """
+    found: dict[str, Any] = {"rows": len(lengths)}
+    low, middle, high = np.percentile(lengths, (0, 50, 100))
+    found["lengths"] = f"{low:g} to {high:g}, median {middle:g}"
+    if labels.dtype.kind == "f":
+        return found | {"numbers": f"mean {labels.mean():.4g}, s.d. {labels.std():.4g}"}
+    shares = np.bincount(labels) / len(labels)
+    return found | {"classes": ", ".join(f"{k}: {100 * s:.1f} %" for k, s in enumerate(shares))}
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(task: Rows) -> tuple[Sequences, dict[Split, np.ndarray]]:
+    rows = task.rows()
+    keys = [row.tobytes() for row in rows.sequences]
+    return rows, split_rows(keys, task.validation_share, task.test_share)
+
+
+def _part(task: Rows, split: Split) -> Sequences:
+    rows, parts = _loaded(task)
+    chosen = np.flatnonzero(parts[split])
+    labels = rows.labels
+    return Sequences(
+        [rows.sequences[n] for n in chosen],
+        [labels[n] for n in chosen] if isinstance(labels, list) else labels[chosen],
+    )
+
+
+def _labels(rows: Sequences) -> np.ndarray:
+    return np.concatenate(rows.labels) if isinstance(rows.labels, list) else rows.labels
+
+
+def _classes(task: Rows) -> int:
+    """How many classes there are; 0: labels are numbers."""
+    labels = _labels(_loaded(task)[0])
+    return 0 if labels.dtype.kind == "f" else int(labels.max()) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits(Rows):
+    """Handwritten digits, a pixel a step, row by row.
+
+    The 1,797 digits of 8 x 8 pixels that scikit-learn brings along; grey values in [0, 1]. Split at
+    random, once and for all.
+    """
+
+    source: ClassVar[str] = (
+        "Alpaydin & Kaynak 1998 (UCI), in scikit-learn; pixel by pixel as Le, Jaitly & Hinton 2015 "
+        "(arXiv:1504.00941) do with MNIST"
+    )
+    reported: ClassVar[str] = "MNIST: 784 steps, 100 to 128 units; here 64 steps"
+
+    @property
+    def recipe(self) -> Recipe:
+        """64 units, 40 epochs."""
+        rate = OptimizerConfig(learning_rate=1e-2, schedule="one-cycle", clip_norm=1.0)
+        return Recipe(epochs=40, batch_size=32, model=SequenceConfig(), optimizer=rate)
+
+    def rows(self) -> Sequences:
+        """All digits.
+
+        Raises:
+            UserError: scikit-learn is not there.
+        """
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UserError(
+                "the digits come with scikit-learn: .venv/bin/pip install -e '.[tasks]'"
+            ) from error
+        found = load_digits()
+        pixels = (found.data / 16).astype(np.float32)[:, :, None]
+        return Sequences(list(pixels), found.target.astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mnist1d(Rows):
+    """Digits as curves of 40 points, shifted, stretched and noisy.
+
+    The 5,000 sequences that the package mnist1d makes up with its own settings. Split anew, at
+    random, once and for all.
+    """
+
+    source: ClassVar[str] = "Greydanus & Kobak 2020 (arXiv:2011.14439), package mnist1d"
+    reported: ClassVar[str] = "40 steps, 4,000 to train on; a GRU of 6 units 91 %, people 96 %"
+
+    @property
+    def recipe(self) -> Recipe:
+        """64 units, 30 epochs."""
+        rate = OptimizerConfig(learning_rate=1e-2, schedule="one-cycle", clip_norm=1.0)
+        return Recipe(epochs=30, batch_size=64, model=SequenceConfig(), optimizer=rate)
+
+    def rows(self) -> Sequences:
+        """All curves.
+
+        Raises:
+            UserError: the package is not there.
+        """
+        try:
+            from mnist1d.data import get_dataset_args, make_dataset
+        except ImportError as error:
+            raise UserError(
+                "this task needs the package mnist1d: .venv/bin/pip install -e '.[tasks]'"
+            ) from error
+        states = np.random.get_state(), random.getstate()  # noqa: NPY002
+        try:  # it seeds the generators that all share
+            found = make_dataset(get_dataset_args())
+        finally:
+            np.random.set_state(states[0])  # noqa: NPY002
+            random.setstate(states[1])
+        curves = np.concatenate([found["x"], found["x_test"]]).astype(np.float32)[:, :, None]
+        return Sequences(
+            list(curves), np.concatenate([found["y"], found["y_test"]]).astype(np.int32)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceFile(Rows):
+    """Your own sequences, from an ``.npz`` file.
+
+    Its arrays: ``x``, rows times steps times features (or rows times steps); ``y``, a label a row
+    or one a step, whole numbers from 0 for classes, else numbers to predict; and ``lengths``, the
+    valid steps of each row, if they differ.
+    """
+
+    file: pathlib.Path = pathlib.Path("sequences.npz")
+    """The file."""
+
+    source: ClassVar[str] = "your own file"
+
+    @property
+    def per_step(self) -> bool:  # type: ignore[override]
+        """Whether there is a label a step."""
+        return isinstance(_loaded(self)[0].labels, list)
+
+    @property
+    def metric(self) -> Metric:  # type: ignore[override]
+        """Accuracy, or the mean squared error."""
+        return ACCURACY if _classes(self) else MEAN_SQUARED_ERROR
+
+    def rows(self) -> Sequences:
+        """All rows of the file.
+
+        Raises:
+            UserError: it cannot be read, or its arrays do not fit together.
+        """
+        try:
+            with np.load(self.file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:
+            raise UserError(f"cannot read {self.file}: {first_line(error)}") from error
+        missing = [name for name in ("x", "y") if name not in arrays]
+        if missing:
+            have = ", ".join(sorted(arrays)) or "none"
+            raise UserError(f"{self.file} has no array {missing[0]!r} (arrays there: {have})")
+        return self._checked(**{n: arrays[n] for n in ("x", "y", "lengths") if n in arrays})
+
+    def _checked(
+        self, x: np.ndarray, y: np.ndarray, lengths: np.ndarray | None = None
+    ) -> Sequences:
+        x = x[..., None] if x.ndim == 2 else x
+        if x.ndim != 3 or x.dtype.kind not in "fiu":
+            raise UserError(
+                f"{self.file}: x is {x.dtype}{[*x.shape]}; give (rows, steps, features)"
+            )
+        rows, steps = x.shape[:2]
+        lengths = np.full(rows, steps) if lengths is None else lengths
+        if lengths.shape != (rows,) or lengths.dtype.kind not in "iu":
+            raise UserError(
+                f"{self.file}: lengths is {lengths.dtype}{[*lengths.shape]}, not ({rows},)"
+            )
+        if y.shape not in ((rows,), (rows, steps)) or y.dtype.kind not in "fiub":
+            raise UserError(
+                f"{self.file}: y is {y.dtype}{[*y.shape]}, not ({rows},) or ({rows}, {steps})"
+            )
+        y = y.astype(np.float32) if y.dtype.kind == "f" else y.astype(np.int32)
+        wrong = (lengths < 1) | (lengths > steps)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise UserError(
+                f"{self.file}: row {row} has the length {lengths[row]} of {steps} steps"
+            )
+        sequences = [row[:n].astype(np.float32) for row, n in zip(x, lengths, strict=True)]
+        labels = y if y.ndim == 1 else [row[:n] for row, n in zip(y, lengths, strict=True)]
+        for number, (row, label) in enumerate(zip(sequences, labels, strict=True)):
+            if not np.isfinite(row).all():
+                raise UserError(f"{self.file}: row {number} of x is not finite")
+            if not np.isfinite(label).all() or (y.dtype.kind == "i" and np.min(label) < 0):
+                raise UserError(f"{self.file}: row {number} of y is {label}; give classes from 0")
+        return Sequences(sequences, labels)

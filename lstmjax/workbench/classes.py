@@ -1,0 +1,111 @@
+"""What accuracy does not say of a classifier: F1, AUC, and the confusion matrix."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lstmjax import files
+
+
+class Classes(NamedTuple):
+    """Of one classifier on test data.
+
+    Attributes:
+        f1: of the second of two classes, or the mean over all of several (macro).
+        auc: the chance that a row of a class scores higher in it than one of another class; the
+            mean over all of several. NaN where a class has no rows.
+        confusion: rows by true class, then by the class that was said.
+    """
+
+    f1: float
+    auc: float
+    confusion: Int[np.ndarray, "K K"]
+
+
+def classes_of(outputs: Float[np.ndarray, "..."], labels: Int[np.ndarray, " N"]) -> Classes:
+    """F1, AUC and confusion matrix.
+
+    Args:
+        outputs: logits, ``(N,)`` for two classes, ``(N, K)`` for K.
+        labels: the true classes.
+
+    Example:
+        >>> found = classes_of(np.array([2.0, 1.0, -1.0, -3.0]), np.array([1, 0, 1, 0]))
+        >>> found.f1, found.auc, found.confusion.tolist()
+        (0.5, 0.75, [[1, 1], [1, 1]])
+    """
+    two = outputs.ndim == 1
+    count = 2 if two else outputs.shape[1]
+    said = (outputs > 0).astype(int) if two else outputs.argmax(axis=1)
+    confusion = np.zeros((count, count), int)
+    np.add.at(confusion, (labels, said), 1)
+    scores = np.stack([-outputs, outputs], axis=1) if two else outputs
+    asked = [1] if two else range(count)
+    right, wrong = np.diag(confusion), confusion.sum(axis=0) + confusion.sum(axis=1)
+    f1 = 2 * right / np.maximum(wrong, 1)
+    aucs = [area_under_curve(scores[:, k], labels == k) for k in asked]
+    return Classes(float(np.mean(f1[asked])), float(np.mean(aucs)), confusion)
+
+
+def area_under_curve(scores: Float[np.ndarray, " N"], positive: np.ndarray) -> float:
+    """The chance that a positive scores higher than a negative; ties count half.
+
+    >>> area_under_curve(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False]))
+    0.625
+    """
+    above, below = scores[positive], np.sort(scores[~positive])
+    if not len(above) or not len(below):
+        return float("nan")
+    lower = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
+    return float(lower.mean() / (2 * len(below)))
+
+
+def confusion_table(confusion: Int[np.ndarray, "K K"], names: Sequence[str]) -> str:
+    """The matrix as text; no more than twelve classes are shown.
+
+    >>> print(confusion_table(np.array([[8, 2], [1, 9]]), ["no", "yes"]))
+    true \\ said  no  yes  recall
+             no   8    2  80.0 %
+            yes   1    9  90.0 %
+    """
+    if len(names) > 12:
+        return f"{len(names)} classes: the confusion matrix is in confusion.png"
+    recall = np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1)
+    table = [["true \\ said", *names, "recall"]]
+    for name, row, share in zip(names, confusion, recall, strict=True):
+        table.append([name, *map(str, row), f"{100 * share:.1f} %"])
+    wide = [max(len(line[n]) for line in table) for n in range(len(table[0]))]
+    return "\n".join("  ".join(f"{a:>{n}}" for a, n in zip(t, wide, strict=True)) for t in table)
+
+
+def draw_confusion(
+    path: pathlib.Path, title: str, confusion: Int[np.ndarray, "K K"], names: Sequence[str]
+) -> None:
+    """Draw the matrix, each row as shares of its true class.
+
+    Args:
+        path: PNG file to write.
+        title: what was run.
+        confusion: counts.
+        names: of the classes.
+    """
+    import matplotlib.figure
+
+    size = min(12.0, 3 + 0.5 * len(names))
+    figure = matplotlib.figure.Figure(figsize=(size + 0.8, size), layout="constrained")
+    axes: Any = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 20:
+        for (row, column), count in np.ndenumerate(confusion):
+            color = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=8)
+    places = range(len(names))
+    axes.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(places, names, fontsize=8)
+    axes.set(title=title, xlabel="said", ylabel="true")
+    figure.colorbar(image, label="share of the true class")
+    files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))

@@ -1,0 +1,556 @@
+"""Comparing cells: every cell on every task with the same seeds and budget, and a verdict.
+
+The runs of one cell on one task at one learning rate are a unit. Units lie in one folder, named by
+all that their numbers depend on, the source of a user's cell included: what is finished is never
+repeated, what was killed goes on, and several processes may share the folder, a unit each.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from lstmjax import files, statistics
+from lstmjax.cells import CellSpec, load_cell, source_digest
+from lstmjax.errors import UserError
+from lstmjax.models import count_parameters
+from lstmjax.precision import Precision
+from lstmjax.tasks import Metric
+from lstmjax.training import Accelerator
+from lstmjax.training.command import require_positive, require_seed
+from lstmjax.workbench.config import Config, config_of, require_rates
+from lstmjax.workbench.plots import draw_comparison
+from lstmjax.workbench.rows import Row, finite, summarized
+from lstmjax.workbench.run import Diverged, cell_name, make_model, settings_of, train
+
+RESULT = "result.json"
+DIVERGED = "diverged.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparing:
+    """Settings of a comparison."""
+
+    cells: tuple[str, ...] = ("LSTM", "GRU")
+    """The first is what the others are compared with. By name, or path/to/file.py:MyCell."""
+    tasks: tuple[str, ...] = ("adding",)
+    """As experiments/train.py has them, sizes in brackets: "adding(length=200)"."""
+    seeds: int = 8
+    """Runs of each cell on each task; below 6 there are figures and no verdict."""
+    seed: int = 0
+    """The first of them."""
+    learning_rates: tuple[float, ...] = ()
+    """Of these, each cell gets on each task the one that is best on validation data; by default
+    the task's own alone."""
+    match: Literal["units", "parameters"] = "units"
+    """What is equal for all cells; parameters: as many as the first cell's, as near as units go."""
+    hidden_size: int = 0
+    """Units of the first cell; 0: the task's own."""
+    epochs: int = 0
+    """How often each run is evaluated, or passes over a data set; 0: the task's own."""
+    batch_size: int = 0
+    """Rows an update; 0: the task's own."""
+    at_once: int = 8
+    """Seeds trained side by side in one program."""
+    target: float = 0.0
+    """A difference that would matter, in the unit of the metric; how many seeds would show it is
+    told. 0: 0.3 points of an accuracy, a hundredth of the first cell's mean otherwise."""
+    accelerator: Accelerator = "auto"
+    """Device to run on; auto takes the best there is."""
+    precision: Precision = "float32"
+    """bfloat16: products in bfloat16, sums and states in float32."""
+    dir: pathlib.Path = pathlib.Path("runs/comparison")
+    """Where all of it lies; several processes may share it."""
+
+
+class Unit(NamedTuple):
+    """All seeds of one cell on one task at one learning rate.
+
+    Attributes:
+        task, cell: as they were named.
+        learning_rate: of all seeds.
+        config: what a run is asked for, its seeds left open.
+        parameters: of the model.
+        folder: where the runs lie.
+    """
+
+    task: str
+    cell: str
+    learning_rate: float
+    config: Config
+    parameters: int
+    folder: pathlib.Path
+
+    def __str__(self) -> str:
+        """How it is told of."""
+        return f"{self.task} · {cell_name(self.cell)} · learning rate {self.learning_rate:g}"
+
+
+class Entry(NamedTuple):
+    """A cell on a task, at the learning rate chosen for it.
+
+    Attributes:
+        unit: the one chosen.
+        rows: its runs, by seed.
+        tried: mean validation metric by learning rate; None: a run diverged.
+    """
+
+    unit: Unit
+    rows: dict[int, Row]
+    tried: dict[float, float | None]
+
+
+class Report(NamedTuple):
+    """What a comparison found on one task.
+
+    Attributes:
+        task: as it was named.
+        metric: the figure that counts.
+        chance: what it is without looking.
+        entries: by the cell's name.
+        verdicts: every other cell against the first.
+        replaced: runs that diverged and count as chance: cell and seed.
+    """
+
+    task: str
+    metric: Metric
+    chance: float
+    entries: dict[str, Entry]
+    verdicts: list[statistics.Comparison]
+    replaced: list[tuple[str, int]]
+
+    def values(self, name: str) -> dict[int, float]:
+        """The metric of a cell by seed, in points where it is a share; chance where it diverged."""
+        scale = 100.0 if self.metric.percent else 1.0
+        found = {s: next(iter(r.test.values())) for s, r in self.entries[name].rows.items()}
+        return {s: scale * (self.chance if math.isnan(v) else v) for s, v in found.items()}
+
+
+def compare(config: Comparing) -> list[Report]:
+    """Run what is missing, and report.
+
+    Raises:
+        UserError: settings that cannot work.
+    """
+    check(config)
+    units = units_of(config)
+    wanted = range(config.seed, config.seed + config.seeds)
+    run_all(units, wanted, config.at_once)
+    reports = [report_of(config, task, units, wanted) for task in config.tasks]
+    leave(config, reports)
+    return reports
+
+
+def check(config: Comparing) -> None:
+    """Raise `UserError` for settings that cannot work."""
+    require_positive({"seeds": config.seeds, "at_once": config.at_once})
+    for seed in (config.seed, config.seed + config.seeds - 1):
+        require_seed(seed)
+    require_rates(config.learning_rates)
+    for name in ("hidden_size", "epochs", "batch_size", "target"):
+        if getattr(config, name) < 0:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 0, got {getattr(config, name)}")
+    if len(names_of(config.cells)) < 2:
+        raise UserError(f"--cells needs two different ones at least, got {[*config.cells]}")
+    if not config.tasks:
+        raise UserError("--tasks needs one at least")
+
+
+def names_of(cells: Sequence[str]) -> dict[str, str]:
+    """What each cell is called: its class, and its file where two classes have one name.
+
+    >>> names_of(["LSTM", "a.py:Mine", "b.py:Mine"])
+    {'LSTM': 'LSTM', 'a.py:Mine': 'Mine (a.py)', 'b.py:Mine': 'Mine (b.py)'}
+    """
+    short = [cell_name(cell) for cell in dict.fromkeys(cells)]
+    return {
+        cell: name
+        if short.count(name) == 1
+        else f"{name} ({CellSpec.parse(cell).path or 'lstmjax'})"
+        for cell, name in zip(dict.fromkeys(cells), short, strict=True)
+    }
+
+
+# --- What is run --------------------------------------------------------------------------------
+
+
+def units_of(config: Comparing) -> list[Unit]:
+    """All units, task by task, cell by cell."""
+    return [
+        unit
+        for task in dict.fromkeys(config.tasks)
+        for cell in dict.fromkeys(config.cells)
+        for unit in _units(config, task, cell)
+    ]
+
+
+def _units(config: Comparing, task: str, cell: str) -> Iterator[Unit]:
+    base = base_config(config, task)
+    size = base.model.hidden_size
+    if config.match == "parameters" and cell != config.cells[0]:
+        wanted = parameters_of(base, config.cells[0], size)
+        size = units_for(lambda units: parameters_of(base, cell, units), wanted, size)
+    parameters = parameters_of(base, cell, size)
+    model = dataclasses.replace(base.model, hidden_size=size)
+    of_cell = dataclasses.replace(base, cell=cell, model=model)
+    settings = {**settings_of(of_cell), "cell": cell_name(cell), "source": source_digest(cell)}
+    for free in ("seed", "seeds", "learning_rates"):
+        del settings[free]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    folder = config.dir / "runs" / _file_name(task) / f"{_file_name(cell_name(cell))}-{digest}"
+    for rate in dict.fromkeys(config.learning_rates) or (base.optimizer.learning_rate,):
+        asked = dataclasses.replace(of_cell, learning_rates=(rate,))
+        yield Unit(task, cell, rate, asked, parameters, folder / f"lr{rate:g}")
+
+
+def base_config(config: Comparing, task: str) -> Config:
+    """What a run on ``task`` is asked for, but for the cell, the seeds and the learning rate."""
+    made = config_of(task)
+    own = {n: getattr(config, n) for n in ("epochs", "batch_size") if getattr(config, n)}
+    size = config.hidden_size or made.model.hidden_size
+    return dataclasses.replace(
+        made,
+        accelerator=config.accelerator,
+        precision=config.precision,
+        model=dataclasses.replace(made.model, hidden_size=size),
+        **own,
+    )
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-._=" else "_" for c in text)
+
+
+def parameters_of(base: Config, cell: str, size: int) -> int:
+    """Parameters of the model with so many units of the cell."""
+    asked = dataclasses.replace(
+        base, cell=cell, model=dataclasses.replace(base.model, hidden_size=size)
+    )
+    made = load_cell(cell, size)
+    return count_parameters(nnx.eval_shape(lambda: make_model(asked, made, 0)))
+
+
+def units_for(count: Callable[[int], int], wanted: int, most: int) -> int:
+    """The number of units whose parameters are nearest to those wanted.
+
+    Numbers that the cell refuses, not a multiple of its heads, say, are passed over.
+
+    >>> units_for(lambda units: 4 * units * (units + 10), wanted=4000, most=100)
+    27
+
+    Raises:
+        UserError: there is none.
+    """
+
+    def sound(units: range) -> tuple[int, int] | None:
+        """The first of the numbers that the cell takes, and its parameters."""
+        for number in units:
+            with contextlib.suppress(UserError, ValueError):
+                return number, count(number)
+        return None
+
+    below: tuple[int, int] | None = None
+    low, high = 1, most
+    above = sound(range(high, high + 65))
+    while above is not None and above[1] < wanted:
+        below, low, high = above, above[0] + 1, 2 * above[0]
+        above = sound(range(high, high + 65))
+    while low < high:  # below and above are the nearest so far, numbers between are open
+        middle = (low + high) // 2
+        found = sound(range(middle, high))
+        if found is None or found[1] >= wanted:
+            above, high = found or above, middle
+        else:
+            below, low = found, found[0] + 1
+    near = [found for found in (below, above) if found is not None]
+    if not near:
+        raise UserError(f"no number of units has about {wanted:,} parameters: leave out --match")
+    return min(near, key=lambda found: (abs(found[1] - wanted), found[0]))[0]
+
+
+def run_all(units: Sequence[Unit], wanted: range, at_once: int) -> None:
+    """Run what is missing of all units; what another process is at is waited for at the end."""
+    busy = [unit for unit in units if not _run_unit(unit, units, wanted, at_once, wait=False)]
+    for unit in busy:
+        print(f"waiting for another process: {unit}")
+        _run_unit(unit, units, wanted, at_once, wait=True)
+
+
+def _run_unit(
+    unit: Unit, units: Sequence[Unit], wanted: range, at_once: int, *, wait: bool
+) -> bool:
+    """Run what is missing of one unit; False: another process is at it."""
+    files.make_folder(unit.folder)
+    lock = files.Lock(unit.folder)
+    try:
+        lock.take(wait=wait)
+    except files.Busy:
+        return False
+    try:
+        while missing := [seed for seed in wanted if seed not in rows_of(unit)]:
+            group = _unfinished(unit, missing) or _first_group(missing, at_once)
+            place = f"[{units.index(unit) + 1}/{len(units)}]"
+            print(f"{place} {unit} · seeds {group.start} to {group.stop - 1}", flush=True)
+            _run_group(unit, group)
+    finally:
+        lock.release()
+    return True
+
+
+def _run_group(unit: Unit, group: range) -> None:
+    folder = _group_folder(unit, group)
+    asked = dataclasses.replace(
+        unit.config, seed=group.start, seeds=len(group), run_dir=folder, resume_or_start=True
+    )
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            train(asked)
+    except Diverged as error:
+        files.publish_json(folder / DIVERGED, {"seeds": [*group], "error": str(error)})
+    finally:
+        if folder.exists():
+            (folder / "log.txt").write_text(log.getvalue())
+
+
+def _group_folder(unit: Unit, group: range) -> pathlib.Path:
+    return unit.folder / f"seeds{group.start}-{group.stop - 1}"
+
+
+def _groups(unit: Unit) -> Iterator[tuple[range, pathlib.Path]]:
+    """The groups of seeds that have been begun."""
+    for folder in sorted(unit.folder.glob("seeds*-*")):
+        first, _, last = folder.name.removeprefix("seeds").partition("-")
+        if first.isdigit() and last.isdigit():
+            yield range(int(first), int(last) + 1), folder
+
+
+def _unfinished(unit: Unit, missing: Sequence[int]) -> range | None:
+    """A group that was begun and not ended."""
+    for group, folder in _groups(unit):
+        if (folder / "config.json").exists() and {*group} <= {*missing}:
+            return group
+    return None
+
+
+def _first_group(missing: Sequence[int], at_once: int) -> range:
+    """Consecutive seeds, few enough for one program.
+
+    >>> _first_group([0, 1, 2, 5], 8), _first_group([0, 1, 2, 5], 2)
+    (range(0, 3), range(0, 2))
+    """
+    stop = missing[0] + 1
+    while stop in missing and stop - missing[0] < at_once:
+        stop += 1
+    return range(missing[0], stop)
+
+
+def rows_of(unit: Unit) -> dict[int, Row]:
+    """The runs of a unit that are finished, by seed."""
+    found: dict[int, Row] = {}
+    for group, folder in _groups(unit):
+        with contextlib.suppress(FileNotFoundError):
+            files.read_json(folder / DIVERGED)
+            lost = Row(0, unit.learning_rate, math.nan, {"test": math.nan}, {})
+            found |= {seed: lost._replace(seed=seed) for seed in group}
+        with contextlib.suppress(FileNotFoundError):
+            rows = files.read_json(folder / RESULT)["replicas"]
+            found |= {row["seed"]: Row(**_with_nan(row)) for row in rows}
+    return dict(sorted(found.items()))
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_nan(a) for key, a in value.items()}
+    return math.nan if value is None else value
+
+
+# --- What is reported ---------------------------------------------------------------------------
+
+
+def report_of(config: Comparing, task: str, units: Sequence[Unit], wanted: range) -> Report:
+    """What was found on one task."""
+    own = [unit for unit in units if unit.task == task]
+    sizes = own[0].config.sizes
+    names = names_of(config.cells)
+    entries = {
+        name: chosen([unit for unit in own if unit.cell == cell], wanted, sizes.metric)
+        for cell, name in names.items()
+    }
+    replaced = [
+        (name, seed)
+        for name, entry in entries.items()
+        for seed, row in entry.rows.items()
+        if math.isnan(next(iter(row.test.values())))
+    ]
+    report = Report(task, sizes.metric, sizes.chance, entries, [], replaced)
+    if len(wanted) < 2:
+        return report
+    results = {name: report.values(name) for name in entries}
+    first = next(iter(results.values()))
+    target = config.target or (
+        0.3 if sizes.metric.percent else abs(float(np.mean([*first.values()]))) / 100 or 1.0
+    )
+    verdicts = statistics.compare(
+        results,
+        target=target,
+        unit="points" if sizes.metric.percent else "",
+        higher_is_better=sizes.metric.higher_is_better,
+    )
+    return report._replace(verdicts=verdicts)
+
+
+def chosen(units: Sequence[Unit], wanted: range, metric: Metric) -> Entry:
+    """The learning rate that is best on validation data, the mean over all seeds.
+
+    One at which a run diverged comes after all others.
+    """
+    rows = {unit: {s: r for s, r in rows_of(unit).items() if s in wanted} for unit in units}
+    means = {
+        unit: float(np.mean([row.validation for row in own.values()])) for unit, own in rows.items()
+    }
+    sign = 1 if metric.higher_is_better else -1
+
+    def rank(unit: Unit) -> tuple[int, float]:
+        lost = sum(math.isnan(row.validation) for row in rows[unit].values())
+        sound = [r.validation for r in rows[unit].values() if not math.isnan(r.validation)]
+        return -lost, sign * float(np.mean(sound)) if sound else 0.0
+
+    best = max(units, key=rank)
+    tried = {u.learning_rate: None if math.isnan(m) else m for u, m in means.items()}
+    return Entry(best, rows[best], tried)
+
+
+def leave(config: Comparing, reports: Sequence[Report]) -> None:
+    """Write and print the comparison."""
+    stem = config.dir / "comparison"
+    text = "\n\n".join(map(markdown, reports)) + "\n"
+    files.publish(stem.with_suffix(".md"), text.encode())
+    files.publish(stem.with_suffix(".csv"), _csv(reports).encode())
+    files.publish_json(stem.with_suffix(".json"), [_json(report) for report in reports])
+    draw_comparison(stem.with_suffix(".png"), reports)
+    print(f"\n{text}\n{stem}.md, .csv, .json, .png; the runs in {config.dir / 'runs'}")
+
+
+def markdown(report: Report) -> str:
+    """One task's table, and a sentence a comparison."""
+    metric = report.metric
+    head = f"{metric.name}{' (%)' if metric.percent else ''}"
+    better = "higher" if metric.higher_is_better else "lower"
+    table = [_columns(report, name) for name in report.entries]
+    lines = [
+        f"### {report.task}: {head}, {better} is better; chance {metric.text(report.chance)}",
+        "",
+        _line([*table[0]]),
+        _line(["---"] * len(table[0])),
+        *(_line([*columns.values()]) for columns in table),
+        "",
+        *(f"- {verdict}" for verdict in report.verdicts),
+    ]
+    if report.replaced:
+        which = ", ".join(f"{name} seed {seed}" for name, seed in report.replaced)
+        lines.append(f"- Diverged, and counted as chance: {which}.")
+    rates = sorted({rate for entry in report.entries.values() for rate in entry.tried})
+    if len(rates) > 1:
+        tried = ", ".join(f"{rate:g}" for rate in rates)
+        lines.append(
+            f"- Learning rates were chosen on validation data, of {tried}.{_edges(report, rates)}"
+        )
+    return "\n".join(lines)
+
+
+def _columns(report: Report, name: str) -> dict[str, str]:
+    """A cell's line of the table, by column."""
+    entry, values = report.entries[name], [*report.values(name).values()]
+    digits = 2 if report.metric.percent else 4
+    found = summarized(values)
+    low, high = (
+        statistics.bca_interval(np.array(values)) if len(values) > 1 else (math.nan, math.nan)
+    )
+    further = [*next(iter(entry.rows.values())).test][1:]
+    more = {n: np.array([r.test.get(n, math.nan) for r in entry.rows.values()]) for n in further}
+    return {
+        "cell": name,
+        "units": f"{entry.unit.config.model.hidden_size}",
+        "parameters": f"{entry.unit.parameters:,}",
+        "learning rate": f"{entry.unit.learning_rate:g}",
+        "seeds": f"{len(values)}",
+        "mean ± s.d.": f"{found.mean:.{digits}f} ± {found.sd:.{digits}f}",
+        "95 % of the mean": f"{low:.{digits}f} to {high:.{digits}f}",
+        **{n: report.metric.text(float(np.mean(a))) for n, a in more.items()},
+    }
+
+
+def _edges(report: Report, rates: Sequence[float]) -> str:
+    """A warning for those whose best learning rate is the first or last one tried."""
+    ends = (rates[0], rates[-1])
+    names = [n for n, entry in report.entries.items() if entry.unit.learning_rate in ends]
+    if not names:
+        return ""
+    return f" At the edge of these: {', '.join(names)}; a wider range may be better for them."
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _csv(reports: Sequence[Report]) -> str:
+    """A line a run at the learning rate that was chosen."""
+    lines = [
+        {
+            "task": report.task,
+            "cell": name,
+            "units": entry.unit.config.model.hidden_size,
+            "parameters": entry.unit.parameters,
+            "learning_rate": row.learning_rate,
+            "seed": row.seed,
+            "metric": report.metric.name,
+            "validation": row.validation,
+            **row.test,
+        }
+        for report in reports
+        for name, entry in report.entries.items()
+        for row in entry.rows.values()
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*dict.fromkeys(key for line in lines for key in line)])
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _json(report: Report) -> dict[str, Any]:
+    cells = {
+        name: {
+            "cell": entry.unit.cell,
+            "units": entry.unit.config.model.hidden_size,
+            "parameters": entry.unit.parameters,
+            "learning_rate": entry.unit.learning_rate,
+            "validation_by_learning_rate": {f"{k:g}": v for k, v in entry.tried.items()},
+            "runs": [finite(row._asdict()) for row in entry.rows.values()],
+            "folder": str(entry.unit.folder),
+        }
+        for name, entry in report.entries.items()
+    }
+    return {
+        "task": report.task,
+        "metric": report.metric.name,
+        "higher_is_better": report.metric.higher_is_better,
+        "chance": report.chance,
+        "diverged": report.replaced,
+        "cells": cells,
+        "verdicts": [
+            {**finite(dataclasses.asdict(verdict)), "text": str(verdict)}
+            for verdict in report.verdicts
+        ],
+    }

@@ -1,0 +1,235 @@
+"""Comparisons: what is run and what is not, the choice of the learning rate, verdicts, output."""
+
+import csv
+import io
+import json
+import math
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from lstmjax import files, training
+from lstmjax.errors import UserError
+from lstmjax.workbench import compare as module
+from lstmjax.workbench.compare import Comparing, compare, units_for, units_of
+from lstmjax.workbench.rows import Row, outcome_of
+from lstmjax.workbench.run import Diverged
+
+TASK = "parity(length=4,updates=2,test_rows=32)"
+TINY = {"tasks": (TASK,), "epochs": 1, "batch_size": 8, "hidden_size": 3, "accelerator": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def made_up(monkeypatch, value, validation=None):
+    """In place of training, ``value(config, seed)``; returns what was asked for."""
+    asked = []
+
+    def train(config):
+        asked.append((config.cell, config.learning_rates, [r.seed for r in config.replicas]))
+        rows = []
+        for replica in config.replicas:
+            found = value(config, replica.seed)
+            known = found if validation is None else validation(config, replica.seed)
+            rows.append(Row(*replica, known, {"test": found, "test_2x": found}, {}))
+        files.make_folder(config.run_dir)
+        files.publish_json(config.run_dir / "config.json", {})
+        files.publish_json(
+            config.run_dir / "result.json", outcome_of(config.sizes.metric, rows, True)
+        )
+        return rows
+
+    monkeypatch.setattr(module, "train", train)
+    return asked
+
+
+def noise(seed, scale=0.01):
+    return scale * np.random.default_rng(seed).normal()
+
+
+def test_a_real_comparison(monkeypatch, capsys):
+    """The same cell under two names differs by nothing, though the second run was stopped."""
+    pathlib.Path("mine.py").write_text(
+        "from lstmjax.cells import LSTM\nclass Mine(LSTM):\n    pass\n"
+    )
+    asked = Comparing(cells=("LSTM", "mine.py:Mine"), seeds=2, **TINY)
+    fit, begun = training.fit, []
+
+    def told(*arguments, **more):
+        begun.append(more["resume"])
+        if len(begun) == 2:
+            raise training.Interrupted(signal.SIGTERM)
+        return fit(*arguments, **more)
+
+    monkeypatch.setattr(training, "fit", told)
+    with pytest.raises(training.Interrupted):
+        compare(asked)
+    (report,) = compare(asked)
+    assert begun == [True, True, True]
+    assert report.values("LSTM") == report.values("Mine")
+    assert "No verdict on Mine and LSTM: 2 seeds cannot reach p < 0.05, 6 can" in str(
+        report.verdicts[0]
+    )
+    out = capsys.readouterr().out
+    assert "| LSTM | 3 |" in out
+    folder = pathlib.Path("runs/comparison")
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = [*csv.DictReader(io.StringIO((folder / "comparison.csv").read_text()))]
+    assert [(line["cell"], line["seed"]) for line in table] == [
+        ("LSTM", "0"), ("LSTM", "1"), ("Mine", "0"), ("Mine", "1"),
+    ]  # fmt: skip
+    (found,) = json.loads((folder / "comparison.json").read_text())
+    assert float(table[0]["test"]) == found["cells"]["LSTM"]["runs"][0]["test"]["test"]
+    assert found["verdicts"][0]["verdict"] == "too few seeds"
+
+
+def test_what_is_finished_is_not_repeated(monkeypatch):
+    asked = made_up(monkeypatch, lambda config, seed: 0.5 + noise(seed))
+    first = {"learning_rates": (1e-3, 1e-2), **TINY}
+    compare(Comparing(seeds=3, at_once=2, **first))
+    assert len(asked) == 2 * 2 * 2
+    assert asked[0] == ("LSTM", (1e-3,), [0, 1])
+    assert asked[1] == ("LSTM", (1e-3,), [2])
+    asked.clear()
+    compare(Comparing(seeds=3, **first))
+    assert asked == []
+    compare(Comparing(seeds=5, cells=("LSTM", "GRU", "MGU"), **first))
+    assert asked == [
+        *((cell, (rate,), [3, 4]) for cell in ("LSTM", "GRU") for rate in (1e-3, 1e-2)),
+        *(("MGU", (rate,), [0, 1, 2, 3, 4]) for rate in (1e-3, 1e-2)),
+    ]
+    asked.clear()
+    compare(Comparing(seeds=1, **{**first, "hidden_size": 4}))
+    assert len(asked) == 4  # another size, other runs
+
+
+def test_an_edited_cell_is_another_cell(monkeypatch):
+    asked = made_up(monkeypatch, lambda config, seed: 0.5)
+    text = "from lstmjax.cells import LSTM\nclass Mine(LSTM):\n    bias_init = {'f': %s}\n"
+    for forget, runs in ((1.0, 2), (2.0, 1), (1.0, 0)):
+        pathlib.Path("mine.py").write_text(text % forget)
+        asked.clear()
+        compare(Comparing(cells=("LSTM", "mine.py:Mine"), seeds=1, **TINY))
+        assert len(asked) == runs
+
+
+def test_several_share_a_folder(monkeypatch, capsys):
+    """A unit that another process is at is left to it, and looked at again at the end."""
+    asked = made_up(monkeypatch, lambda config, seed: 0.5)
+    config = Comparing(seeds=1, cells=("LSTM", "GRU", "MGU"), **TINY)
+    theirs = units_of(config)[0]
+    files.make_folder(theirs.folder)
+    lock = files.Lock(theirs.folder)
+    lock.take(wait=True)
+    take, order = files.Lock.take, []
+
+    def taken(self, wait):
+        order.append(wait)
+        if wait:
+            lock.release()  # they have stopped before the end
+        take(self, wait)
+
+    monkeypatch.setattr(files.Lock, "take", taken)
+    compare(config)
+    assert [cell for cell, *_ in asked] == ["GRU", "MGU", "LSTM"]
+    assert order == [False, False, False, True]
+    assert "waiting for another process" in capsys.readouterr().out
+
+
+def test_the_learning_rate_is_chosen_on_validation_data(monkeypatch):
+    """Of LSTM the small one is best on validation data, and worse on test data."""
+
+    def value(config, seed):
+        return 0.9 if config.learning_rates == (1e-2,) else 0.5
+
+    def validation(config, seed):
+        (rate,) = config.learning_rates
+        return {1e-3: 0.6, 1e-2: 0.5 if config.cell == "LSTM" else 0.7, 1e-1: math.nan}[rate]
+
+    made_up(monkeypatch, value, validation)
+    (report,) = compare(Comparing(seeds=6, learning_rates=(1e-3, 1e-2, 1e-1), **TINY))
+    assert report.entries["LSTM"].unit.learning_rate == 1e-3
+    assert report.entries["GRU"].unit.learning_rate == 1e-2
+    assert report.entries["LSTM"].tried == {1e-3: 0.6, 1e-2: 0.5, 1e-1: None}
+    (verdict,) = report.verdicts
+    assert verdict.verdict == "better"
+    assert verdict.mean == pytest.approx(40)
+    assert "At the edge" in module.markdown(report)
+    assert "LSTM; a wider range" in module.markdown(report)
+
+
+def test_runs_that_diverge_count_as_chance(monkeypatch):
+    def value(config, seed):
+        return math.nan if (config.cell, seed) == ("GRU", 2) else 0.8
+
+    made_up(monkeypatch, value)
+    (report,) = compare(Comparing(seeds=3, **TINY))
+    assert report.values("GRU") == {0: 80.0, 1: 80.0, 2: 50.0}
+    assert "Diverged, and counted as chance: GRU seed 2" in module.markdown(report)
+
+
+def test_a_cell_that_always_diverges_is_told(monkeypatch):
+    def train(config):
+        files.make_folder(config.run_dir)
+        raise Diverged("loss is nan")
+
+    monkeypatch.setattr(module, "train", train)
+    (report,) = compare(Comparing(seeds=2, **TINY))
+    assert len(report.replaced) == 4
+    assert report.verdicts[0].mean == 0
+
+
+def test_the_figures_are_those_of_the_right_seeds(monkeypatch):
+    """Paired: a difference far below the spread of the seeds is seen."""
+
+    def value(config, seed):
+        return 0.5 + noise(seed, 0.05) + (0.01 + noise(seed + 99, 0.001)) * (config.cell == "GRU")
+
+    made_up(monkeypatch, value)
+    (report,) = compare(Comparing(seeds=8, seed=3, **TINY))
+    (verdict,) = report.verdicts
+    assert verdict.verdict == "better"
+    assert verdict.seeds == tuple(range(3, 11))
+    assert 0.8 < verdict.mean < 1.2
+
+
+def test_equal_numbers_of_parameters():
+    cells = ("LSTM", "GRU", "SimpleRNN")
+    asked = Comparing(cells=cells, match="parameters", **{**TINY, "hidden_size": 12})
+    lstm, gru, simple = units_of(asked)
+    assert lstm.config.model.hidden_size == 12
+    assert gru.config.model.hidden_size == 15
+    for unit in (gru, simple):
+        assert abs(unit.parameters / lstm.parameters - 1) < 0.06
+    assert units_for(even, 1250, 4) == 12
+    assert units_for(even, 1310, 40) == 14
+
+
+def even(units):
+    if units % 2:
+        raise ValueError("two heads do not divide the units")
+    return 100 * units
+
+
+def test_what_cannot_be_compared_is_told():
+    for changes, message in (
+        ({"cells": ("LSTM",)}, "--cells needs two different ones"),
+        ({"cells": ("LSTM", "LSTM")}, "--cells needs two different ones"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"tasks": ("addin",)}, "no task 'addin'"),
+        ({"cells": ("LSTM", "GRUU")}, "no cell 'GRUU'"),
+        ({"learning_rates": (-1.0,)}, "--learning-rate must be positive"),
+        ({"target": -1.0}, "--target must be at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compare(Comparing(**{**TINY, **changes}))
+    assert not pathlib.Path("runs").exists()
