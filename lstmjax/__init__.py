@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         kept,
         load_cell,
     )
+    from lstmjax.check import check_cell
     from lstmjax.layers import (
         Bidirectional,
         ConvPool,
@@ -153,6 +154,7 @@ __all__ = [
     "Workload",
     "ZoneoutLSTM",
     "__version__",
+    "check_cell",
     "check_contract",
     "choose_engine",
     "chrono",
@@ -179,6 +181,7 @@ _MODULES = (
     "layers",
     "models",
     "trained",
+    "check",
 )  # the lightest first
 
 

@@ -55,7 +55,7 @@ def user_line(raised: Any) -> str:
         there is none.
     """
     lines = list(_lines(raised))
-    own = [(file, line) for file, line in lines if not _installed(file)]
+    own = [(file, line) for file, line in lines if not installed(file)]
     return f" ({os.path.basename(own[0][0])}:{own[0][1]})" if own else ""
 
 
@@ -72,7 +72,8 @@ def _lines(raised: Any) -> Iterable[tuple[str, int]]:
     return [(frame.file_name, frame.line_num) for frame in frames]
 
 
-def _installed(file: str) -> bool:
+def installed(file: str) -> bool:
+    """Whether a file belongs to this package, to an installed one, or is none."""
     return file.startswith((_PACKAGE, *_LIBRARIES, "<"))
 
 

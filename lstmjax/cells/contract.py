@@ -63,7 +63,7 @@ def _traced(cell: Cell, args: Arguments) -> tuple[Program, str | None]:
     if key in _programs:
         _programs.move_to_end(key)
         return _programs[key]
-    program = _trace(cell, shapes)
+    program = trace_transition(cell, shapes)
     reason = _checked(cell, program, shapes)
     if not any(isinstance(const, jax.core.Tracer) for const in program.consts):
         _programs[key] = program, reason
@@ -72,7 +72,13 @@ def _traced(cell: Cell, args: Arguments) -> tuple[Program, str | None]:
     return program, reason
 
 
-def _trace(cell: Cell, args: Arguments) -> Program:
+def trace_transition(cell: Cell, args: Arguments) -> Program:
+    """``cell.transition`` as a program, traced anew and not checked.
+
+    Raises:
+        ContractError: it does not run with arguments of these shapes.
+    """
+
     def one_step(*given: Any) -> Carry:
         params, x, carry, inputs, noise = given
         more = arguments(cell, x, {"x": x} | inputs, noise)

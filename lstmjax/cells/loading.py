@@ -86,6 +86,20 @@ def _is_call(text: str) -> bool:
 def load_cell(spec: str, hidden_size: int) -> Cell:
     """The cell that ``spec`` names, checked against the contract.
 
+    Args and errors are those of `find_cell`; `UserError` also if the cell breaks the contract.
+
+    Example:
+        >>> load_cell("LSTM", hidden_size=100)
+        LSTM(hidden_size=100)
+    """
+    cell = find_cell(spec, hidden_size)
+    check_contract(cell)
+    return cell
+
+
+def find_cell(spec: str, hidden_size: int) -> Cell:
+    """The cell that ``spec`` names, whether it keeps the contract or not.
+
     Args:
         spec: a name in `lstmjax.cells` (``LSTM``), or ``path/to/file.py:MyCell``; after either,
             hyper-parameters, ``MyCell(leak=0.1)``, whose values are literals. The file is imported;
@@ -94,12 +108,10 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
 
     Raises:
         UserError: no such file or class, the file does not run, the cell has no such
-            hyper-parameter, or it breaks the contract.
+            hyper-parameter, or cannot be built.
 
     Example:
-        >>> load_cell("LSTM", hidden_size=100)
-        LSTM(hidden_size=100)
-        >>> load_cell("PhasedLSTM(leak=0.01)", hidden_size=100)
+        >>> find_cell("PhasedLSTM(leak=0.01)", hidden_size=100)
         PhasedLSTM(hidden_size=100, leak=0.01)
     """
     path, name, _ = parsed = CellSpec.parse(spec)
@@ -128,7 +140,6 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
             f"cell {spec!r} cannot be built from hidden_size={hidden_size}{given or ' alone'}: "
             f"{_line(error)}; {remedy}"
         ) from error
-    check_contract(cell)
     return cell
 
 
