@@ -14,10 +14,11 @@ from typing import get_args, get_type_hints
 import jax
 import pytest
 
-from experiments import cumsum, imdb
+from experiments import cumsum, imdb, train
 from lstmjax.recurrence import ENGINES, Derived
 from lstmjax.training.command import as_user_error, run_command
 from lstmjax.training.devices import usable_cores
+from lstmjax.workbench import config_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = (
@@ -455,3 +456,41 @@ def test_cumsum_with_several_seeds(run, capsys):
 
 def test_cumsum_refuses_sizes_below_one(error_of):
     assert "--updates must be at least 1, got 0" in error_of(cumsum, "--updates", 0)
+
+
+# -- any task -------------------------------------------------------------------------------------
+
+
+def on_a_task(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    run_command(config_of, train.main, train.__doc__, chooser="task", default="adding")
+
+
+def test_a_tasks_sizes_are_flags(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(train, "train", asked.append)
+    on_a_task(monkeypatch, "--task", "s5", "--length", 7, "--seeds", 3, "--hidden-size", 9)
+    on_a_task(monkeypatch, "--task", "demo(size=90)", "--top-words", 40)
+    on_a_task(monkeypatch)
+    assert [type(config.sizes).__name__ for config in asked] == ["S5", "Demo", "Adding"]
+    assert (asked[0].sizes.length, asked[0].seeds, asked[0].model.hidden_size) == (7, 3, 9)
+    assert (asked[1].sizes.size, asked[1].sizes.top_words) == (90, 40)
+    with pytest.raises(SystemExit):
+        on_a_task(monkeypatch, "--task", "parity", "--help")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert re.search(r"--length.*?default: 32", text, re.DOTALL)
+
+
+def test_a_wrong_task_is_one_line(monkeypatch, capsys):
+    for arguments, message in (
+        (("--task", "addin"), "no task 'addin'; there are adding"),
+        (("--task", "text", "--file", "none.csv"), "cannot read none.csv"),
+        (("--seeds", 0), "--seeds must be at least 1, got 0"),
+        (("--seeds", 2, "--patience", 1), "--keep-best and --patience end each run"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            on_a_task(monkeypatch, *arguments)
+        assert stop.value.code == 2
+        errors = capsys.readouterr().err
+        assert message in errors
+        assert "Traceback" not in errors
