@@ -41,7 +41,6 @@ from lstmjax.cells import (
     CellSpec,
     cell_source,
     load_cell,
-    neighbours,
     source_digest,
 )
 from lstmjax.data import (
@@ -389,8 +388,6 @@ def main(config: Config) -> None:
 
 def describe_model(config: Config, train: Batches, run: training.RunFolder) -> None:
     """Write what `lstmjax.load_run` needs; rows on disk come without words."""
-    for name, source in neighbours(config.cell).items():
-        run.write_bytes(name, source)
     if train.vocabulary is not None:
         described = ModelConfig(
             config.cell,

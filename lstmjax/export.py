@@ -144,6 +144,7 @@ def save_exported(
         "probabilities": "of the second class" if config.num_outputs == 1 else "of each class",
         "max_length": config.max_length,
         "padding": "zeros behind; lengths tell" if model.masked else "zeros in front",
+        "tokenizer": config.tokenizer.rpartition(":")[2],
         "ids": {"start": START, "unknown": UNKNOWN, "first_word": FIRST_WORD},
         "trained_on": config.data,
     }

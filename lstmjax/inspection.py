@@ -25,7 +25,7 @@ from jaxtyping import Float, PyTree
 
 from lstmjax import files
 from lstmjax.cells.base import Carry, Cell, Params, arguments
-from lstmjax.data.vocabulary import PAD, UNKNOWN, tokenize
+from lstmjax.data.vocabulary import PAD, UNKNOWN
 from lstmjax.errors import StorageError, UserError, printable, reason
 from lstmjax.layers import Bidirectional, Recurrent
 from lstmjax.layers.base import Options
@@ -93,7 +93,7 @@ def look(
     number, name = _layer(model, layer, backward)
     known = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     ids = model.encode(known)
-    words = [START_WORD, *tokenize(known)][-len(ids) :]
+    words = [START_WORD, *model.vocabulary.tokenizer(known)][-len(ids) :]
     row, mask, at = _padded(model, ids)
     x = model.module.embedding(row)
     *_, last = model.module.after_embedding(x, mask)

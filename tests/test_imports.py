@@ -63,7 +63,6 @@ def test_every_cell_is_at_the_top():
         "CellSpec",
         "Params",
         "cell_source",
-        "neighbours",
         "source_digest",
     }
 

@@ -11,7 +11,7 @@ from lstmjax.cells.gru import GRU, ResetFirstGRU
 from lstmjax.cells.independent import QRNN, SRU, IndRNN
 from lstmjax.cells.layer_norm import LayerNormLSTM
 from lstmjax.cells.linear import LRU, RGLRU
-from lstmjax.cells.loading import CellSpec, cell_source, load_cell, neighbours, source_digest
+from lstmjax.cells.loading import CellSpec, cell_source, load_cell, source_digest
 from lstmjax.cells.lstm import LSTM
 from lstmjax.cells.mgu import MGU
 from lstmjax.cells.minimal import MinGRU, MinLSTM
@@ -73,6 +73,5 @@ __all__ = [
     "dropped",
     "kept",
     "load_cell",
-    "neighbours",
     "source_digest",
 ]

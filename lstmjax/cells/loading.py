@@ -16,6 +16,9 @@ from lstmjax.cells.base import Cell
 from lstmjax.cells.contract import check_contract
 from lstmjax.errors import ContractError, UserError, user_line
 
+CELL = "cell.py"
+"""What a run folder calls its copy of the file of a user's cell."""
+
 
 class CellSpec(NamedTuple):
     """What ``--cell`` says.
@@ -190,24 +193,20 @@ def run_file(path: str) -> ModuleType:
     return module
 
 
-def cell_source(spec: str) -> bytes | None:
-    """Content of the file that ``spec`` names, None for a built-in cell."""
-    path = CellSpec.parse(spec).path
-    return pathlib.Path(path).read_bytes() if path else None
+def cell_source(spec: str) -> dict[str, bytes]:
+    """A user's cell as files, by name: `CELL`, and those beside it that it imports.
 
-
-def neighbours(spec: str) -> dict[str, bytes]:
-    """The Python files beside a user's cell that it imports, and those that they import, by name.
-
-    Packages and what is imported from elsewhere are not among them; nor is a file called as the run
-    folder calls the cell's own.
+    So with those that they import; packages, and what is imported from elsewhere, are not among
+    them. Of a built-in cell there is nothing.
     """
     file = pathlib.Path(CellSpec.parse(spec).path)
-    found: dict[str, bytes] = {}
-    waiting = [file] if file.name else []
+    if not file.name:
+        return {}
+    found = {CELL: file.read_bytes()}
+    waiting = [found[CELL]]
     while waiting:
         try:
-            tree = ast.parse(waiting.pop().read_bytes())
+            tree = ast.parse(waiting.pop())
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             continue
         for node in ast.walk(tree):
@@ -216,17 +215,16 @@ def neighbours(spec: str) -> dict[str, bytes]:
                 names = [node.module or ""]
             for name in names:
                 beside = file.with_name(f"{name.partition('.')[0]}.py")
-                new = beside.name not in (*found, file.name, "cell.py")
-                if new and beside.is_file():
+                if beside.name not in (*found, file.name) and beside.is_file():
                     found[beside.name] = beside.read_bytes()
-                    waiting.append(beside)
+                    waiting.append(found[beside.name])
     return found
 
 
 def source_digest(spec: str) -> str | None:
     """SHA-256 of the file that ``spec`` names, None for a built-in cell."""
-    source = cell_source(spec)
-    return None if source is None else hashlib.sha256(source).hexdigest()
+    files = cell_source(spec)
+    return hashlib.sha256(files[CELL]).hexdigest() if files else None
 
 
 def same_program(a: bytes, b: bytes) -> bool:

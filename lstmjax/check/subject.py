@@ -120,7 +120,8 @@ def overflow(told: str, problem: Problem, x: Numbers) -> Failure:
         inputs = {name: a[:, 0] for name, a in m.inputs.items()}
         inputs |= {"x": x[:, 0]} if "x" in cell.step_inputs else {}
         args = Arguments(cell.prepare(m.params), x[:, 0], problem.initial, inputs, {})
-        at = source.first_not_finite(cell, jax.tree.map(jnp.asarray, args), np.swapaxes(x, 0, 1))
+        args, xs = jax.tree.map(jnp.asarray, (args, np.swapaxes(x, 0, 1)))
+        at = source.first_not_finite(cell, args, xs)
     except Exception:  # a guess is all that is wanted
         at = None
     return Failure(

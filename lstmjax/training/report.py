@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 
 from lstmjax import files
 from lstmjax.cells import CellSpec
-from lstmjax.cells.loading import same_program
+from lstmjax.cells.loading import CELL, same_program
 from lstmjax.errors import DISK_FAILS, StorageError, UserError, printable, reason
 from lstmjax.files import Json
 from lstmjax.interop import read_safetensors, write_safetensors
@@ -32,8 +32,6 @@ from lstmjax.training.processes import from_first
 from lstmjax.training.trackers import Trackers, Viewer, check_viewers
 
 MAX_METRICS_BYTES = 2**30
-CELL = "cell.py"
-"""The run folder's copy of the file of a user's cell."""
 PARAMS = "params.safetensors"
 """The run folder's trained parameters, by name."""
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -115,7 +113,7 @@ class RunFolder:
         resume: bool = False,
         start: bool | None = None,
         environment: Mapping[str, Json] | None = None,
-        cell_source: bytes | None = None,
+        cell_source: Mapping[str, bytes] = {},
     ) -> "RunFolder":
         """The folder of a run: a new one, or with ``resume`` the one to go on with.
 
@@ -128,7 +126,7 @@ class RunFolder:
             resume: go on with the run in ``path``, else with the newest of this name.
             start: start one if there is none to go on with; by default the opposite of ``resume``.
             environment: what else the results depend on; a difference is told on resuming.
-            cell_source: content of the file of a user's cell, to be kept with the run.
+            cell_source: a user's cell as files, to be kept with the run.
 
         Raises:
             UserError: as `create` and `reopen`.
@@ -184,7 +182,7 @@ class RunFolder:
         path: pathlib.Path,
         config: Mapping[str, Json],
         environment: Mapping[str, Json] | None = None,
-        cell_source: bytes | None = None,
+        cell_source: Mapping[str, bytes] = {},
     ) -> "RunFolder":
         """A new run's folder, locked; what a start that was cut short left there does not count.
 
@@ -200,8 +198,8 @@ class RunFolder:
                     f"{path} is not empty: name another --run-dir, or resume the run that it holds"
                 )
             run.write("environment.json", _environment(environment))
-            if cell_source is not None:
-                files.publish(path / CELL, cell_source)
+            for name, content in cell_source.items():
+                files.publish(path / name, content)
             run.write("config.json", config)  # last: it makes the folder a run
         except OSError as error:
             run.close()
@@ -217,7 +215,7 @@ class RunFolder:
         path: pathlib.Path,
         config: Mapping[str, Json],
         environment: Mapping[str, Json] | None = None,
-        cell_source: bytes | None = None,
+        cell_source: Mapping[str, bytes] = {},
     ) -> "RunFolder":
         """The folder of a run to go on with, locked.
 
@@ -275,12 +273,12 @@ class RunFolder:
                 f"nothing to resume in {self.path}: no readable config.json; {remedy}"
             ) from error
 
-    def _same_cell(self, before: Mapping[str, Json], source: bytes | None) -> bool:
+    def _same_cell(self, before: Mapping[str, Json], source: Mapping[str, bytes]) -> bool:
         """Whether the file of the cell is that of the run but for comments and layout."""
         with contextlib.suppress(OSError, ValueError):
             kept = files.read_bytes(self.path / CELL, files.MAX_JSON_BYTES)
             whole = hashlib.sha256(kept).hexdigest() == before.get("cell_source")
-            return whole and source is not None and same_program(kept, source)
+            return whole and CELL in source and same_program(kept, source[CELL])
         return False
 
     def environment(self) -> dict[str, Json]:
@@ -621,7 +619,12 @@ def _holds_a_run(path: pathlib.Path) -> bool:
             return True
     left = {files.LOCK, "config.json", "environment.json", CELL}
     left |= {f".{name}{files.TEMPORARY}" for name in left}
-    return path.exists() and any(entry.name not in left for entry in path.iterdir())
+    if not path.exists():
+        return False
+    found = {entry.name for entry in path.iterdir()}
+    if "environment.json" in found:  # the first that is written; then a user's cell
+        left |= {name for name in found if name.endswith((".py", f".py{files.TEMPORARY}"))}
+    return not found <= left
 
 
 def _environment(more: Mapping[str, Json] | None) -> dict[str, Json]:
