@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.extend.core import JaxprEqn
 from jaxtyping import Float, PyTree
 
 from lstmjax import files
@@ -240,7 +241,7 @@ def gate_activations(
     kept = jax.tree.leaves(given)  # so that no two arrays have one id
     origin = {id(leaf): frozenset([gate]) for leaf, gate in zip(kept, gates, strict=False)}
 
-    def watch(eqn: Any, ins: list[Value]) -> list[Value]:
+    def watch(eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
         name = str(eqn.primitive.name)
         if name in INLINED:
             return runner.evaluate(*callee(eqn), ins)

@@ -30,13 +30,16 @@ import pathlib
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from lstmjax import files
 from lstmjax.cells import GRU, LSTM, Cell, Params, ResetFirstGRU
@@ -89,7 +92,7 @@ def set_weights(layer: Layer, weights: Weights) -> None:
         >>> bool((other.arrays()["kernel"] == one.arrays()["kernel"]).all())
         True
     """
-    layers: list[Any] = [*layer.layers] if isinstance(layer, Stack) else [layer]
+    layers: list[Layer] = [*layer.layers] if isinstance(layer, Stack) else [layer]
     if len(layers) != len(weights):
         raise WeightsError(f"weights of {len(weights)} layers for a stack of {len(layers)}")
     jobs: list[tuple[str, Recurrent, Params]] = []
@@ -101,6 +104,7 @@ def set_weights(layer: Layer, weights: Weights) -> None:
             for way, params in zip(("forward", "backward"), entry, strict=True):
                 jobs.append((f"layer {number}, {way}", getattr(one, way), params))
         else:
+            assert isinstance(one, Recurrent)
             jobs.append((f"layer {number}", one, entry))
     new = [_fitting(where, one, params) for where, one, params in jobs]
     for (_, one, _), params in zip(jobs, new, strict=True):  # all of them, or none
@@ -112,7 +116,10 @@ def _arrays(layer: Recurrent) -> Params:
 
 
 def _fitting(where: str, layer: Recurrent, params: Params) -> Params:
-    wanted, given = ({_path(p): a for p, a in _leaves(tree)} for tree in (layer.arrays(), params))
+    wanted, given = (
+        {_path(p): a for p, a in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (layer.arrays(), params)
+    )
     for name in (*wanted, *given):
         there, here = (
             str([*tree[name].shape]) if name in tree else "missing" for tree in (given, wanted)
@@ -122,11 +129,7 @@ def _fitting(where: str, layer: Recurrent, params: Params) -> Params:
     return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), layer.arrays(), params)
 
 
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _path(path: Any) -> str:
+def _path(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
@@ -196,9 +199,9 @@ def _reordered(array: np.ndarray, there: Sequence[str], here: Sequence[str]) -> 
     return np.concatenate([blocks[gate] for gate in here], axis=-1)
 
 
-def _shaped(name: str, array: Any, shape: Sequence[int | None]) -> np.ndarray:
+def _shaped(name: str, given: object, shape: Sequence[int | None]) -> np.ndarray:
     """The array, if its shape is this one; None is any size."""
-    array = np.asarray(array)
+    array = np.asarray(given)
     fits = len(array.shape) == len(shape) and all(
         want in (None, size) for want, size in zip(shape, array.shape, strict=True)
     )
@@ -224,7 +227,7 @@ def _units(name: str, array: np.ndarray, axis: int) -> int:
 _TORCH = re.compile(r"(weight|bias)_(ih|hh|hr)_l(\d+)(_reverse)?")
 
 
-def from_pytorch(state: Mapping[str, Any], prefix: str = "") -> Weights:
+def from_pytorch(state: Mapping[str, object], prefix: str = "") -> Weights:
     """Weights of a `torch.nn.LSTM` or `torch.nn.GRU`, of any depth, in one or both directions.
 
     Args:
@@ -255,7 +258,7 @@ def from_pytorch(state: Mapping[str, Any], prefix: str = "") -> Weights:
 
 
 def _from_pytorch(
-    found: Mapping[str, Any], prefix: str, suffix: str, features: int | None
+    found: Mapping[str, object], prefix: str, suffix: str, features: int | None
 ) -> _Plain:
     def take(name: str, shape: Sequence[int | None]) -> np.ndarray:
         if name + suffix not in found:
@@ -313,7 +316,7 @@ _KERAS_GRU = ("z", "r", "n")
 
 
 def from_keras(
-    arrays: Sequence[Any], *, bidirectional: bool = False, use_bias: bool = True
+    arrays: Sequence[object], *, bidirectional: bool = False, use_bias: bool = True
 ) -> Weights:
     """Weights of Keras layers `LSTM` or `GRU`, as ``layer.get_weights()`` lists them.
 
@@ -346,7 +349,7 @@ def from_keras(
     return weights
 
 
-def _from_keras(arrays: Sequence[Any], first: int, features: int | None) -> Params:
+def _from_keras(arrays: Sequence[object], first: int, features: int | None) -> Params:
     whats = ("kernel", "recurrent kernel", "bias")
     names = [f"array {first + n} ({what})" for n, what in enumerate(whats)]
     recurrent = _shaped(names[1], arrays[1], (None, None))
@@ -456,7 +459,7 @@ def read_keras(path: str | pathlib.Path) -> list[KerasLayer]:
 
 
 def write_keras(
-    path: str | pathlib.Path, model: str | pathlib.Path, arrays: Mapping[str, Sequence[Any]]
+    path: str | pathlib.Path, model: str | pathlib.Path, arrays: Mapping[str, Sequence[object]]
 ) -> None:
     """A copy of a ``.keras`` file with other weights in it.
 
@@ -605,7 +608,7 @@ def classifier_from_keras(path: str | pathlib.Path) -> Classifier:
     )
     model = Classifier(cell, config, num_outputs=outputs, rngs=nnx.Rngs(0))
     set_weights(model.recurrent, [entry for *_, entry in found])
-    arrays: dict[str, Any] = {
+    arrays: dict[str, Array | np.ndarray] = {
         **named_parameters(model),
         "embedding.embedding": jnp.asarray(table, jnp.float32),
         "head.kernel": jnp.asarray(kernel, jnp.float32),
@@ -650,7 +653,7 @@ def _keras_cell(layer: KerasLayer, top: bool) -> tuple[Cell, bool, Entry]:
 # --- Flax ----------------------------------------------------------------------------------------
 
 
-def from_flax(params: Any) -> Weights:
+def from_flax(params: PyTree) -> Weights:
     """Weights of Flax cells, `LSTMCell`, `OptimizedLSTMCell` or `GRUCell`, of linen or of NNX.
 
     Args:
@@ -667,7 +670,7 @@ def from_flax(params: Any) -> Weights:
     return _from_flax(params, "")
 
 
-def _from_flax(tree: Any, path: str) -> Weights:
+def _from_flax(tree: PyTree, path: str) -> Weights:
     if isinstance(tree, list | tuple):
         return [e for n, one in enumerate(tree) for e in _from_flax(one, f"{path}[{n}]")]
     if isinstance(tree, nnx.Module | nnx.State):
@@ -694,7 +697,7 @@ def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def _taken(tree: Any, path: str, *names: str) -> Any:
+def _taken(tree: PyTree, path: str, *names: str) -> PyTree:
     for name in names:
         path = f"{path}[{name!r}]"
         if not isinstance(tree, Mapping) or name not in tree:
@@ -703,7 +706,7 @@ def _taken(tree: Any, path: str, *names: str) -> Any:
     return tree
 
 
-def _from_gates(tree: Mapping[str, Any], path: str) -> _Plain:
+def _from_gates(tree: Mapping[str, PyTree], path: str) -> _Plain:
     """Linen's cells, and `nnx.LSTMCell`: a kernel a gate."""
     gates = _GATES[3] if "ir" in tree or "hr" in tree else _GATES[4]
     recurrent_names = [f"h{gate}" for gate in gates]
@@ -726,7 +729,7 @@ def _from_gates(tree: Mapping[str, Any], path: str) -> _Plain:
     return _Plain(kernel, recurrent, bias, np.concatenate([0 * bias[: 2 * units], last]))
 
 
-def _from_fused(tree: Mapping[str, Any], path: str) -> _Plain:
+def _from_fused(tree: Mapping[str, PyTree], path: str) -> _Plain:
     """`nnx.OptimizedLSTMCell`, with a bias of h, and `nnx.GRUCell`, with one of x."""
     recurrent_name = f"{path}['dense_h']['kernel']"
     recurrent = _shaped(recurrent_name, _taken(tree, path, "dense_h", "kernel"), (None, None))
@@ -739,7 +742,7 @@ def _from_fused(tree: Mapping[str, Any], path: str) -> _Plain:
     return _Plain(kernel, recurrent, _shaped(f"{path}[{where!r}]['bias']", bias, (columns,)))
 
 
-def to_linen(weights: Weights) -> list[dict[str, Any]]:
+def to_linen(weights: Weights) -> list[dict[str, PyTree]]:
     """Parameters of a linen `RNN`, or of a `Bidirectional` of two, a dict a layer.
 
     ``{"params": to_linen(weights)[0]}`` is what ``nn.RNN(nn.OptimizedLSTMCell(H)).apply`` takes.
@@ -755,7 +758,7 @@ def to_linen(weights: Weights) -> list[dict[str, Any]]:
     return [_nested(entry, _to_gates, "") for entry in weights]
 
 
-def to_nnx(weights: Weights, *, optimized: bool = True) -> list[dict[str, Any]]:
+def to_nnx(weights: Weights, *, optimized: bool = True) -> list[dict[str, PyTree]]:
     """Parameters of an NNX `RNN`, or of a `Bidirectional` of two, a dict a layer.
 
     `nnx.replace_by_pure_dict` puts them into ``nnx.state(rnn, nnx.Param)``.
@@ -771,7 +774,9 @@ def to_nnx(weights: Weights, *, optimized: bool = True) -> list[dict[str, Any]]:
     return [_nested(entry, _to_fused if optimized else _to_gates, "_") for entry in weights]
 
 
-def _nested(entry: Entry, convert: Any, underscore: str) -> dict[str, Any]:
+def _nested(
+    entry: Entry, convert: Callable[[_Plain, str], dict[str, PyTree]], underscore: str
+) -> dict[str, PyTree]:
     found = [{"cell": convert(_with_bias(params), underscore)} for params in _ways(entry)]
     return dict(zip(("forward_rnn", "backward_rnn"), found, strict=True)) if found[1:] else found[0]
 
@@ -783,13 +788,13 @@ def _with_bias(params: Params) -> _Plain:
     return plain
 
 
-def _to_gates(plain: _Plain, underscore: str) -> dict[str, Any]:
+def _to_gates(plain: _Plain, underscore: str) -> dict[str, PyTree]:
     if underscore and len(plain.gates) == 3:  # `nnx.GRUCell` has but one form
         return _to_fused(plain, underscore)
     kernels, recurrents = _split(plain.kernel, plain.gates), _split(plain.recurrent, plain.gates)
     assert plain.bias is not None
     biases = _split(plain.bias, plain.gates)
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for gate in plain.gates:
         name = "if" + underscore if gate == "f" else f"i{gate}"
         tree[name] = {"kernel": kernels[gate]}
@@ -805,9 +810,9 @@ def _to_gates(plain: _Plain, underscore: str) -> dict[str, Any]:
     return tree
 
 
-def _to_fused(plain: _Plain, _: str) -> dict[str, Any]:
-    dense_i: dict[str, Any] = {"kernel": plain.kernel}
-    dense_h: dict[str, Any] = {"kernel": plain.recurrent}
+def _to_fused(plain: _Plain, _: str) -> dict[str, PyTree]:
+    dense_i: dict[str, np.ndarray] = {"kernel": plain.kernel}
+    dense_h: dict[str, np.ndarray | None] = {"kernel": plain.recurrent}
     if len(plain.gates) == 4:
         dense_h["bias"] = plain.bias
     else:
@@ -845,7 +850,7 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, Any]) -> None:
+def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, object]) -> None:
     """Write arrays by name to a ``.safetensors`` file, as a whole or not at all.
 
     Raises:

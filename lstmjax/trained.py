@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -159,7 +159,10 @@ def _words(path: pathlib.Path) -> tuple[str, ...]:
     return tuple(text.split("\n")) if text else ()
 
 
-def _read(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Any:
+ReadT = TypeVar("ReadT")
+
+
+def _read(path: pathlib.Path, read: Callable[[pathlib.Path], ReadT]) -> ReadT:
     """What ``read`` makes of a file of a run; one line says what is wrong with it."""
     try:
         return read(path)
@@ -214,7 +217,9 @@ class TrainedModel:
         config = self.config
         return self.vocabulary.encode(found, config.classifier.top_words, config.max_length)
 
-    def predict(self, texts: Text | Iterable[Text]) -> Float[np.ndarray, " N"] | Any:
+    def predict(
+        self, texts: Text | Iterable[Text]
+    ) -> Float[np.ndarray, " N"] | Float[np.ndarray, "N K"]:
         """Probability of the second class (``"positive"``), ``(N,)``; of K classes, ``(N, K)``.
 
         The same for a text whatever others are with it, to rounding.
@@ -225,7 +230,7 @@ class TrainedModel:
         listed = [texts] if isinstance(texts, str | bytes) else list(texts)
         return self.predict_ids([self.encode(text) for text in listed])
 
-    def predict_ids(self, rows: Sequence[np.ndarray]) -> Any:
+    def predict_ids(self, rows: Sequence[np.ndarray]) -> Float[np.ndarray, "N ..."]:
         """As `predict`, of ids, of which the last ``max_length`` count."""
         width = self.config.num_outputs
         found = np.zeros((len(rows), width) if width > 1 else len(rows), np.float32)

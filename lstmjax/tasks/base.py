@@ -19,6 +19,7 @@ from jaxtyping import Float32, Int32
 from lstmjax.cells.base import Cell
 from lstmjax.data.batches import Batch, Source, generator_of
 from lstmjax.errors import UserError
+from lstmjax.files import Json
 from lstmjax.models import SequenceConfig, SequenceModel
 from lstmjax.tasks.metric import ACCURACY, Metric
 from lstmjax.training.objective import CrossEntropy, Objective
@@ -142,7 +143,7 @@ class Task(abc.ABC):
         """Names of the parts of a model that are not trained."""
         return ()
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Mapping[str, Json]:
         """What is worth knowing of the data: of a user's own, class balance and lengths."""
         return {}
 

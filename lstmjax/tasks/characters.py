@@ -5,7 +5,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from lstmjax import files
 from lstmjax.data.batches import Batch, Source, generator_of
 from lstmjax.data.demo import SIZES, reports
 from lstmjax.errors import UserError, reason
+from lstmjax.files import Json
 from lstmjax.models import SequenceConfig
 from lstmjax.tasks.base import Recipe, Split, Task, require
 from lstmjax.tasks.metric import BITS, Metric
@@ -94,7 +95,7 @@ class Characters(Task):
         """Long stretches of the test part."""
         return {"test": _Whole(_read(self).parts["test"], self.streams)}
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Mapping[str, Json]:
         """How many characters there are."""
         text = _read(self)
         counts = {f"{name} characters": len(part) for name, part in text.parts.items()}

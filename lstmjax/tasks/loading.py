@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-from typing import Any
 
 from lstmjax.cells.loading import run_file
 from lstmjax.errors import UserError, first_line
@@ -76,7 +75,7 @@ def _task_class(name: str) -> type[Task]:
     return found[class_name]
 
 
-def _fields(spec: str) -> dict[str, Any]:
+def _fields(spec: str) -> dict[str, object]:
     """The keywords of a call, whose values are literals."""
     try:
         call = ast.parse(f"task({spec.partition('(')[2]}", mode="eval").body

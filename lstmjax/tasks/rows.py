@@ -4,14 +4,15 @@ import dataclasses
 import functools
 import pathlib
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
 
 from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, generator_of
 from lstmjax.errors import UserError, first_line
+from lstmjax.files import Json
 from lstmjax.models import SequenceConfig
 from lstmjax.tasks.base import Recipe, Split, Task
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
@@ -20,7 +21,7 @@ from lstmjax.training.step import OptimizerConfig
 
 
 def split_rows(
-    groups: Sequence[Any], validation: float, test: float
+    groups: Sequence[Hashable], validation: float, test: float
 ) -> dict[Split, Bool[np.ndarray, " rows"]]:
     """Which rows are for what, drawn once and for all: the same for every seed.
 
@@ -40,7 +41,7 @@ def split_rows(
             f"shares of {validation:g} for validation and {test:g} for the test leave nothing to "
             "train on, or nothing for one of them: give two numbers above 0 with a sum below 1"
         )
-    numbers: dict[Any, int] = {}
+    numbers: dict[Hashable, int] = {}
     group = np.array([numbers.setdefault(key, len(numbers)) for key in groups], int)
     size = np.bincount(group, minlength=len(numbers))
     order = generator_of(0).permutation(len(numbers))
@@ -116,7 +117,7 @@ class Rows(Task):
         """The test part."""
         return {"test": self._cut("test", batch_size)}
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Mapping[str, Json]:
         """Rows of each part, classes, and lengths."""
         return {
             name: describe([len(row) for row in part.sequences], _labels(part))
@@ -130,13 +131,13 @@ class Rows(Task):
         return Batches(_part(self, split), batch_size, boundaries=boundaries)
 
 
-def describe(lengths: Sequence[int], labels: np.ndarray) -> dict[str, Any]:
+def describe(lengths: Sequence[int], labels: np.ndarray) -> dict[str, Json]:
     """Rows, lengths, and how labels are spread.
 
     >>> describe([3, 5], np.array([0, 1]))
     {'rows': 2, 'lengths': '3 to 5, median 4', 'classes': '0: 50.0 %, 1: 50.0 %'}
     """
-    found: dict[str, Any] = {"rows": len(lengths)}
+    found: dict[str, Json] = {"rows": len(lengths)}
     low, middle, high = np.percentile(lengths, (0, 50, 100))
     found["lengths"] = f"{low:g} to {high:g}, median {middle:g}"
     if labels.dtype.kind == "f":

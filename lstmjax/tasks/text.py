@@ -29,6 +29,7 @@ from lstmjax.data.vocabulary import (
     check_limits,
 )
 from lstmjax.errors import UserError, first_line, reason
+from lstmjax.files import Json
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.tasks.base import Recipe, Split, Task
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
@@ -131,17 +132,17 @@ class Text(Task):
         ids, vectors = _vectors(self, table.shape[-1])
         table[...] = table[...].at[..., ids, :].set(vectors)
 
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> Mapping[str, Json]:
         """Rows, lengths and classes of each part; how many words have pretrained vectors."""
-        facts: dict[str, Any] = {
+        facts: dict[str, Json] = {
             name: describe([len(row) for row in part.sequences], np.asarray(part.labels))
             for name, part in _parts(self).items()
         }
         words = min(len(self.vocabulary), self.top_words - FIRST_WORD)
-        facts["words"] = f"{words:,} of {len(self.vocabulary):,}"
+        known = f"{words:,} of {len(self.vocabulary):,}"
         if self.embeddings is not None:
-            facts["words"] += f", {len(_vectors(self)[0]):,} of them with pretrained vectors"
-        return facts
+            known += f", {len(_vectors(self)[0]):,} of them with pretrained vectors"
+        return facts | {"words": known}
 
     @property
     def tokenizer_name(self) -> str:
@@ -425,11 +426,11 @@ def read_texts(
     return tuple(texts), tuple(labels)
 
 
-def _csv_rows(file: pathlib.Path, content: str) -> list[dict[str, Any]]:
+def _csv_rows(file: pathlib.Path, content: str) -> list[dict[str, Json]]:
     csv.field_size_limit(sys.maxsize)
     delimiter = "\t" if file.suffix == ".tsv" else ","
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, Json]] = []
     try:
         names = next(reader, [])
         for values in reader:
@@ -448,7 +449,7 @@ def _csv_rows(file: pathlib.Path, content: str) -> list[dict[str, Any]]:
     return found
 
 
-def _json_rows(file: pathlib.Path, content: str) -> list[dict[str, Any]]:
+def _json_rows(file: pathlib.Path, content: str) -> list[dict[str, Json]]:
     found = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():

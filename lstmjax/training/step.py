@@ -18,12 +18,14 @@ import optax
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.tree_util import KeyPath
 from jaxtyping import PRNGKeyArray, PyTree
 
 from lstmjax import stopping
 from lstmjax.data import Batch
 from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.noise import Keys, as_keys
+from lstmjax.recurrence.refs import Index
 from lstmjax.training.devices import (
     BATCH,
     local_device,
@@ -102,7 +104,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     return adam
 
 
-def draw_models(make: Callable[[Any], ModelT], seeds: int | Sequence[int], mesh: Mesh) -> ModelT:
+def draw_models(make: Callable[[Index], ModelT], seeds: int | Sequence[int], mesh: Mesh) -> ModelT:
     """A model before the first step, drawn by one program: quicker to start than one a draw.
 
     Args:
@@ -113,7 +115,7 @@ def draw_models(make: Callable[[Any], ModelT], seeds: int | Sequence[int], mesh:
     first = seeds if isinstance(seeds, int) else seeds[0]
     graphdef = nnx.split(nnx.eval_shape(lambda: make(first)))[0]
 
-    def draw(seed: Any) -> PyTree:
+    def draw(seed: Index) -> PyTree:
         return nnx.split(make(seed))[1]
 
     options = quick_compilation(mesh)
@@ -131,7 +133,7 @@ def without_gradient(parts: Sequence[str]) -> optax.GradientTransformation:
         parts: names of attributes of the model.
     """
 
-    def cleared(path: tuple[Any, ...], gradient: Array) -> Array:
+    def cleared(path: KeyPath, gradient: Array) -> Array:
         return jnp.zeros_like(gradient) if getattr(path[0], "key", None) in parts else gradient
 
     return optax.stateless(lambda g, _: jax.tree_util.tree_map_with_path(cleared, g))
@@ -297,8 +299,8 @@ class _Layout(NamedTuple):
     summed: bool
 
     def mapped(
-        self, function: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0
-    ) -> Callable[..., Any]:
+        self, function: Callable[..., PyTree], in_axes: PyTree = 0, out_axes: PyTree = 0
+    ) -> Callable[..., PyTree]:
         """``function`` of every replica; of a model alone, ``function``."""
         return jax.vmap(function, in_axes, out_axes) if self.replicas else function
 
@@ -432,7 +434,7 @@ def _spread(
         gradient, (sums, carry) = gradient_of(params, batch, keys, carry)
         return *total((gradient, sums)), carry
 
-    def of_each(answer: Callable[[PyTree], Any], params: PyTree) -> Any:
+    def of_each(answer: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
         # Evaluation takes large batches: one model after the other takes the memory of one.
         return lax.map(answer, params) if lay.replicas else answer(params)
 

@@ -4,14 +4,18 @@ Both are optional: ``pip install 'lstmjax[tensorboard]'`` or ``'lstmjax[wandb]'`
 anywhere. What fails here is told once and costs nothing else.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from jaxtyping import PyTree
 
 from lstmjax.errors import UserError, reason
+from lstmjax.files import Json
 
 Viewer = Literal["tensorboard", "wandb"]
 """Who can show a run's metrics."""
@@ -30,7 +34,7 @@ class Tracker(Protocol):
 class _TensorBoard:
     """Event files in ``<run>/tensorboard``."""
 
-    def __init__(self, run: pathlib.Path, config: Mapping[str, Any], step: int) -> None:
+    def __init__(self, run: pathlib.Path, config: Mapping[str, Json], step: int) -> None:
         import tensorboardX
 
         # What an earlier part of the run wrote of later steps is not shown.
@@ -51,7 +55,7 @@ class _TensorBoard:
 class _Wandb:
     """An offline run in ``<run>/wandb``, for ``wandb sync``."""
 
-    def __init__(self, run: pathlib.Path, config: Mapping[str, Any], step: int) -> None:
+    def __init__(self, run: pathlib.Path, config: Mapping[str, Json], step: int) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own faults
         import wandb
 
@@ -101,7 +105,7 @@ class Trackers:
     """
 
     def __init__(
-        self, run: pathlib.Path, viewers: Sequence[Viewer], config: Mapping[str, Any]
+        self, run: pathlib.Path, viewers: Sequence[Viewer], config: Mapping[str, Json]
     ) -> None:
         self._run, self._config = run, config
         self._waiting: list[str] = list(dict.fromkeys(viewers))
@@ -109,15 +113,15 @@ class Trackers:
         self.begins_after = 0
         """The last step that was done before."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, PyTree]) -> None:
         """Take a record of ``metrics.jsonl``."""
         values, step = scalars(record), int(record["step"])
         for viewer in self._waiting:
             kind = _KINDS[viewer][1]
-            self._try(viewer, lambda v=viewer, k=kind: self._start(v, k))
+            self._try(viewer, functools.partial(self._start, viewer, kind))
         self._waiting = []
         for viewer, tracker in list(self._open.items()):
-            self._try(viewer, lambda t=tracker: t.log(values, step))
+            self._try(viewer, functools.partial(tracker.log, values, step))
 
     def close(self) -> None:
         """Write what is not yet written."""
@@ -125,10 +129,10 @@ class Trackers:
             self._try(viewer, tracker.close)
         self._open = {}
 
-    def _start(self, viewer: str, kind: Any) -> None:
+    def _start(self, viewer: str, kind: Callable[..., Tracker]) -> None:
         self._open[viewer] = kind(self._run, self._config, self.begins_after)
 
-    def _try(self, viewer: str, action: Any) -> None:
+    def _try(self, viewer: str, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # whatever a viewer's package stumbles over
@@ -139,7 +143,7 @@ class Trackers:
             )
 
 
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+def scalars(record: Mapping[str, PyTree]) -> dict[str, float]:
     """The numbers of a record under the names that viewers group by.
 
     >>> scalars({"kind": "epoch", "epoch": 1, "step": 7, "test_loss": 0.5, "seconds": 3.0})

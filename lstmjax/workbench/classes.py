@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -96,7 +96,7 @@ def draw_confusion(
 
     size = min(12.0, 3 + 0.5 * len(names))
     figure = matplotlib.figure.Figure(figsize=(size + 0.8, size), layout="constrained")
-    axes: Any = figure.subplots()
+    axes = figure.add_subplot()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 20:

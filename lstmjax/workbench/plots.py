@@ -2,17 +2,21 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lstmjax import files, statistics
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from lstmjax.workbench.compare import Report
+else:
+    Axes = Report = object
 
 
-def draw_comparison(path: pathlib.Path, reports: Sequence["Report"]) -> None:
+def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
     """A column a task: above every run, below its difference to the first cell's of that seed.
 
     Args:
@@ -60,7 +64,7 @@ def draw_comparison(path: pathlib.Path, reports: Sequence["Report"]) -> None:
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))
 
 
-def _points(axes: Any, place: int, values: Sequence[float]) -> None:
+def _points(axes: Axes, place: int, values: Sequence[float]) -> None:
     """A point a seed, side by side in their order; the mean and its interval beside them."""
     spread = np.linspace(-0.2, 0.1, len(values)) if len(values) > 1 else np.zeros(1)
     color = f"C{place % 10}"

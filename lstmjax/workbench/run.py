@@ -11,13 +11,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from lstmjax import stopping, training
 from lstmjax.cells import Cell, CellSpec, load_cell, source_digest
 from lstmjax.cells.loading import cell_source
 from lstmjax.data import SideBySide, Source
 from lstmjax.errors import UserError
-from lstmjax.files import as_object
+from lstmjax.files import Json, as_object
 from lstmjax.layers import Recurrent
 from lstmjax.models import count_parameters, summary
 from lstmjax.recurrence import Workload, choose_engine
@@ -224,7 +225,7 @@ def learn(
 
 
 def classes_on(
-    config: Config, steps: Steps, params: Any, source: Source, mesh: Mesh
+    config: Config, steps: Steps, params: PyTree, source: Source, mesh: Mesh
 ) -> list[Classes]:
     """F1, AUC and confusion matrix of every replica on the answers that count."""
     assert steps.outputs is not None
@@ -350,7 +351,7 @@ def _of_one(record: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {k: value for k, value in picked.items() if value is not None}
 
 
-def settings_of(config: Config) -> dict[str, Any]:
+def settings_of(config: Config) -> dict[str, Json]:
     """What a run's numbers depend on, for its ``config.json``."""
     settings = training.as_dict(config)
     for here_only in ("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every"):
