@@ -16,11 +16,11 @@ demo: .venv/ready  ## train on the built-in corpus: no network beyond pip
 imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 	$(RUN) experiments/imdb.py $(ARGS)
 
-test: .venv/ready-test  ## all tests that this machine can run
+test: .venv/ready-test  ## the tests, but for those that are slow
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone and not slow" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
 
-test-slow: .venv/ready-test  ## the tests of half a minute or more; engines on 200 random steps
+test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 200 random steps
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m slow $(ARGS)
 	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)
 

@@ -96,7 +96,7 @@ def look(
     words = [START_WORD, *model.vocabulary.tokenizer(known)][-len(ids) :]
     row, mask, at = _padded(model, ids)
     x = model.module.embedding(row)
-    *_, last = model.module.after_embedding(x, mask)
+    *_, last = model.module._after_embedding(x, mask)
     logits = np.atleast_1d(np.asarray(last.output)[0])
     if len(logits) == 1:
         positive = 1 / (1 + np.exp(-float(logits[0])))
@@ -274,7 +274,7 @@ def _gradient(
     """One logit of a row and its gradient; compiled once a model and length."""
 
     def logit(x: Array) -> Array:
-        *_, last = nnx.merge(graphdef, params).after_embedding(x, mask)
+        *_, last = nnx.merge(graphdef, params)._after_embedding(x, mask)
         return last.output.reshape(-1)[output]
 
     return jax.value_and_grad(logit)(x)

@@ -196,9 +196,9 @@ class Classifier(nnx.Module):
         """The forward pass layer by layer."""
         x = self.embedding(jnp.asarray(ids))
         yield Stage("embedding", self.embedding, x)
-        yield from self.after_embedding(x, mask, keys, inputs)
+        yield from self._after_embedding(x, mask, keys, inputs)
 
-    def after_embedding(
+    def _after_embedding(
         self,
         x: Float[Array, "B T E"],
         mask: Bool[Array | np.ndarray, "B T"] | None = None,

@@ -1,5 +1,6 @@
 """Strict JAX for every test: what would slip through in use raises here."""
 
+import collections
 import os
 
 import jax
@@ -19,6 +20,20 @@ jax.config.update("jax_enable_compilation_cache", False)  # nothing from another
 jax.devices()  # starts JAX, so that no test can change the number of devices for the others
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark as slow what `sampled` leaves out."""
+    cases = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for several in cases.values():
+        (number,) = several[0].get_closest_marker("sampled").args
+        kept = {round((n + 0.5) * len(several) / number - 0.5) for n in range(number)}
+        for n, item in enumerate(several):
+            if n not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -211,6 +211,7 @@ def test_wrong_arguments(arguments, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_deviations_from_float64_get_onto_their_page(tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes integers and floats
         found = numerics.measure(numerics.Sizes(6, 2, 3, 4, 5))

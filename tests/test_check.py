@@ -29,6 +29,7 @@ def all_but(*names):
     return [name for name in NAMES if name not in wanted]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("cell", BROKEN)
 def test_a_broken_cell_is_caught_and_told_why(cell):
     check, words = BROKEN[cell]
@@ -38,6 +39,7 @@ def test_a_broken_cell_is_caught_and_told_why(cell):
     assert not report.ok
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cell", [LSTM(4), MinGRU(4), ZoneoutLSTM(4)])
 def test_a_cell_of_the_library_passes_them_all(cell):
     report = check_cell(cell, **QUICK)

@@ -56,6 +56,7 @@ def noise(seed, scale=0.01):
     return scale * np.random.default_rng(seed).normal()
 
 
+@pytest.mark.slow
 def test_a_real_comparison(monkeypatch, capsys):
     """The same cell under two names differs by nothing, though the second run was stopped."""
     pathlib.Path("mine.py").write_text(

@@ -430,6 +430,7 @@ def test_inputs_of_a_step_are_checked():
 DT = {"dt": jnp.linspace(0.1, 2, B * T).reshape(B, T)}
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("cell", "engine", "inputs"),
     [

@@ -88,6 +88,7 @@ def crash_at(changes, number, left, path):
         disk.write(path, left)
 
 
+@pytest.mark.slow
 def test_whatever_a_crash_leaves_the_run_ends_the_same(recorded, environment, tmp_path):
     """A killed process, a write half done, and two kinds of power cut."""
     whole, changes = recorded

@@ -237,6 +237,7 @@ def test_gradients_of_the_final_carry_alone():
 # --- Higher derivatives --------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("save", ["steps", "chunks"])
 @pytest.mark.parametrize("cell", [LSTM(H), PeepholeLSTM(H)], ids=["LSTM", "PeepholeLSTM"])
 def test_second_derivatives_are_those_of_the_scan(cell, save):
@@ -253,6 +254,7 @@ def test_second_derivatives_are_those_of_the_scan(cell, save):
         assert_same_gradients(cell, penalty(Derived(chunk=4, save=save)), penalty(Scan()))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cell", [LSTM(H), TwoProducts(H)], ids=["LSTM", "TwoProducts"])
 def test_forward_mode_is_that_of_the_scan(cell):
     with jax.enable_x64(True):

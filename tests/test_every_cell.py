@@ -317,6 +317,7 @@ def compare(name, p, dtype, *, rule=None, run=jitted, **further):
             close(f"d {key}", actuals[key], expected, True)
 
 
+@pytest.mark.sampled(12)
 @every_case
 @every_cell
 @pytest.mark.parametrize("engine", ["scan", "derived"])
@@ -413,6 +414,7 @@ def assert_same(got, expected):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30], ids=str)
 @both_directions
 @every_cell
@@ -447,6 +449,7 @@ def test_a_row_without_a_valid_step_keeps_its_initial_carry(name, reverse):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((hs, d_params, d_x)))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("padding", ["right", "left"])
 @both_directions
 @every_cell
@@ -460,6 +463,7 @@ def test_lengths_are_their_mask(name, reverse, padding):
     assert_same(by_lengths, by_mask)
 
 
+@pytest.mark.sampled(3)
 @both_directions
 @every_cell
 def test_padding_changes_nothing_on_either_side(name, reverse):
@@ -486,6 +490,7 @@ def test_padding_changes_nothing_on_either_side(name, reverse):
 # --- Resets --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(4)
 @both_directions
 @every_cell
 def test_sequences_packed_by_resets_run_apart(name, reverse):
@@ -676,6 +681,7 @@ def compare_with_the_paper(name, got, wanted, dtype="float64"):
             assert_close(a, b, reduction=terms, what=what, **CLOSE[dtype])
 
 
+@pytest.mark.sampled(26)
 @pytest.mark.parametrize(
     ("engine", "reverse"), [("scan", False), ("derived", True)], ids=["scan", "derived, reverse"]
 )
@@ -690,6 +696,7 @@ def test_a_paper_cell_agrees_with_its_paper(name, engine, reverse):
         compare_with_the_paper(name, run(g.moving, g.d_outs, keys), by_the_paper(name, g, **how))
 
 
+@pytest.mark.sampled(8)
 @every_paper
 def test_a_paper_cell_is_mapped_over_its_parameters(name):
     """By the setting of the derived engine that keeps a carry a chunk only."""
@@ -714,6 +721,7 @@ def test_a_paper_cell_is_mapped_over_its_parameters(name):
             compare_with_the_paper(name, one, by_the_paper(name, g, **how))
 
 
+@pytest.mark.sampled(8)
 @every_paper
 def test_a_paper_cell_in_bfloat16_and_at_extremes(name):
     cell = PAPERS[name].cell

@@ -83,6 +83,7 @@ def test_demo_run_leaves_everything_behind(run, capsys):
     assert "not IMDB" in out
 
 
+@pytest.mark.slow
 def test_replicas_are_as_their_single_runs(run, capsys):
     small = ("--data", "demo", "--epochs", 1, *SMALL, "--dropout-words", 0.1)
     run(imdb, *small, "--seed", 1, "--run-dir", "one")
@@ -134,7 +135,9 @@ def test_a_shape_that_the_engine_cannot_run_gets_another(run, monkeypatch):
         return None
 
     monkeypatch.setattr(Derived, "refusal", refusal)
+    jax.clear_caches()  # other tests may have run the same shapes
     run(imdb, "--data", "demo", "--epochs", 1, *SMALL)
+    jax.clear_caches()
     assert refused
     assert result("runs/imdb-default-demo-LSTM-seed0")["test_accuracy"] > 0
 
@@ -282,6 +285,7 @@ def test_an_exploding_run_names_step_and_epoch(error_of):
     assert line.endswith("mine.py:6: return h + jnp.log(-jnp.abs(h) - 1), state")
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_folder_alone(run, capsys):
     text = "from lstmjax.cells import LSTM\nclass Mine(LSTM):\n    bias_init = {'f': 2.0}\n"
     pathlib.Path("mine.py").write_text(text)
@@ -391,6 +395,7 @@ def test_sigterm_saves_and_resume_goes_on(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_later_starts_take_their_programs_from_disk(tmp_path):
     """Two at once begin with nothing; the third finds one program damaged. All do the same."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}

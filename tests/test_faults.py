@@ -214,6 +214,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails(environment, whole, tmp_path):
     """At any change: one line, the right status; once it is mended, the run ends the same."""
     cases, wanted, example = [], outcome(whole), {}

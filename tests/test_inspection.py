@@ -152,6 +152,7 @@ def other(model, padding="bucketed", outputs=1, **sizes):
     return dataclasses.replace(model, config=config, module=module)
 
 
+@pytest.mark.slow
 def test_directions_layers_front_end_and_classes(model):
     both = other(model, num_layers=2, bidirectional=True, pooling=("last",), outputs=3)
     ahead, back = (look(both, TEXT, layer=1, backward=b, points=4) for b in (False, True))

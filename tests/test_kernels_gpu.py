@@ -64,6 +64,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_all_gradients(name):
     case = CASES[name]
@@ -88,6 +89,7 @@ def test_the_parts_of_the_weights_add_up(parts):
     assert np.all(np.abs(error) <= 2.0 ** (-8 * parts) * np.abs(x))
 
 
+@pytest.mark.slow
 def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
     compare_final_gradients(ENGINE)
 
@@ -95,10 +97,12 @@ def test_gradients_of_the_parameters_alone_from_the_final_carry_alone():
 # --- Under the transformations of JAX ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vmap_over_parameters_is_the_loop():
     compare_vmapped(ENGINE)
 
 
+@pytest.mark.slow
 def test_many_steps_of_many_units():
     """More than a block holds: on a device, a cluster runs it."""
     case = Case(GRU(150), steps=200, batch=2, flags=BOTH)
@@ -107,6 +111,7 @@ def test_many_steps_of_many_units():
     compare(case, got, expected(case, args, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_under_shard_map(check_vma):
     """Rows over two devices, parameters on both; what varies is checked with the interpreter."""
@@ -136,6 +141,7 @@ def test_under_shard_map(check_vma):
     compare(case, got, expected(case, args, options))
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_the_scan():
     compare_second_derivatives(PLAIN)
 

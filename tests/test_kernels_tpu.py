@@ -70,6 +70,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_all_gradients(name):
     case, engine = CASES[name], SETTINGS.get(name, ENGINE)
@@ -142,6 +143,7 @@ def test_under_shard_map():
     compare(case, got, expected(case, (params, x, initial, d_hs, d_final), options))
 
 
+@pytest.mark.slow
 def test_second_derivatives_are_those_of_the_scan():
     compare_second_derivatives(ENGINE)
 

@@ -324,6 +324,7 @@ def test_a_layer_with_noise_is_unroll_with_the_same_keys():
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("steps", [7, 4])
 def test_dropout_between_layers_is_by_row_whatever_the_layout(steps):
     stack = Stack(LSTM(5), 3, num_layers=2, dropout_rate=0.5, **quick())
@@ -467,6 +468,7 @@ def test_residuals_and_layer_norms_by_hand(residual, norm):
     assert_close(hs, x, reduction=recurrence_terms(2, 21, 5, 5, 4, gradient=False))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("norm", "time_major"), [(None, True), ("pre", False), ("post", True)])
 def test_padding_has_no_part_in_residuals_and_norms(norm, time_major):
     stack = Stack(LSTM(3), 3, num_layers=2, residual=True, layer_norm=norm, **quick())
@@ -668,6 +670,7 @@ def test_the_last_state_of_a_stack_is_that_of_its_top_layer():
         pool(hs, finals, None, ())
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", sorted(built_in_cells()))
 def test_every_cell_as_a_layer(name):
     layer, x = Recurrent(built_in_cells()[name](4), 4, **quick()), normal(0, 2, 5, 4)

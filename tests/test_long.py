@@ -28,6 +28,7 @@ def memory():
     return pages * resource.getpagesize()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="not Linux")
 def test_nothing_grows(tmp_path):
     mesh, seen = make_mesh(2), []

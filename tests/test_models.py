@@ -65,6 +65,7 @@ def test_summary_adds_up(config):
     assert sum(counts[:-1]) == counts[-1] == count_parameters(model)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_padding_changes_neither_logits_nor_gradients(config, padding):

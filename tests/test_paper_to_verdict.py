@@ -42,6 +42,7 @@ def _as_for_users(monkeypatch, tmp_path):
         yield
 
 
+@pytest.mark.slow
 def test_one_file_from_a_paper_to_a_verdict():
     pathlib.Path("mine.py").write_text(CELL)
     assert check_cell(load_cell("mine.py:Mine", 4), speed=False, targets=()).ok

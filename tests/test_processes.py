@@ -80,6 +80,7 @@ def test_four_processes_train_as_one_and_one_speaks(environment, alone, tmp_path
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_saves_and_fewer_processes_go_on(environment, alone, tmp_path):
     processes = start(environment, 2, tmp_path / "run", "--epochs", "2")
     read_until(processes[0], b"1/8")

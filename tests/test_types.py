@@ -104,6 +104,7 @@ Mine(8, leek=0.1)  # error: Unexpected keyword argument "leek" for "Mine"
 """
 
 
+@pytest.mark.slow
 def test_mypy_knows_the_names_of_a_users_cell(tmp_path, pytestconfig, monkeypatch):
     api = pytest.importorskip("mypy.api")
     (tmp_path / "my_cell.py").write_text(USERS)

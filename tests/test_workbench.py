@@ -60,6 +60,7 @@ def close(a, b):
     return np.allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("task", "seeds"), [("parity", 8), ("demo", 3), ("characters", 2)])
 def test_each_replica_is_as_its_single_run(task, seeds):
     """On eight devices: eight replicas are spread over them, otherwise the rows are.
@@ -103,6 +104,7 @@ def _mesh():
     return training.make_mesh("cpu", 8)
 
 
+@pytest.mark.slow
 def test_learning_rates_are_a_further_axis():
     """One that makes its replica diverge takes no other with it."""
     asked = config("adding", learning_rates=(1e-3, 1e-2, 1e30), run_dir=pathlib.Path("all"))
@@ -125,6 +127,7 @@ def test_where_all_diverge_it_is_told():
         train(config("adding", learning_rates=(1e30, 1e31)))
 
 
+@pytest.mark.slow
 def test_replicas_go_on_bit_for_bit(monkeypatch):
     """With the carried state, which is that of the step before."""
     asked = config("characters", seeds=2)
@@ -188,6 +191,7 @@ def test_what_cannot_work_is_told():
 # -- a user's own texts ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_texts_of_ones_own_from_file_to_verdict(capsys):
     """Three classes that a word gives away, pretrained vectors of it, and they are frozen."""
     rng, names = np.random.default_rng(0), ["rouge", "vert", "bleu"]

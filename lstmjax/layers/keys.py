@@ -50,6 +50,7 @@ def fold_keys(keys: AnyKeys, uses: int) -> tuple[PyTree, ...]:
         uses: how many of the same kind are wanted.
 
     Example:
+        >>> from lstmjax.recurrence.noise import row_keys
         >>> [k.shape for k in fold_keys(row_keys(jax.random.key(0), 4), uses=2)]
         [(4,), (4,)]
     """
@@ -77,6 +78,7 @@ def dropout(x: Float[Array, "B ..."], rate: float, keys: AnyKeys) -> Float[Array
         ValueError: a rate out of range.
 
     Example:
+        >>> from lstmjax.recurrence.noise import row_keys
         >>> x = jnp.ones((2, 1000))
         >>> kept = dropout(x, 0.25, row_keys(jax.random.key(0), 2)) != 0
         >>> bool(abs(kept.mean() - 0.75) < 0.03)

@@ -56,7 +56,7 @@ def run_name(*parts: str, cell: str, seed: int) -> str:
     return "-".join([*parts, called[:100], f"seed{seed}"])
 
 
-Figure: TypeAlias = float | str | list[float | None]
+Figure: TypeAlias = int | float | str | list[float | None]
 """A number; of replicas a list of them, None for what is not finite; or a word."""
 
 Record: TypeAlias = Mapping[str, Figure]
