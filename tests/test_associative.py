@@ -14,6 +14,8 @@ from lstmjax.recurrence import Associative, Workload, choose_engine, unroll
 from tests.test_contract import FLAGS, B, D, H, agree, draw
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.sampled(2)
+
 ENGINE = Associative()
 
 

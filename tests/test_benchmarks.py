@@ -172,6 +172,7 @@ def test_without_imdb_the_epoch_is_skipped_by_name(session, tmp_path):
     assert "--data-dir" in session.skipped["all"]
 
 
+@pytest.mark.slow
 def test_a_part_runs_from_the_command_line_to_the_page(tmp_path, monkeypatch, capsys):
     """Two real processes, at a tiny size."""
     monkeypatch.setattr(contenders, "RECURRENCE", [contenders.SCAN, contenders.LINEN])
@@ -231,6 +232,7 @@ def test_deviations_from_float64_get_onto_their_page(tmp_path):
     assert "old" not in text
 
 
+@pytest.mark.slow
 def test_cells_get_into_the_table(tmp_path):
     every = [LSTM(4), SRU(4), LRU(4)]
     found = cells.measure(cells.Sizes(5, 2, 3, 4, 2), every)

@@ -13,6 +13,7 @@ from lstmjax.recurrence.gpu.plain import plain_kernel
 from tests.kernel_cases import Case
 
 
+@pytest.mark.slow
 def test_every_contender_present_runs_and_is_right(capsys, monkeypatch):
     monkeypatch.setattr(gpu, "CELLS", {name: gpu.CELLS[name] for name in ("LSTM", "Leaky")})
     assert gpu.check() == 0
@@ -95,6 +96,7 @@ def test_what_an_item_raises_is_its_outcome(capsys):
     assert good["error"] == 0
 
 
+@pytest.mark.slow
 def test_an_interpreted_check_is_against_float64():
     engine = PallasGPU(interpret=plain_kernel)
     case = Case(LSTM(5), steps=5, flags=("mask",))

@@ -38,6 +38,8 @@ from lstmjax.recurrence.gpu.plain import plain_kernel
 from lstmjax.recurrence.noise import Keys, row_keys
 from tests.tolerances import assert_close, recurrence_terms
 
+pytestmark = pytest.mark.sampled(2)
+
 B, T, D, H = 4, 7, 3, 6
 ENGINES = {
     "derived": Derived(chunk=3),

@@ -15,6 +15,8 @@ from lstmjax.cells.contract import shapes_of
 from lstmjax.recurrence import Derived, Scan, Workload, choose_engine, unroll
 from tests.tolerances import assert_close, recurrence_terms
 
+pytestmark = pytest.mark.sampled(2)
+
 B, T, D, H = 4, 10, 3, 6
 WORK = Workload("cpu", "float32", "float32", steps=T, batch=B, features=D)
 
@@ -237,7 +239,6 @@ def test_gradients_of_the_final_carry_alone():
 # --- Higher derivatives --------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("save", ["steps", "chunks"])
 @pytest.mark.parametrize("cell", [LSTM(H), PeepholeLSTM(H)], ids=["LSTM", "PeepholeLSTM"])
 def test_second_derivatives_are_those_of_the_scan(cell, save):
@@ -254,7 +255,6 @@ def test_second_derivatives_are_those_of_the_scan(cell, save):
         assert_same_gradients(cell, penalty(Derived(chunk=4, save=save)), penalty(Scan()))
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cell", [LSTM(H), TwoProducts(H)], ids=["LSTM", "TwoProducts"])
 def test_forward_mode_is_that_of_the_scan(cell):
     with jax.enable_x64(True):

@@ -46,6 +46,7 @@ def test_the_readmes_program_runs():
     assert names["final"].state.c.shape == (64, 100)
 
 
+@pytest.mark.slow
 def test_the_programs_of_the_guide_run():
     """All in one, as a notebook; its cells keep the contract."""
     names = {"x": jnp.ones((2, 6, 32)), "lengths": jnp.array([6, 3])}

@@ -142,6 +142,7 @@ def test_a_shape_that_the_engine_cannot_run_gets_another(run, monkeypatch):
     assert result("runs/imdb-default-demo-LSTM-seed0")["test_accuracy"] > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", sorted(imdb.RECIPES))
 def test_every_recipe_runs(run, recipe):
     run(imdb, "--recipe", recipe, "--data", "demo", "--epochs", 1, *SMALL, "--run-dir", "r")
@@ -200,6 +201,7 @@ class MyGaps(LSTM):
 """
 
 
+@pytest.mark.slow
 def test_a_cell_with_noise_trains(run):
     pathlib.Path("mine.py").write_text(NOISY)
     run(imdb, "--data", "demo", "--cell", "mine.py:MyZoneout", "--epochs", 1, *SMALL)
@@ -219,6 +221,7 @@ def test_a_cell_that_needs_more_than_the_data_has_leaves_no_folder(error_of):
     assert not pathlib.Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_resumed_and_another_config_is_refused(run, error_of):
     arguments = ("--data", "demo", "--epochs", 1, *SMALL)
     run(imdb, *arguments)

@@ -71,6 +71,7 @@ def test_a_signal_saves_when_nobody_reads_the_output(environment, tmp_path, numb
     tell(f"{number.name}, nobody reads the output", "pipe closed, signal sent", 1, "(nobody reads)")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("where", ["head and full", "closed"])
 def test_output_that_fails_stops_nothing(environment, whole, tmp_path, where):
     command = " ".join([*PROGRAM, *FLAGS, "--run-dir", str(tmp_path / "run")])

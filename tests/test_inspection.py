@@ -36,6 +36,8 @@ from lstmjax.inspection import (
 from lstmjax.models import Classifier
 from tests.tolerances import assert_close
 
+pytestmark = pytest.mark.sampled(2)
+
 TEXT = "The dinner was superb but the carriage was not elegant"
 HOSTILE = "good <script>alert(1)</script> \x1b[31m\x00 $\\frac{a}{ </span>&lt; \ud800 \u202e"
 

@@ -21,6 +21,8 @@ from lstmjax.interop import WeightsError
 from lstmjax.recurrence import unroll
 from tests.tolerances import assert_close, recurrence_terms
 
+pytestmark = pytest.mark.sampled(4)
+
 B, T, D, H = 2, 5, 3, 4
 CELLS = {"LSTM": LSTM, "GRU": GRU, "ResetFirstGRU": ResetFirstGRU}
 FORMS = {"one": (1, False), "deep": (2, False), "both ways": (1, True), "deep both": (2, True)}

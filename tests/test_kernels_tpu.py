@@ -70,7 +70,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_all_gradients(name):
     case, engine = CASES[name], SETTINGS.get(name, ENGINE)

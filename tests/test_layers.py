@@ -28,6 +28,8 @@ from lstmjax.recurrence import length_mask, unroll
 from lstmjax.recurrence.noise import Keys, as_keys
 from tests.tolerances import assert_close, recurrence_terms
 
+pytestmark = pytest.mark.sampled(2)
+
 
 class Echo(Cell):
     """Its output is its noise."""
@@ -468,7 +470,6 @@ def test_residuals_and_layer_norms_by_hand(residual, norm):
     assert_close(hs, x, reduction=recurrence_terms(2, 21, 5, 5, 4, gradient=False))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("norm", "time_major"), [(None, True), ("pre", False), ("post", True)])
 def test_padding_has_no_part_in_residuals_and_norms(norm, time_major):
     stack = Stack(LSTM(3), 3, num_layers=2, residual=True, layer_norm=norm, **quick())

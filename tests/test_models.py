@@ -19,6 +19,8 @@ from lstmjax.recurrence.noise import Keys
 from lstmjax.training import counting_compilations
 from tests.tolerances import assert_close, recurrence_terms
 
+pytestmark = pytest.mark.sampled(2)
+
 SMALL = {"top_words": 30, "embedding_size": 4, "hidden_size": 5}
 CONFIGS = [
     ClassifierConfig(**SMALL),

@@ -251,6 +251,7 @@ def test_the_programs_of_the_page_run(trained_run, tmp_path, capsys):
 # -- the epoch that is kept -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_and_training_ends_without_patience(tmp_path):
     """A learning rate so high that the first epoch is the best one."""
     options = {"validation": 0.3, "epochs": 9, "keep_best": True, "learning_rate": 2.0}
@@ -287,6 +288,7 @@ def test_of_equal_epochs_the_first_is_best():
 # -- going on -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_more_epochs_on_resume_are_as_from_the_start(tmp_path, capsys):
     short = train(tmp_path / "short", epochs=1, schedule="constant")
     train(short, epochs=3, schedule="constant", resume=True)
@@ -300,6 +302,7 @@ def test_more_epochs_on_resume_are_as_from_the_start(tmp_path, capsys):
         train(short, epochs=2, schedule="constant", resume=True)
 
 
+@pytest.mark.slow
 def test_a_comment_in_the_cells_file_does_not_matter(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(CELL_FILE)

@@ -112,6 +112,7 @@ def losses(devices, make_steps=make_steps):
     return found
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_loss_curve_does_not_depend_on_the_number_of_devices(devices):
     one, many = losses(1), losses(devices)

@@ -60,7 +60,7 @@ def close(a, b):
     return np.allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "seeds"), [("parity", 8), ("demo", 3), ("characters", 2)])
 def test_each_replica_is_as_its_single_run(task, seeds):
     """On eight devices: eight replicas are spread over them, otherwise the rows are.
