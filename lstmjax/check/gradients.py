@@ -97,7 +97,7 @@ def engines(subject: Subject) -> str:
             )
             names.append(engine.name)
     kernels: dict[str, Engine] = {
-        "TPU kernel": PallasTPU(interpret=True),
+        "TPU kernel": PallasTPU(interpret=True, unroll=1),
         "GPU kernel": PallasGPU(interpret=plain_kernel),
     }
     work = work._replace(dtype="float32")
