@@ -45,7 +45,7 @@ from lstmjax.models import Tagger, count_parameters, summary
 from lstmjax.precision import Precision
 from lstmjax.training.command import require_positive, require_rate, require_seed, run_command
 from lstmjax.training.devices import BATCH
-from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, table_of
+from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, replicas_of, table_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,12 @@ class Config:
     run_dir: pathlib.Path | None = None
     """Where the run is written; without it, a new folder under runs/."""
 
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """The runs that this one is made of."""
+        rates = self.learning_rates or (self.learning_rate,)
+        return replicas_of(self.seed, self.seeds, rates)
+
 
 RECIPES = {
     "default": Config(),
@@ -98,13 +104,6 @@ def check(config: Config) -> None:
         require_rate(rate)
     require_seed(config.seed)
     require_seed(config.seed + config.seeds - 1)
-
-
-def replicas_of(config: Config) -> tuple[Replica, ...]:
-    """The runs that this one is made of."""
-    rates = config.learning_rates or (config.learning_rate,)
-    seeds = range(config.seed, config.seed + config.seeds)
-    return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
 
 
 class Outcome(NamedTuple):
@@ -170,7 +169,7 @@ def main(config: Config) -> None:
     stopping.advise("start it again: it takes seconds")
     started = time.perf_counter()
     check(config)
-    replicas = replicas_of(config)
+    replicas = config.replicas
     mesh = training.make_mesh(config.accelerator, rows=1, replicas=len(replicas))
     cell = load_cell(config.cell, config.hidden_size)
     name = training.run_name("cumsum", config.recipe, cell=config.cell, seed=config.seed)
@@ -219,7 +218,7 @@ def compute(config: Config, cell: Cell, mesh: Mesh) -> Outcome:
     Raises:
         UserError: a loss is not finite.
     """
-    replicas = replicas_of(config)
+    replicas = config.replicas
     one = functools.partial(experiment, config, cell)
     if len(replicas) == 1:
         run: Any = functools.partial(one, *replicas[0])

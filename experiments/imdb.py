@@ -66,7 +66,7 @@ from lstmjax.training.command import (
     require_share,
     run_command,
 )
-from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, table_of
+from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, replicas_of, table_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +154,7 @@ class Config:
     def replicas(self) -> tuple[Replica, ...]:
         """The runs that this one is made of."""
         rates = self.learning_rates or (self.optimizer.learning_rate,)
-        seeds = range(self.seed, self.seed + self.seeds)
-        return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
+        return replicas_of(self.seed, self.seeds, rates)
 
     @property
     def side_by_side(self) -> bool:
@@ -278,11 +277,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
         path=config.run_dir,
         resume=config.resume or config.resume_or_start,
         start=not config.resume,
-        environment={
-            "accelerator": training.accelerator_name(mesh),
-            "devices": mesh.size,
-            "processes": jax.process_count(),
-        },
+        environment=training.surroundings(mesh),
         cell_source=cell_source(config.cell),
     )
 

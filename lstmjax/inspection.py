@@ -229,42 +229,51 @@ def gate_activations(
     more = arguments(cell, x, {"x": x}, {})
     pre = cell.pre_activations(params, x, before.h, make_dot("float32"), **more)
     paths = jax.tree_util.tree_leaves_with_path(pre)
-    gates = [path[-1].name for path, _ in paths]
 
     def step(pre: PyTree, *others: PyTree) -> list[Array]:
         before, params, more = others
         return jax.tree.leaves(cell.apply_step(pre, before, params, **more))
 
-    given = (pre, before, params, more)
-    program = trace(step, *given)
-    found: list[tuple[str, frozenset[str], Array]] = []
-    kept = jax.tree.leaves(given)  # so that no two arrays have one id
-    origin = {id(leaf): frozenset([gate]) for leaf, gate in zip(kept, gates, strict=False)}
-
-    def watch(eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
-        name = str(eqn.primitive.name)
-        if name in INLINED:
-            return runner.evaluate(*callee(eqn), ins)
-        occurring = frozenset().union(*(origin.get(id(v.array), frozenset()) for v in ins))
-        outs = bind_as_traced(eqn, [value.array for value in ins])
-        kept.extend(outs)
-        if name in ACTIVATIONS and occurring:
-            found.append((name, occurring, outs[0]))
-            occurring = frozenset()
-        origin.update((id(out), occurring) for out in outs)
-        return [Value(out) for out in outs]
-
-    runner = AsTraced(watch)
-    runner.evaluate(program.closed.jaxpr, program.consts, [Value(leaf) for leaf in kept])
+    program = trace(step, *(given := (pre, before, params, more)))
+    watcher = _Watcher(jax.tree.leaves(given), [path[-1].name for path, _ in paths])
+    watcher.runner.evaluate(program.closed.jaxpr, program.consts, [*map(Value, watcher.kept)])
     named: dict[str, np.ndarray] = {}
     for gate in cell.gates:
-        own = [(name, array) for name, gates_in, array in found if gates_in == {gate}]
-        if own:
-            named[f"{ACTIVATIONS[own[0][0]]}({gate})"] = np.asarray(own[0][1])
+        if found := watcher.found.get(frozenset([gate])):
+            named[f"{ACTIVATIONS[found[0]]}({gate})"] = np.asarray(found[1])
         else:
             parts = [leaf for (path, leaf) in paths if path[-1].name == gate]
             named[f"{gate} (pre-activation)"] = np.asarray(sum(parts[1:], parts[0]))
     return named
+
+
+class _Watcher:
+    """Runs a step, and notes which gates every array comes from.
+
+    Attributes:
+        found: the first activation of each set of gates, by name, and what it made of them.
+        kept: all arrays, so that no two have one id.
+    """
+
+    def __init__(self, leaves: Sequence[Array], gates: Sequence[str]) -> None:
+        self.kept = [*leaves]
+        self.found: dict[frozenset[str], tuple[str, Array]] = {}
+        self.runner = AsTraced(self._evaluate)
+        named = zip(leaves, gates, strict=False)  # of the arguments these are the first
+        self._origin = {id(leaf): frozenset([gate]) for leaf, gate in named}
+
+    def _evaluate(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
+        name = str(eqn.primitive.name)
+        if name in INLINED:
+            return self.runner.evaluate(*callee(eqn), ins)
+        gates = frozenset().union(*(self._origin.get(id(v.array), frozenset()) for v in ins))
+        outs = bind_as_traced(eqn, [value.array for value in ins])
+        self.kept.extend(outs)
+        if name in ACTIVATIONS and gates:
+            self.found.setdefault(gates, (name, outs[0]))
+            gates = frozenset()
+        self._origin.update((id(out), gates) for out in outs)
+        return [Value(out) for out in outs]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

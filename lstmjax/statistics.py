@@ -141,37 +141,22 @@ def compare(
         ValueError: fewer than two cells, an unknown baseline, fewer than two common seeds, or a
             number that is not finite.
     """
-    if len(results) < 2:
-        raise ValueError(f"comparing needs two cells at least, got {list(results)}")
-    b = next(iter(results)) if baseline is None else baseline
-    if b not in results:
-        raise ValueError(f"no results of the baseline {b!r}; there are {list(results)}")
-    for name, values in results.items():
-        for seed, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"seed {seed} of {name} has {value}: give a run that diverged its metric at "
-                    "chance level, or leave the seed out of all cells"
-                )
+    b = _baseline(results, baseline)
     others = [name for name in results if name != b]
-    tests = len(others)
     seeds = {a: tuple(s for s in results[a] if s in results[b]) for a in others}
     for a in others:
         if len(seeds[a]) < 2:
             raise ValueError(f"{a} and {b} have {len(seeds[a])} seeds in common; run 2 at least")
     differences = {a: [results[a][s] - results[b][s] for s in seeds[a]] for a in others}
-    p_values = [sign_flip_test(differences[a]) for a in others]
-    adjusted = holm(p_values)
-    fewest = fewest_seeds(tests)
+    p_values = {a: sign_flip_test(differences[a]) for a in others}
+    adjusted = dict(zip(others, holm([*p_values.values()]), strict=True))
+    tests, fewest = len(others), fewest_seeds(len(others))
     found = []
-    for a, p, adjusted_p in zip(others, p_values, adjusted, strict=True):
-        d = differences[a]
-        mean, deviation = float(np.mean(d)), float(np.std(d, ddof=1))
-        interval = bca_interval(d)
-        verdict: Verdict = "not shown"
-        if len(d) < fewest:
-            verdict = "too few seeds"
-        elif adjusted_p <= ALPHA and not interval[0] <= 0 <= interval[1]:
+    for a, d in differences.items():
+        mean, deviation, interval = float(np.mean(d)), float(np.std(d, ddof=1)), bca_interval(d)
+        shown = adjusted[a] <= ALPHA and not interval[0] <= 0 <= interval[1]
+        verdict: Verdict = "too few seeds" if len(d) < fewest else "not shown"
+        if shown and len(d) >= fewest:
             verdict = "better" if (mean > 0) == higher_is_better else "worse"
         found.append(
             Comparison(
@@ -182,8 +167,8 @@ def compare(
                 mean=mean,
                 deviation=deviation,
                 interval=interval,
-                p_value=p,
-                adjusted_p=adjusted_p,
+                p_value=p_values[a],
+                adjusted_p=adjusted[a],
                 probability=probability_of_more(d),
                 detectable=detectable_difference(deviation, max(len(d), fewest), tests),
                 target=target,
@@ -194,6 +179,22 @@ def compare(
             )
         )
     return found
+
+
+def _baseline(results: Mapping[str, Mapping[int, float]], asked: str | None) -> str:
+    """The cell to compare with; a ValueError for results that say nothing."""
+    if len(results) < 2:
+        raise ValueError(f"comparing needs two cells at least, got {list(results)}")
+    if asked is not None and asked not in results:
+        raise ValueError(f"no results of the baseline {asked!r}; there are {list(results)}")
+    for name, values in results.items():
+        for seed, value in values.items():
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"seed {seed} of {name} has {value}: give a run that diverged its metric at "
+                    "chance level, or leave the seed out of all cells"
+                )
+    return next(iter(results)) if asked is None else asked
 
 
 def bca_interval(values: ArrayLike, confidence: float = 1 - ALPHA) -> tuple[float, float]:

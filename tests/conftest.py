@@ -44,6 +44,15 @@ def no_type_checks():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def as_for_users(monkeypatch, tmp_path):
+    """Optax mixes integers and floats; runs and caches stay in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory):
     """A run of a user's cell on the demo corpus, for reading only: copy what is to be changed."""

@@ -22,12 +22,7 @@ TASK = "parity(length=4,updates=2,test_rows=32)"
 TINY = {"tasks": (TASK,), "epochs": 1, "batch_size": 8, "hidden_size": 3, "accelerator": "cpu"}
 
 
-@pytest.fixture(autouse=True)
-def _as_for_users(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_for_users")
 
 
 def made_up(monkeypatch, value, validation=None):

@@ -34,12 +34,7 @@ class Mine(Cell):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _as_for_users(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_for_users")
 
 
 @pytest.mark.slow

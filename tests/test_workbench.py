@@ -21,14 +21,7 @@ from lstmjax.workbench import Replica, config_of, run, train
 from lstmjax.workbench.classes import classes_of
 from lstmjax.workbench.run import Diverged
 
-
-@pytest.fixture(autouse=True)
-def _as_for_users(monkeypatch, tmp_path):
-    """Optax mixes integers and floats; runs and caches stay in the test's own folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_for_users")
 
 
 def config(task="parity", **changes):

@@ -148,6 +148,26 @@ class Task(abc.ABC):
         return {}
 
 
+class Divided(Task):
+    """A task on data that are there, in three parts."""
+
+    @abc.abstractmethod
+    def part(self, split: Split, batch_size: int) -> Source:
+        """Batches of one of the parts."""
+
+    def train(self, batch_size: int) -> Source:
+        """The training part."""
+        return self.part("train", batch_size)
+
+    def validation(self, batch_size: int) -> Source:
+        """The validation part."""
+        return self.part("validation", batch_size)
+
+    def tests(self, batch_size: int) -> Mapping[str, Source]:
+        """The test part."""
+        return {"test": self.part("test", batch_size)}
+
+
 class Sample(NamedTuple):
     """Sequences that a task has made up.
 

@@ -12,8 +12,35 @@ FIRST = 2
 """The first id that is a symbol."""
 
 
+class _Copying(Generated):
+    """Symbols to be said again, one answer a step, after signals to go."""
+
+    symbols: int
+    per_step: ClassVar[bool] = True
+
+    @property
+    def recipe(self) -> Recipe:
+        """64 units, 2,000 updates."""
+        return Recipe(epochs=20)
+
+    @property
+    def chance(self) -> float:
+        """One of the symbols."""
+        return 1 / self.symbols
+
+    @property
+    def tokens(self) -> int:
+        """Blank, signal, symbols."""
+        return FIRST + self.symbols
+
+    @property
+    def num_outputs(self) -> int:
+        """One a symbol."""
+        return self.symbols
+
+
 @dataclasses.dataclass(frozen=True)
-class CopyMemory(Generated):
+class CopyMemory(_Copying):
     """Say the symbols from the beginning again after a gap.
 
     A sequence is the symbols, ``delay`` blanks, and as many signals to go as there are symbols; at
@@ -39,31 +66,10 @@ class CopyMemory(Generated):
         "(arXiv:1511.06464)"
     )
     reported: ClassVar[str] = "delay 100 to 2,000, 10 of 8 symbols, 40 to 128 units"
-    per_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require({"delay": self.delay, "copied": self.copied})
         require({"symbols": self.symbols}, 2)
-
-    @property
-    def recipe(self) -> Recipe:
-        """64 units, 2,000 updates."""
-        return Recipe(epochs=20)
-
-    @property
-    def chance(self) -> float:
-        """One of the symbols."""
-        return 1 / self.symbols
-
-    @property
-    def tokens(self) -> int:
-        """Blank, signal, symbols."""
-        return FIRST + self.symbols
-
-    @property
-    def num_outputs(self) -> int:
-        """One a symbol."""
-        return self.symbols
 
     def draw(self, random: np.random.Generator, rows: int) -> Sample:
         """Symbols, blanks, signals."""
@@ -74,7 +80,7 @@ class CopyMemory(Generated):
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectiveCopy(Generated):
+class SelectiveCopy(_Copying):
     """Say the symbols again that stood at random places among blanks.
 
     Unlike in `CopyMemory` a model must tell what to remember from what to pass over: places differ
@@ -100,32 +106,11 @@ class SelectiveCopy(Generated):
     reported: ClassVar[str] = (
         "length 4,096, 16 of 16 symbols (Gu & Dao); length 200 and more (Jing)"
     )
-    per_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require({"copied": self.copied})
         require({"symbols": self.symbols}, 2)
         require({"length": self.length}, self.copied)
-
-    @property
-    def recipe(self) -> Recipe:
-        """64 units, 2,000 updates."""
-        return Recipe(epochs=20)
-
-    @property
-    def chance(self) -> float:
-        """One of the symbols."""
-        return 1 / self.symbols
-
-    @property
-    def tokens(self) -> int:
-        """Blank, signal, symbols."""
-        return FIRST + self.symbols
-
-    @property
-    def num_outputs(self) -> int:
-        """One a symbol."""
-        return self.symbols
 
     def draw(self, random: np.random.Generator, rows: int) -> Sample:
         """Symbols among blanks, then signals."""

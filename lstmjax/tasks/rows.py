@@ -14,7 +14,7 @@ from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, 
 from lstmjax.errors import UserError, first_line
 from lstmjax.files import Json
 from lstmjax.models import SequenceConfig
-from lstmjax.tasks.base import Recipe, Split, Task
+from lstmjax.tasks.base import Divided, Recipe, Split
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
 from lstmjax.training.step import OptimizerConfig
@@ -60,7 +60,7 @@ def split_rows(
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows(Task):
+class Rows(Divided):
     """A data set of sequences with a label each, or one at every step."""
 
     validation_share: float = 0.1
@@ -105,18 +105,6 @@ class Rows(Task):
         """Cross-entropy, or the squared error where labels are no whole numbers."""
         return CrossEntropy() if _classes(self) else SquaredError()
 
-    def train(self, batch_size: int) -> Source:
-        """The training part."""
-        return self._cut("train", batch_size)
-
-    def validation(self, batch_size: int) -> Source:
-        """The validation part."""
-        return self._cut("validation", batch_size)
-
-    def tests(self, batch_size: int) -> Mapping[str, Source]:
-        """The test part."""
-        return {"test": self._cut("test", batch_size)}
-
     def facts(self) -> Mapping[str, Json]:
         """Rows of each part, classes, and lengths."""
         return {
@@ -125,7 +113,8 @@ class Rows(Task):
             for part in [_part(self, name)]
         }
 
-    def _cut(self, split: Split, batch_size: int) -> Source:
+    def part(self, split: Split, batch_size: int) -> Source:
+        """Batches of similar length."""
         lengths = [len(row) for row in _loaded(self)[0].sequences]
         boundaries = bucket_boundaries(lengths, count=self.buckets)
         return Batches(_part(self, split), batch_size, boundaries=boundaries)

@@ -12,7 +12,24 @@ from lstmjax.tasks.base import Generated, Recipe, Sample, require
 
 
 @dataclasses.dataclass(frozen=True)
-class Parity(Generated):
+class _WordProblem(Generated):
+    """The product so far of the elements of a group; tested on longer words, too."""
+
+    length: int = 32
+    """Steps of a sequence to train on."""
+    per_step: ClassVar[bool] = True
+    stretched: ClassVar[tuple[int, ...]] = (2, 4)
+
+    def __post_init__(self) -> None:
+        require({"length": self.length})
+
+    def longer(self, times: int) -> Generated:
+        """Longer words."""
+        return dataclasses.replace(self, length=times * self.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity(_WordProblem):
     """Has there been an odd number of ones so far? Asked at every step.
 
     The word problem of the group of two elements. Tested at the length that it was trained at, and
@@ -24,18 +41,10 @@ class Parity(Generated):
         ([0, 1, 1, 1, 0], [0, 1, 0, 1, 1])
     """
 
-    length: int = 32
-    """Steps of a sequence to train on."""
-
     source: ClassVar[str] = (
         "Minsky & Papert 1969; as a test of state tracking Delétang et al. 2022 (arXiv:2207.02098)"
     )
     reported: ClassVar[str] = "trained up to 40 steps, tested up to 500 (Delétang et al.)"
-    per_step: ClassVar[bool] = True
-    stretched: ClassVar[tuple[int, ...]] = (2, 4)
-
-    def __post_init__(self) -> None:
-        require({"length": self.length})
 
     @property
     def recipe(self) -> Recipe:
@@ -52,10 +61,6 @@ class Parity(Generated):
         """Zero and one."""
         return 2
 
-    def longer(self, times: int) -> "Parity":
-        """Longer sequences of bits."""
-        return dataclasses.replace(self, length=times * self.length)
-
     def draw(self, random: np.random.Generator, rows: int) -> Sample:
         """Bits and their running parity."""
         x = random.integers(0, 2, (rows, self.length), np.int32)
@@ -63,7 +68,7 @@ class Parity(Generated):
 
 
 @dataclasses.dataclass(frozen=True)
-class S5(Generated):
+class S5(_WordProblem):
     """The product so far of permutations of five things. Asked at every step.
 
     The word problem of S5 is complete for NC1: no constant-depth transformer and no linear
@@ -84,11 +89,6 @@ class S5(Generated):
         "(arXiv:2404.08819)"
     )
     reported: ClassVar[str] = "lengths up to 25 (Merrill et al.)"
-    per_step: ClassVar[bool] = True
-    stretched: ClassVar[tuple[int, ...]] = (2, 4)
-
-    def __post_init__(self) -> None:
-        require({"length": self.length})
 
     @property
     def recipe(self) -> Recipe:
@@ -109,10 +109,6 @@ class S5(Generated):
     def num_outputs(self) -> int:
         """One a permutation."""
         return 120
-
-    def longer(self, times: int) -> "S5":
-        """Longer words."""
-        return dataclasses.replace(self, length=times * self.length)
 
     def draw(self, random: np.random.Generator, rows: int) -> Sample:
         """Words and their products."""

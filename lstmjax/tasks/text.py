@@ -31,7 +31,7 @@ from lstmjax.data.vocabulary import (
 from lstmjax.errors import UserError, first_line, reason
 from lstmjax.files import Json
 from lstmjax.models import Classifier, ClassifierConfig
-from lstmjax.tasks.base import Recipe, Split, Task
+from lstmjax.tasks.base import Divided, Recipe, Split
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.tasks.rows import describe, split_rows
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
@@ -50,7 +50,7 @@ class TextConfig(ClassifierConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Text(Task):
+class Text(Divided):
     """Texts as ids of words, with a label each."""
 
     top_words: int = 20_000
@@ -107,18 +107,6 @@ class Text(Task):
             return float(labels.var())
         return float(np.bincount(labels).max() / len(labels))
 
-    def train(self, batch_size: int) -> Source:
-        """The training part."""
-        return self._cut("train", batch_size)
-
-    def validation(self, batch_size: int) -> Source:
-        """The validation part."""
-        return self._cut("validation", batch_size)
-
-    def tests(self, batch_size: int) -> Mapping[str, Source]:
-        """The test part."""
-        return {"test": self._cut("test", batch_size)}
-
     @property
     def frozen(self) -> tuple[str, ...]:
         """The vectors of words, if asked for."""
@@ -163,7 +151,8 @@ class Text(Task):
         """A classifier."""
         return Classifier(cell, self.sizes_of(config), num_outputs=self.num_outputs, **settings)
 
-    def _cut(self, split: Split, batch_size: int) -> Source:
+    def part(self, split: Split, batch_size: int) -> Source:
+        """Batches of similar length."""
         parts = _parts(self)
         lengths = [len(row) for row in parts["train"].sequences]
         boundaries = bucket_boundaries(np.minimum(lengths, self.max_length), count=self.buckets)

@@ -21,6 +21,7 @@ from lstmjax.training.report import (
     draw_curves,
     prepare_drawing,
     run_name,
+    surroundings,
     versions,
 )
 from lstmjax.training.step import (
@@ -65,6 +66,7 @@ __all__ = [
     "run_name",
     "sharded",
     "simple_kernels",
+    "surroundings",
     "training_key",
     "versions",
     "without_gradient",

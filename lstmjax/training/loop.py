@@ -141,10 +141,8 @@ def fit(
                     record |= means(name, sums, score, f"after epoch {at.epoch + 1}")
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
-                best = at.epoch
-                if evaluations and (keep_best or patience):
-                    kept = best_epoch(at.history, next(iter(evaluations)))
-                    best = at.history.index(kept) + 1
+                judged = next(iter(evaluations), None) if keep_best or patience else None
+                best = at.epoch if judged is None else _best(at.history, judged) + 1
                 if isinstance(seed, int) and (best == at.epoch or not keep_best):
                     run.write_parameters(state.params)
                 if patience and at.epoch - best >= patience:
@@ -164,7 +162,12 @@ def best_epoch(history: Sequence[Record], name: str) -> Record:
     >>> best_epoch([{"epoch": 1, "test_loss": 0.3}, {"epoch": 2, "test_loss": 0.3}], "test")
     {'epoch': 1, 'test_loss': 0.3}
     """
-    return min(history, key=lambda record: float(record[f"{name}_loss"]))  # type: ignore[arg-type]
+    return history[_best(history, name)]
+
+
+def _best(history: Sequence[Record], name: str) -> int:
+    losses = [float(record[f"{name}_loss"]) for record in history]  # type: ignore[arg-type]
+    return losses.index(min(losses))
 
 
 def _beginning(steps: Steps, checkpoints: Checkpoints, resume: bool) -> tuple[TrainState, Position]:

@@ -12,7 +12,7 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import jax
@@ -44,6 +44,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from source
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def surroundings(mesh: Mesh) -> dict[str, Json]:
+    """What a run's numbers depend on besides versions: kind and number of devices, processes."""
+    return {
+        "accelerator": accelerator_name(mesh),
+        "devices": mesh.size,
+        "processes": jax.process_count(),
+    }
 
 
 def run_name(*parts: str, cell: str, seed: int) -> str:
@@ -353,10 +362,8 @@ class RunFolder:
         Raises:
             StorageError: it cannot be written.
         """
-        try:
+        with _told(self.path / name):
             files.publish_json(self.path / name, value)
-        except OSError as error:
-            raise _cannot_write(f"{self.path / name}", error) from error
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file, as a whole or not at all.
@@ -364,10 +371,8 @@ class RunFolder:
         Raises:
             StorageError: it cannot be written.
         """
-        try:
+        with _told(self.path / name):
             files.publish(self.path / name, content)
-        except OSError as error:
-            raise _cannot_write(f"{self.path / name}", error) from error
 
     def write_parameters(self, params: PyTree) -> None:
         """Write ``params.safetensors``: the parameters of a model, by name.
@@ -375,10 +380,8 @@ class RunFolder:
         Raises:
             StorageError: it cannot be written.
         """
-        try:
+        with _told(self.path / PARAMS):
             write_safetensors(self.path / PARAMS, jax.device_get(named_parameters(params)))
-        except OSError as error:
-            raise _cannot_write(f"{self.path / PARAMS}", error) from error
 
     def read_parameters(self, like: PyTree) -> PyTree:
         """What `write_parameters` wrote last, laid out over the devices as ``like`` is."""
@@ -392,11 +395,8 @@ class RunFolder:
         Raises:
             StorageError: it cannot be written.
         """
-        try:
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:
-            raise _cannot_write(str(self._metrics), error) from error
+        with _told(self._metrics), self._metrics.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
         self._trackers.log(record)
 
     def sync(self) -> None:
@@ -440,10 +440,8 @@ class RunFolder:
             )
         whole = sorted([*kept, *history], key=lambda r: (r["step"], r["kind"] == "epoch"))
         text = "".join(json.dumps(record) + "\n" for record in whole)
-        try:
+        with _told(self._metrics):
             files.publish(self._metrics, text.encode())
-        except OSError as error:
-            raise _cannot_write(str(self._metrics), error) from error
 
     def draw_curves(self, title: str) -> None:
         """Draw ``curves.png``: losses and accuracies of training and evaluation, by step.
@@ -630,6 +628,15 @@ def _holds_a_run(path: pathlib.Path) -> bool:
 def _environment(more: Mapping[str, Json] | None) -> dict[str, Json]:
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     return {"versions": versions(), **machine, **(more or {})}
+
+
+@contextlib.contextmanager
+def _told(path: pathlib.Path) -> Iterator[None]:
+    """A file that cannot be written is a `UserError`, of a disk that fails a `StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot_write(str(path), error) from error
 
 
 def _cannot_write(what: str, error: OSError) -> UserError:

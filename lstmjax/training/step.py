@@ -218,65 +218,21 @@ def make_steps(
     graphdef, params = nnx.split(model, nnx.Param)
     lay = _layout(mesh, len(replicas))
     outputs_of = _outputs(graphdef, padding if masked else None, bool(carried_rows))
-    gradient_of, evaluation_of, spread_outputs = _spread(
-        _objective_sums(outputs_of, objective), outputs_of, mesh, lay
-    )
-
-    def carry_of(params: PyTree) -> PyTree:
-        if not carried_rows:
-            return ()
-        stateful: Any = nnx.merge(graphdef, params)
-        return stateful.initial_carry(carried_rows)
-
-    rates = np.asarray(replicas, np.float32) if replicas else None
-    states = NamedSharding(mesh, lay.state)
-    train_rows = NamedSharding(mesh, lay.train)
-
-    @jax.jit
-    def first_state(params: PyTree) -> TrainState:
-        opt_state = lay.mapped(optimizer.init)(params)
-        state = TrainState(
-            params, opt_state, jnp.zeros((), jnp.int32), lay.mapped(carry_of)(params)
-        )
-        return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
-
-    def init() -> TrainState:
-        state = first_state(place(jax.device_get(params), states))
-        return state._replace(
-            step=jax.device_put(state.step, replicated(mesh)) if replicas else state.step,
-            carry=jax.device_put(state.carry, train_rows) if carried_rows else (),
-        )
-
+    sums_of = _objective_sums(outputs_of, objective)
     compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
-    places = Keys(train_rows, states)  # type: ignore[arg-type]
-    step_keys = lay.mapped(_step_keys, (0, None, None))
-    keys_of = compiled(step_keys, static_argnums=2, out_shardings=places)
-    gradient, evaluation, answers = map(compiled, (gradient_of, evaluation_of, spread_outputs))
-    update_of = lay.mapped(_update(optimizer), (lay.state_axes, 0, 0, 0, 0), (lay.state_axes, 0))
-    update = compiled(update_of, donate_argnums=0)
-    rows_axis = 1 if replicas else 0
-
-    def train(state: TrainState, batch: Batch, key: _Key) -> tuple[TrainState, Sums]:
-        keys = keys_of(key, state.step, batch.ids.shape[rows_axis])
-        found = gradient(state.params, batch, keys, state.carry)
-        return update(state, rates, *found)
-
-    def lower_train(state: TrainState, batch: Batch, key: _Key) -> jax.stages.Lowered:
-        keys = keys_of.eval_shape(key, state.step, batch.ids.shape[rows_axis])
-        return gradient.lower(state.params, batch, keys, state.carry)
-
-    train_calls = _Calls(train, lower_train)
+    gradient, evaluation, answers = map(compiled, _spread(sums_of, outputs_of, mesh, lay))
+    train_calls = _training(gradient, optimizer, mesh, lay, replicas)
     evaluate_calls = _Calls(evaluation, evaluation.lower)
     return Steps(
-        init,
+        _start(graphdef, params, optimizer, mesh, lay, carried_rows),
         train_calls,
         evaluate_calls,
         train_calls.prepare,
         evaluate_calls.prepare,
         answers,
-        train_rows,
+        NamedSharding(mesh, lay.train),
         NamedSharding(mesh, lay.evaluation),
-        states,
+        NamedSharding(mesh, lay.state),
     )
 
 
@@ -318,6 +274,70 @@ def _layout(mesh: Mesh, replicas: int) -> _Layout:
         return _Layout(replicas, rows, rows, whole, rows, False)
     inner = PartitionSpec(None, BATCH)
     return _Layout(replicas, whole, inner, rows, inner, True)
+
+
+def _start(
+    graphdef: nnx.GraphDef,
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    lay: _Layout,
+    carried_rows: int,
+) -> Callable[[], TrainState]:
+    """Makes the state before the first step, on the devices."""
+
+    def carry_of(params: PyTree) -> PyTree:
+        stateful: Any = nnx.merge(graphdef, params)
+        return stateful.initial_carry(carried_rows) if carried_rows else ()
+
+    @jax.jit
+    def first_state(params: PyTree) -> TrainState:
+        opt_state, carry = lay.mapped(optimizer.init)(params), lay.mapped(carry_of)(params)
+        state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), carry)
+        return jax.tree.map(jnp.copy, state)  # the model keeps its own when the state is donated
+
+    def init() -> TrainState:
+        on_devices = place(jax.device_get(params), NamedSharding(mesh, lay.state))
+        state = first_state(on_devices)
+        if lay.replicas:
+            state = state._replace(step=jax.device_put(state.step, replicated(mesh)))
+        if carried_rows:
+            rows = NamedSharding(mesh, lay.train)
+            state = state._replace(carry=jax.device_put(state.carry, rows))
+        return state
+
+    return init
+
+
+def _training(
+    gradient: jax.stages.Wrapped,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    lay: _Layout,
+    replicas: Sequence[float],
+) -> "_Calls":
+    """Steps of training: keys, gradient, update, three programs."""
+    rows, states = NamedSharding(mesh, lay.train), NamedSharding(mesh, lay.state)
+    compiled = functools.partial(jax.jit, compiler_options=quick_compilation(mesh))
+    keys_of = compiled(
+        lay.mapped(_step_keys, (0, None, None)),
+        static_argnums=2,
+        out_shardings=Keys(rows, states),  # type: ignore[arg-type]
+    )
+    update_of = lay.mapped(_update(optimizer), (lay.state_axes, 0, 0, 0, 0), (lay.state_axes, 0))
+    update = compiled(update_of, donate_argnums=0)
+    rates = place(np.asarray(replicas, np.float32), states) if replicas else None
+    axis = 1 if replicas else 0
+
+    def train(state: TrainState, batch: Batch, key: _Key) -> tuple[TrainState, Sums]:
+        keys = keys_of(key, state.step, batch.ids.shape[axis])
+        return update(state, rates, *gradient(state.params, batch, keys, state.carry))
+
+    def lower(state: TrainState, batch: Batch, key: _Key) -> jax.stages.Lowered:
+        keys = keys_of.eval_shape(key, state.step, batch.ids.shape[axis])
+        return gradient.lower(state.params, batch, keys, state.carry)
+
+    return _Calls(train, lower)
 
 
 class _Calls:

@@ -12,7 +12,7 @@ from lstmjax.precision import Precision
 from lstmjax.tasks import Adding, Task, load_task
 from lstmjax.training import Accelerator, OptimizerConfig, Viewer
 from lstmjax.training.command import require_positive, require_rate, require_seed, require_share
-from lstmjax.workbench.rows import Replica
+from lstmjax.workbench.rows import Replica, replicas_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Config:
     def replicas(self) -> tuple[Replica, ...]:
         """The runs that this one is made of."""
         rates = self.learning_rates or (self.optimizer.learning_rate,)
-        seeds = range(self.seed, self.seed + self.seeds)
-        return tuple(Replica(seed, rate) for rate in rates for seed in seeds)
+        return replicas_of(self.seed, self.seeds, rates)
 
     @property
     def side_by_side(self) -> bool:

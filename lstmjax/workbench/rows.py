@@ -17,6 +17,7 @@ __all__ = [
     "Summary",
     "finite",
     "outcome_of",
+    "replicas_of",
     "summarized",
     "table_of",
 ]
@@ -27,6 +28,15 @@ class Replica(NamedTuple):
 
     seed: int
     learning_rate: float
+
+
+def replicas_of(seed: int, seeds: int, rates: Sequence[float]) -> tuple[Replica, ...]:
+    """Each of so many seeds, from ``seed`` on, with each learning rate.
+
+    >>> [tuple(replica) for replica in replicas_of(3, 2, (0.1, 0.2))]
+    [(3, 0.1), (4, 0.1), (3, 0.2), (4, 0.2)]
+    """
+    return tuple(Replica(s, rate) for rate in rates for s in range(seed, seed + seeds))
 
 
 class Row(NamedTuple):

@@ -380,11 +380,7 @@ def open_run(config: Config, mesh: Mesh, data: Sequence[str]) -> training.RunFol
         path=config.run_dir,
         resume=config.resume or config.resume_or_start,
         start=not config.resume,
-        environment={
-            "accelerator": training.accelerator_name(mesh),
-            "devices": mesh.size,
-            "processes": jax.process_count(),
-        },
+        environment=training.surroundings(mesh),
         cell_source=cell_source(config.cell),
     )
 
