@@ -19,6 +19,12 @@ WIDE = ANY * np.float32(20)
 POSITIVE = np.abs(ANY) + np.float32(0.01)
 UNIT = ANY / np.float32(3.1)
 
+
+def upper_bits(x):
+    bits = lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFFF000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
 FUNCTIONS = {
     "sigmoid": (jax.nn.sigmoid, ANY),
     "relu": (jax.nn.relu, ANY),
@@ -95,6 +101,7 @@ FUNCTIONS = {
     "heaviside": (lambda x: x * jnp.heaviside(x, 0.5), ANY),
     "stop_gradient": (lambda x: x * lax.stop_gradient(jnp.cos(x)), ANY),
     "casts": (lambda x: x * (x > 0).astype(x.dtype) + x.astype(jnp.int32).astype(x.dtype), ANY),
+    "bits": (lambda x: x * upper_bits(x), ANY),
     "straight through": (lambda x: x + lax.stop_gradient(jnp.round(x) - x), ANY),
     "checkpoint": (jax.checkpoint(lambda x: jnp.sin(jnp.cos(x))), ANY),
     "numbers only": (lambda x: x * jnp.sqrt(jnp.float32(2.0)) + jnp.log1p(0.5), ANY),

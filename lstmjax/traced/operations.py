@@ -47,13 +47,13 @@ class NoRule(ValueError):
 
 
 _ELEMENTWISE = (
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
-    "clamp convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 "
-    "expm1 floor ge gt igamma igamma_grad_a igammac integer_pow is_finite le lgamma log log1p log2 "
-    "logistic lt max min mul ne neg nextafter not one_minus_square or polygamma population_count "
-    "pow pvary reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
-    "tanh xor zeta"
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e "
+    "bitcast_convert_type cbrt ceil clamp convert_element_type copy copy_p cos cosh digamma div "
+    "eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow "
+    "is_finite le lgamma log log1p log2 logistic lt max min mul ne neg nextafter not "
+    "one_minus_square or polygamma polynomial population_count pow pvary reduce_precision "
+    "regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic "
+    "shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta"
 )
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 """Operations on each element by itself."""
@@ -99,8 +99,12 @@ def live(eqns: Sequence[JaxprEqn], outputs: Sequence[Atom]) -> list[JaxprEqn]:
 
 
 def name_of(eqn: JaxprEqn) -> str:
-    """What JAX calls an operation."""
-    return str(eqn.primitive.name)
+    """What JAX calls an operation; a bitcast that adds or takes an axis has a name of its own."""
+    name = str(eqn.primitive.name)
+    if name == "bitcast_convert_type":
+        before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+        return name if len(before) == len(after) else f"{name} to another width"
+    return name
 
 
 def is_product(eqn: JaxprEqn) -> bool:

@@ -111,7 +111,7 @@ class Runner:
 
     def equation(self, eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
         """The outputs of one operation."""
-        name = eqn.primitive.name
+        name = name_of(eqn)
         if self.hook is not None and (taken := self.hook(eqn, ins)) is not None:
             return taken
         rowless = all(value.row is None for value in ins)
