@@ -23,6 +23,7 @@ from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.cells import Job
 from lstmjax.recurrence.step import step_of
 from tests.kernel_cases import LayerNorm, Three
+from tests.test_emit import FUNCTIONS
 
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
 
@@ -41,6 +42,24 @@ def missing():
 def compiler():
     if missing():
         pytest.skip(missing())
+
+
+class Many(LSTM):
+    """A step of several functions."""
+
+    names: tuple[str, ...] = ()
+
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        return sum(FUNCTIONS[name][0](h) for name in self.names), state
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("first", range(0, len(FUNCTIONS), 10))
+def test_whatever_is_emitted_compiles(first):
+    """The interpreter knows operations that the compiler does not."""
+    cell = Many(8, names=(*FUNCTIONS,)[first : first + 10])
+    gpu.compile_cell(cell, steps=4, batch=16, features=4)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -22,8 +22,8 @@ Value = Array | np.ndarray
 """A tile, or the number that all elements of a tile would have."""
 
 _NATIVE = (
-    "abs add and atan2 bitcast_convert_type clamp cos div eq exp exp2 ge gt le log logistic lt"
-    " max min mul ne neg or rem round rsqrt sign sin square sub tanh xor"
+    "abs add and bitcast_convert_type clamp cos div eq exp exp2 ge gt le log logistic lt max min "
+    "mul ne neg or round rsqrt sign sin square sub tanh xor"
 )
 NATIVE = frozenset(_NATIVE.split())
 """Operations that are bound as they are."""
@@ -151,6 +151,43 @@ def _log1p(x: Array, **_: object) -> Array:
     for n in range(7, -1, -1):
         series = series * s * s + 2 / (2 * n + 1)
     return lax.select(lax.abs(x) < 0.5, s * series, lax.log(1 + x))
+
+
+def _atan2(y: Array, x: Array) -> Array:
+    """Mosaic has none for tiles. By the angle to the nearer axis, or to the diagonal between."""
+    tall, wide = lax.abs(y), lax.abs(x)
+    longer = lax.max(tall, wide)
+    slope = lax.min(tall, wide) / lax.select(longer > 0, longer, jnp.ones_like(x))
+    slope = lax.select(lax.eq(tall, wide) & (longer > 0), jnp.ones_like(x), slope)  # of infinities
+    steep = slope > math.sqrt(2) - 1
+    z = lax.select(steep, (slope - 1) / (slope + 1), slope)
+    fit = jnp.zeros_like(x)
+    for coefficient in _ATAN:
+        fit = fit * z * z + coefficient
+    angle = z + z * z * z * fit
+    angle = lax.select(steep, angle + math.pi / 4, angle)
+    angle = lax.select(tall > wide, math.pi / 2 - angle, angle)
+    angle = lax.select(x < 0, math.pi - angle, angle)
+    return lax.select(y < 0, -angle, angle)
+
+
+_ATAN = (8.05374449538e-2, -1.38776856032e-1, 1.99777106478e-1, -3.33329491539e-1)
+"""atanf of Moshier's Cephes library (1992), from the highest power down."""
+
+
+def _rem(x: Array, y: Array) -> Array:
+    """Mosaic has none for numbers. To the rounding of x; 0 where that is more than y."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return lax.rem(x, y)
+    quotient = x / y
+    whole = lax.select(quotient < 0, -_floor(-quotient), _floor(quotient))
+    left, size = x - whole * y, lax.abs(y)
+    step = lax.select(x < 0, -size, size)
+    left = lax.select(left * step < 0, left + step, left)  # where the quotient was rounded
+    left = lax.select(lax.abs(left) >= size, left - step, left)
+    lost = (left * step < 0) | (lax.abs(left) >= size)
+    left = lax.select(lost, jnp.zeros_like(x), left)
+    return lax.select(size < jnp.inf, left, lax.select(lax.abs(x) < jnp.inf, x, left))
 
 
 def _erf_and_erfc(x: Array) -> tuple[Array, Array]:
@@ -313,9 +350,11 @@ RULES: Mapping[str, Callable[..., Array]] = {
     "erf": lambda x, **_: _erf_and_erfc(x)[0],
     "erfc": lambda x, **_: _erf_and_erfc(x)[1],
     "tan": lambda x, **_: lax.sin(x) / lax.cos(x),
-    "asin": lambda x, **_: lax.atan2(x, _sqrt((1 - x) * (1 + x))),
-    "acos": lambda x, **_: lax.atan2(_sqrt((1 - x) * (1 + x)), x),
-    "atan": lambda x, **_: lax.atan2(x, jnp.ones_like(x)),
+    "asin": lambda x, **_: _atan2(x, _sqrt((1 - x) * (1 + x))),
+    "acos": lambda x, **_: _atan2(_sqrt((1 - x) * (1 + x)), x),
+    "atan": lambda x, **_: _atan2(x, jnp.ones_like(x)),
+    "atan2": lambda y, x, **_: _atan2(y, x),
+    "rem": lambda x, y, **_: _rem(x, y),
     "sinh": _sinh,
     "cosh": _cosh,
     "asinh": _asinh,
