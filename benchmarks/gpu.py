@@ -26,6 +26,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -38,7 +39,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.signoff import Item, checks, environment, more_cases, run_all, training, work
+from benchmarks.signoff import (
+    Item,
+    Results,
+    checks,
+    environment,
+    more_cases,
+    run_all,
+    training,
+    work,
+)
 from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Workload, choose_engine, unroll
@@ -48,6 +58,8 @@ from lstmjax.recurrence.gpu.engine import PallasGPU
 RESULTS = pathlib.Path(__file__).parent / "results" / "gpu"
 SECONDS = 420.0
 """After which nothing new is begun."""
+PROCESSES = 6
+"""Side by side, for what takes no time: most of it goes into compiling."""
 TURNS, LEAST = 7, 0.02
 """Turns of a measurement, and the seconds that each takes at least."""
 
@@ -549,7 +561,7 @@ def items(interpreted: bool) -> dict[str, Item]:
         steps, batch, hidden, _ = shape
         title = f"time, {name}, T {steps}, B {batch}, H {hidden}, {contender.name}"
         what = functools.partial(_timed, name, shape, contender, how)
-        found[f"{title}, {contender.precision}"] = Item(what)
+        found[f"{title}, {contender.precision}"] = Item(what, alone=True)
     return found
 
 
@@ -592,9 +604,10 @@ def sign_off(interpreted: bool, path: pathlib.Path, limit: float) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--work"]
     command += ["--interpreted"] if interpreted else []
-    done = run_all(items(interpreted), command, path, limit, show)
+    results = Results(path, show)
+    done = run_all(items(interpreted), command, results, limit, 1 if interpreted else PROCESSES)
     plot(path)
-    failed = [name for name, said in json.loads(path.read_text()).items() if "failed" in said]
+    failed = [name for name, said in results.known.items() if "failed" in said]
     print(f"{len(failed)} failed; {'all is' if done else 'not all is'} done; written to {path}")
     return int(bool(failed) or not done)
 
@@ -614,6 +627,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--output", type=pathlib.Path, help="JSON; by default named by the device")
     options = parser.parse_args(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # not all of it for the first
     if options.interpreted:  # warpgroups are threads of XLA's, which has as many as it has devices
         jax.config.update("jax_num_cpu_devices", 8)
     if options.check:

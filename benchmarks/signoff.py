@@ -1,11 +1,14 @@
 """All that only a device can say of the fused kernels, item by item.
 
-`python -m benchmarks.gpu --all` runs it. Items run one after the other in a process of their own,
-which tells what came of each. One that does not answer in its time hangs: the process is ended,
-that is written down, and a new one goes on behind it. Results are written after each item, and
-whoever starts again goes on where the last run stopped, and tries again what failed.
+`python -m benchmarks.gpu --all` runs it. Items run in processes of their own, which tell what came
+of each: several side by side first, then those that take the time, one after the other. One that
+does not answer in its time hangs: its process is ended, that is written down, and a new one goes on
+behind it; so it does after whatever the device itself refused, which may have taken the process'
+device along. Results are written after each item, and whoever starts again goes on where the last
+run stopped, and tries again what failed.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import importlib.util
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -37,10 +41,12 @@ class Item(NamedTuple):
     Attributes:
         run: returns what there is to say; an exception is a failure.
         limit: seconds after which it hangs.
+        alone: whether nothing may run beside it, as it takes the time.
     """
 
     run: Callable[[], dict[str, Any]]
     limit: float = 60.0
+    alone: bool = False
 
 
 Items = Mapping[str, Item]
@@ -145,7 +151,11 @@ def _check_repeats(engine: Engine, case: Any, repeats: int) -> dict[str, Any]:
 
 def training(engine: str, *options: str) -> dict[str, Item]:
     """An epoch of imdb on the demo corpus, masked."""
-    return {"training of imdb on the demo corpus": Item(lambda: _train(engine, options), 180.0)}
+    return {
+        "training of imdb on the demo corpus": Item(
+            lambda: _train(engine, options), 180.0, alone=True
+        )
+    }
 
 
 def _train(engine: str, options: tuple[str, ...]) -> dict[str, Any]:
@@ -173,43 +183,78 @@ def work(items: Items, names: list[str]) -> None:
                 said = items[name].run()
             except Exception as error:  # of any kind: the others go on
                 said = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+                said |= {"ended": True} if isinstance(error, jax.errors.JaxRuntimeError) else {}
+                traceback.print_exc()
             said["seconds"] = time.perf_counter() - start
             print(json.dumps(said), file=answers, flush=True)
 
 
+class Results:
+    """What is known so far, by item, in a file that is written after each.
+
+    Args:
+        path: JSON; what processes print beside it is added to a file of that name with ``.log``.
+        show: called with each item's name and outcome.
+    """
+
+    def __init__(self, path: pathlib.Path, show: Callable[[str, dict[str, Any]], None]) -> None:
+        self.path, self.show = path, show
+        self.known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self._lock = threading.Lock()
+
+    def open(self, items: Items) -> list[str]:
+        """Names of those of which nothing is known, then of those that failed."""
+        new = [name for name in items if name not in self.known]
+        return new + [name for name in items if "failed" in self.known.get(name, {})]
+
+    def add(self, name: str, said: dict[str, Any]) -> None:
+        """Keep what came of an item."""
+        with self._lock:
+            self.known[name] = said
+            self.show(name, said)
+            self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+
+
 def run_all(
-    items: Items,
-    command: list[str],
-    path: pathlib.Path,
-    seconds: float,
-    show: Callable[[str, dict[str, Any]], None],
+    items: Items, command: list[str], results: Results, seconds: float, side_by_side: int = 1
 ) -> bool:
-    """Run what ``path`` has no answer to yet, then what failed; True if all is done.
+    """Run what ``results`` has no answer to yet, then what failed; True if all is done.
 
     Args:
         items: by name.
         command: starts a process that does `work`, given names (JSON) on its standard input.
-        path: of the results, JSON.
+        results: so far.
         seconds: after which nothing goes on.
-        show: called with each item's name and outcome.
+        side_by_side: processes for the items that need not be alone.
     """
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    todo = [name for name in items if name not in kept]
-    todo += [name for name in items if "failed" in kept.get(name, {})]
-    until = time.monotonic() + seconds
+    todo, until = results.open(items), time.monotonic() + seconds
+    shared = [name for name in todo if not items[name].alone]
+    turns = [[shared[k::side_by_side] for k in range(side_by_side)]]
+    turns += [[[name for name in todo if items[name].alone]]]
+    done: list[bool] = []
+    for turn in turns:
+        with concurrent.futures.ThreadPoolExecutor(len(turn)) as threads:
+            run = functools.partial(_run, items, command, results, until)
+            done += threads.map(run, turn)
+    return all(done)
+
+
+def _run(items: Items, command: list[str], results: Results, until: float, todo: list[str]) -> bool:
+    """One after the other, in a new process after each that hung or ended."""
     while todo and time.monotonic() < until:
         spare = STARTING
-        with _worker(command, todo) as answers:
+        with _worker(command, todo, results.path.with_suffix(".log")) as answers:
             while todo and (left := until - time.monotonic()) > 0:
                 limit = items[todo[0]].limit + spare
                 said = _answer(answers, min(limit, left))
                 if said is None and left < limit:
                     break
-                kept[todo[0]] = said or {"failed": f"no answer in {limit:.0f} s: it hangs"}
-                show(todo[0], kept[todo.pop(0)])
-                path.write_text(json.dumps(kept, indent=1) + "\n")
+                ended = said is None or bool(said.pop("ended", False))
+                results.add(
+                    todo.pop(0), said or {"failed": f"no answer in {limit:.0f} s: it hangs"}
+                )
                 spare = 0.0
-                if said is None or "ended" in said:
+                if ended:
                     break
     return not todo
 
@@ -223,11 +268,14 @@ def _answer(answers: "queue.Queue[str | None]", limit: float) -> dict[str, Any] 
 
 
 @contextlib.contextmanager
-def _worker(command: list[str], names: list[str]) -> Iterator["queue.Queue[str | None]"]:
+def _worker(
+    command: list[str], names: list[str], log: pathlib.Path
+) -> Iterator["queue.Queue[str | None]"]:
     """The lines that a process answers, and None once it has ended."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    with log.open("a") as printed:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed, text=True
+        )
     assert process.stdin is not None
     assert process.stdout is not None
     lines: queue.Queue[str | None] = queue.Queue()

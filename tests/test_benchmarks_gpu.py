@@ -58,19 +58,29 @@ for name in json.load(sys.stdin):
     if name == "hangs":
         sys.stdin.close()
         import threading; threading.Event().wait()
+    print("said", name, file=sys.stderr)
     if name == "dies":
         sys.exit(1)
     print(json.dumps({"found": name}), flush=True)
 """
 
 
-def test_what_hangs_or_dies_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_what_hangs_or_dies_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, side_by_side):
     monkeypatch.setattr(signoff, "STARTING", 2.0)
-    names = ("one", "hangs", "two", "dies", "three")
-    items = {name: signoff.Item(lambda: {}, limit=0.5) for name in names}
+    names = ("one", "hangs", "two", "dies", "three", "alone")
+    items = {name: signoff.Item(lambda: {}, 0.5, alone=name == "alone") for name in names}
     command, path, shown = [sys.executable, "-c", WORKER], tmp_path / "all.json", []
-    assert signoff.run_all(items, command, path, 60.0, lambda name, _: shown.append(name))
-    assert shown == list(names)
+
+    def again(items, seconds):
+        results = signoff.Results(path, lambda name, _: shown.append(name))
+        return signoff.run_all(items, command, results, seconds, side_by_side)
+
+    assert again(items, 60.0)
+    assert sorted(shown) == sorted(names)
+    assert shown[-1] == "alone"
+    if side_by_side == 1:
+        assert shown == list(names)
     found = json.loads(path.read_text())
     assert [found[name].get("found") for name in ("one", "two", "three")] == ["one", "two", "three"]
     assert "it hangs" in found["hangs"]["failed"]
@@ -78,9 +88,9 @@ def test_what_hangs_or_dies_is_told_and_the_rest_goes_on(tmp_path, monkeypatch):
     # Again: what there is no answer to yet, and then what failed.
     del found["two"]
     path.write_text(json.dumps(found))
-    assert signoff.run_all(items, command, path, 60.0, lambda name, _: shown.append(name))
-    assert shown[len(names) :] == ["two", "hangs", "dies"]
-    assert not signoff.run_all(items | {"four": items["one"]}, command, path, 0.0, lambda *_: None)
+    assert again(items, 60.0)
+    assert set(shown[len(names) :]) == {"two", "hangs", "dies"}
+    assert not again(items | {"four": items["one"]}, 0.0)
 
 
 def test_what_an_item_raises_is_its_outcome(capsys):
@@ -93,6 +103,7 @@ def test_what_an_item_raises_is_its_outcome(capsys):
     )
     bad, good = map(json.loads, capsys.readouterr().out.splitlines())
     assert bad["failed"] == "ValueError: off"
+    assert "ended" not in bad
     assert good["error"] == 0
 
 
