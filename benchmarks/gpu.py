@@ -49,7 +49,7 @@ from benchmarks.signoff import (
     training,
     work,
 )
-from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
+from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Workload, choose_engine, unroll
 from lstmjax.recurrence.engine import platform
@@ -103,11 +103,12 @@ class Leaky(Cell):
         return (1 - self.leak) * jax.nn.sigmoid(pre.o) * jnp.tanh(new) + self.leak * h, state
 
 
-CELLS: dict[str, type[Cell]] = {
+CELLS: dict[str, Callable[[int], Cell]] = {
     "LSTM": LSTM,
     "PeepholeLSTM": PeepholeLSTM,
     "GRU": GRU,
     "Leaky": Leaky,
+    "sLSTM, 4 heads": functools.partial(SLSTM, heads=4),
 }
 
 
@@ -397,7 +398,7 @@ def tolerance(name: str, shape: Shape, precision: str, *, gradient: bool) -> flo
     """As in the project's tests; for TF32, with 10 bits, what bfloat16 may have, divided by 4."""
     terms = shape.steps * (shape.features + shape.hidden)
     if gradient:
-        gates = len(CELLS[name].gates)
+        gates = len(CELLS[name](shape.hidden).gates)
         terms += shape.steps * gates * shape.hidden + shape.batch * shape.steps
     unit = {"bfloat16": 2.0**-8, "tf32": 2.0**-10, "float32": 16 * 2.0**-24}[precision]
     return float(unit * np.sqrt(terms))
@@ -424,7 +425,9 @@ def bound(name: str, shape: Shape, precision: str, device: str, *, gradient: boo
     if peaks is None:
         return None
     steps, batch, hidden, features = shape
-    products = 2 * steps * batch * (features + hidden) * len(CELLS[name].gates) * hidden
+    cell = CELLS[name](hidden)
+    terms = features + hidden // cell.heads
+    products = 2 * steps * batch * terms * len(cell.gates) * hidden
     traffic = 4 * steps * batch * (features + hidden)
     if gradient:  # two more products for each; x and d hs are read, hs and d x written
         products, traffic = 3 * products, 2 * traffic
@@ -510,7 +513,7 @@ def jobs(shapes: tuple[Shape, ...]) -> Iterator[tuple[str, Shape, Contender]]:
                         yield name, shape, contender
 
 
-TINY = Shape(5, 3, 6, 4)
+TINY = Shape(5, 3, 8, 4)
 """Of ``--check``."""
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lstmjax.cells import GRU, LSTM, PeepholeLSTM
+from lstmjax.cells import GRU, LSTM, SLSTM, PeepholeLSTM
 from lstmjax.recurrence.engine import Engine
 
 STARTING = 90.0
@@ -90,7 +90,10 @@ def more_cases(largest: int) -> dict[str, Any]:
     cases += [Case(GRU(256), steps=33, batch=16, flags=both, reverse=True)]
     cases += [Case(PeepholeLSTM(100), steps=37, batch=65, flags=both)]
     cases += [Case(Three(256), steps=37, batch=65, precision="bfloat16", flags=both)]
+    cases += [Case(SLSTM(512, heads=4), steps=33, batch=16, precision="bfloat16", flags=both)]
+    cases += [Case(SLSTM(320, heads=4), steps=33, batch=16, flags=both)]
     cases += [Case(LSTM(256), steps=1, batch=65, precision="bfloat16", flags=both)]
+    cases += [Case(LSTM(192), steps=1, batch=65), Case(GRU(256), steps=1, batch=65)]
     fit = [case for case in cases if case.cell.hidden_size <= largest]
     return {f"{case.cell}, T {case.steps}, B {case.batch}, {case.precision}": case for case in fit}
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.aot import assembly, gpu
-from lstmjax.cells import GRU, LSTM, PeepholeLSTM
+from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.errors import UserError
 from lstmjax.recurrence import PallasGPU, Workload, unroll
 from lstmjax.recurrence.engine import How
@@ -22,7 +22,7 @@ from lstmjax.recurrence.gpu import engine as gpu_engine
 from lstmjax.recurrence.gpu import exchange
 from lstmjax.recurrence.gpu.cells import Job
 from lstmjax.recurrence.step import step_of
-from tests.kernel_cases import LayerNorm, Three
+from tests.kernel_cases import LayerNorm, Three, TwoHeads
 from tests.test_emit import FUNCTIONS
 
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
@@ -70,8 +70,9 @@ def test_whatever_is_emitted_compiles(first):
         (GRU(20), "float32", True, 1),
         (LSTM(100), "float32", True, 2),
         (Three(256), "bfloat16", True, 4),
+        (TwoHeads(256), "bfloat16", True, 1),
     ],
-    ids=lambda a: type(a).__name__ if isinstance(a, (LSTM, GRU, Three)) else str(a),
+    ids=lambda a: type(a).__name__ if isinstance(a, Cell) else str(a),
 )
 def test_compiles_without_spills_and_hazards(cell, precision, flags, blocks):
     """And nobody waits in a step but for what is exchanged."""
@@ -131,9 +132,10 @@ def test_what_kernels_once_were_or_might_be_is_seen(mutate, hidden, seen, monkey
 
 
 @pytest.mark.usefixtures("compiler")
-def test_compiles_under_vmap_and_shard_map():
+@pytest.mark.parametrize("cell", [PeepholeLSTM(20), TwoHeads(384)], ids=["block", "clusters"])
+def test_compiles_under_vmap_and_shard_map(cell):
     """Two sets of parameters, rows spread over a mesh that checks what varies."""
-    cell, engine = PeepholeLSTM(20), PallasGPU(attached=False)
+    engine = PallasGPU(attached=False)
     (params, xs, *_), _ = gpu.recurrence_program(cell, WORK, engine)
 
     def loss(params, xs):

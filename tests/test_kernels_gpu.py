@@ -60,6 +60,8 @@ CASES = {
     "sLSTM of two heads": Case(SLSTM(6, heads=2), steps=3, flags=("resets",), initial=False),
     "heads": Case(TwoHeads(6), steps=3),
     "heads, parts apart": Case(TwoHeadsApart(6), steps=3),
+    "groups of two heads, flags": Case(SLSTM(128, heads=4), steps=2, flags=BOTH),
+    "heads of two tiles, apart": Case(TwoHeadsApart(140), steps=2, flags=("mask",)),
     "one step of one row": Case(LSTM(64), batch=1, steps=1),
 }
 

@@ -34,6 +34,7 @@ from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.cells import Job, backward_recurrence, forward_recurrence
 from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, shared_memory
+from lstmjax.recurrence.layout import groups_of, up
 from lstmjax.recurrence.step import step_of
 from lstmjax.training.devices import BATCH
 
@@ -394,7 +395,8 @@ def cell_rows(cell: Cell, **options: Unpack[_Options]) -> list[Row]:
             )
         plan, kernel = report.plans[k], compiled.kernels[-1]
         figures = report.shared_memory[k], kernel.registers, kernel.spilled
-        blocks = -(-cell.hidden_size // TILE) if plan.cluster else 1
+        width = cell.hidden_size // groups_of(cell, TILE)
+        blocks = up(width, TILE) // TILE if plan.cluster else 1
         sizes = compiled.seconds, compiled.temporaries
         loop = kernel.barriers, kernel.fences
         text = "; ".join(kernel.hazards)

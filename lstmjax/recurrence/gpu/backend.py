@@ -37,6 +37,7 @@ def _lower() -> None:
             _probe,
             steps=1,
             batch=8,
+            groups=1,
             units=tiles * TILE,
             inputs=(1,),
             flags=1,
@@ -48,7 +49,7 @@ def _lower() -> None:
             downward=False,
         )
         kernel = jax.jit(recurrence_kernel(what, GPUPlan(cluster=tiles > 1, resident=1)))
-        weights = jax.ShapeDtypeStruct((1, 1, what.units, what.units), jnp.bfloat16)
+        weights = jax.ShapeDtypeStruct((1, 1, 1, what.units, what.units), jnp.bfloat16)
         shapes = ((1, 8, what.units), (1, 8), (8, what.units), (8, what.units))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         kernel.trace(weights, *arrays).lower(lowering_platforms=("cuda",))

@@ -10,7 +10,7 @@ from jax import Array, lax
 from lstmjax.cells.base import Cell
 from lstmjax.recurrence.gpu.emit import Emission
 from lstmjax.recurrence.gpu.plan import TILE, Recurrence, Tiles
-from lstmjax.recurrence.layout import up
+from lstmjax.recurrence.layout import groups_of, up
 from lstmjax.recurrence.step import Step
 
 
@@ -33,6 +33,21 @@ class Job(NamedTuple):
     resets: bool
     reverse: bool
     d_outs: tuple[bool, ...] = (True,)
+
+    @property
+    def groups(self) -> int:
+        """Recurrences side by side."""
+        return groups_of(self.cell, TILE)
+
+    @property
+    def width(self) -> int:
+        """Units of each."""
+        return self.cell.hidden_size // self.groups
+
+    @property
+    def units(self) -> int:
+        """The same in whole tiles."""
+        return up(self.width, TILE)
 
 
 class Sizes(NamedTuple):
@@ -91,7 +106,8 @@ def forward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
         cell=functools.partial(_forward_cell, job),
         steps=steps,
         batch=batch,
-        units=up(job.cell.hidden_size, TILE),
+        groups=job.groups,
+        units=job.units,
         inputs=(gates,) + (1,) * (sizes.inputs + sizes.noise),
         flags=job.masked + job.resets,
         constants=sizes.constants + bias + (sizes.carry if job.resets else 0),
@@ -144,7 +160,8 @@ def backward_recurrence(job: Job, steps: int, batch: int) -> Recurrence:
         cell=functools.partial(_backward_cell, job),
         steps=steps,
         batch=batch,
-        units=up(job.cell.hidden_size, TILE),
+        groups=job.groups,
+        units=job.units,
         inputs=parts + (1,) * (carry_seen + sizes.inputs + sizes.noise + sum(job.d_outs)),
         flags=job.masked + job.resets,
         constants=sizes.constants,

@@ -40,7 +40,7 @@ from lstmjax.recurrence.gpu.cells import (
     sizes_of,
 )
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, at_once, choose_plan
-from lstmjax.recurrence.layout import dense, up
+from lstmjax.recurrence.layout import grouped, groups_of, up
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.step import no_kernel, standard, step_of
 from lstmjax.traced import vary_alike
@@ -120,8 +120,8 @@ class PallasGPU(Engine):
         The more rows a block has, the fewer blocks there are, and the slower is each.
         """
         batch, precision = work.batch, work.precision
-        tiles = up(cell.hidden_size, TILE) // TILE
-        step = step_of(cell, work)
+        groups, step = groups_of(cell, TILE), step_of(cell, work)
+        tiles = up(cell.hidden_size // groups, TILE) // TILE
         every = (True,) * (sizes_of(step).carry if work.states else 1)
         parts = {"bfloat16": 1, "float32": 3 if tiles == 1 else 2}[precision]
         fast = precision == "bfloat16" if self.fast_math is None else self.fast_math
@@ -136,7 +136,7 @@ class PallasGPU(Engine):
             if forward is not None and backward is not None:
                 found.append((forward, backward))
                 blocks = tiles if backward.cluster else 1
-                if -(-batch // rows) <= at_once(self._cores(), blocks):
+                if groups * -(-batch // rows) <= at_once(self._cores(), blocks):
                     break
         return found[-1] if found else None
 
@@ -306,11 +306,10 @@ def _known(how: _How, d_outs: Outputs | None) -> list[Array | None]:
 
 def _real(how: _How, arrays: list[Array], batch: int) -> list[Array]:
     """Zeros in rows and units of padding, whose derivatives may be infinite: 0 x inf is no zero."""
-    units = up(how.cell.hidden_size, TILE)
     found = []
     for a in arrays:
         row = jnp.arange(a.shape[-2])[:, None] < batch
-        unit = jnp.arange(a.shape[-1])[None] % units < how.cell.hidden_size
+        unit = jnp.arange(a.shape[-1])[None] % how.job.units < how.job.width
         keep = jnp.broadcast_to(row & unit, a.shape[-2:])
         found.append(jnp.where(keep.reshape((1,) * (a.ndim - 2) + keep.shape), a, 0))
     return found
@@ -386,26 +385,32 @@ def _input_part(how: _How, params: Params, xs: Array) -> Array:
 
 def _recurrent_part(how: _How, params: Params, hs: Array) -> Array:
     """``h R`` of all steps, ``hs (T, B, H)`` and the result padded."""
-    kernel = _pad_units(how, dense(how.cell, params["recurrent_kernel"]))
-    kernel = jnp.pad(kernel, ((0, hs.shape[-1] - len(kernel)), (0, 0)))
-    part = make_dot(how.precision)(hs, kernel)
+    kernel = _recurrent_kernel(how, params, "edge")
+    groups, units, gates, _ = kernel.shape
+    dot = jax.vmap(make_dot(how.precision), (-2, 0), -2)
+    part = dot(hs.reshape(*hs.shape[:-1], groups, units), kernel.reshape(groups, units, -1))
+    part = part.reshape(*hs.shape[:-1], groups, gates, units).swapaxes(-3, -2)
+    part = part.reshape(*hs.shape[:-1], -1)
     if how.cell.parts_apart:
         part = part + _pad_units(how, params["recurrent_bias"])[None, None]
     return part
 
 
 def _weights(how: _How, params: Params, *, backward: bool) -> Array:
-    """The W_g of a kernel, ``(parts, G, H, H)``: [unit that is computed, unit that is multiplied].
+    """The W_g of a kernel, ``(groups, parts, G, units, units)``: [unit computed, unit multiplied].
 
     Whatever a padded unit holds is multiplied by zero.
     """
     plan = how.backward if backward else how.forward
-    kernel = dense(how.cell, params["recurrent_kernel"])
-    kernel = _pad_units(how, kernel, "constant" if backward else "edge")
-    units = kernel.shape[-1] // len(how.cell.gates)
-    kernel = jnp.pad(kernel, ((0, units - len(kernel)), (0, 0))).reshape(units, -1, units)
-    kernel = kernel.transpose((1, 0, 2) if backward else (1, 2, 0))
-    return jnp.stack(split_outside(kernel, plan.parts))
+    kernel = _recurrent_kernel(how, params, "constant" if backward else "edge")
+    kernel = kernel.transpose((0, 2, 1, 3) if backward else (0, 2, 3, 1))
+    return jnp.stack(split_outside(kernel, plan.parts), axis=1)
+
+
+def _recurrent_kernel(how: _How, params: Params, mode: str) -> Array:
+    """``(groups, units, G, units)``, the last axis padded as is said, the other with zeros."""
+    kernel = _pad_units(how, grouped(how.cell, params["recurrent_kernel"], how.job.groups), mode)
+    return jnp.pad(kernel, ((0, 0), (0, how.job.units - how.job.width), (0, 0), (0, 0)))
 
 
 def _constants(how: _How, params: Params, rows: int) -> list[Array]:
@@ -460,16 +465,16 @@ def _pad_rows(how: _How, x: Array, axis: int, mode: str = "edge") -> Array:
 
 
 def _pad_units(how: _How, x: Array, mode: str = "edge") -> Array:
-    """``(..., n H)`` up to whole tiles, by copies of the last unit.
+    """``(..., n H)`` up to whole tiles, group by group, by copies of the last unit.
 
     So what a padded unit computes is as finite as what the cell computes itself: zeros might make
     a step divide by zero, and a NaN spreads to all units through the product.
     """
-    units = how.cell.hidden_size
-    if units % TILE == 0:
+    missing = how.job.units - how.job.width
+    if not missing:
         return x
-    blocks = x.reshape(*x.shape[:-1], -1, units)
-    widths = [(0, 0)] * (x.ndim) + [(0, up(units, TILE) - units)]
+    blocks = x.reshape(*x.shape[:-1], -1, how.job.width)
+    widths = [(0, 0)] * (x.ndim) + [(0, missing)]
     return jnp.pad(blocks, widths, mode=mode).reshape(*x.shape[:-1], -1)
 
 
@@ -479,4 +484,5 @@ def _pad(how: _How, x: Array, mode: str = "edge") -> Array:
 
 
 def _unpad(how: _How, x: Array, batch: int) -> Array:
-    return x[..., :batch, : how.cell.hidden_size]
+    groups = x[..., :batch, :].reshape(*x.shape[:-2], batch, how.job.groups, how.job.units)
+    return groups[..., : how.job.width].reshape(*x.shape[:-2], batch, how.cell.hidden_size)

@@ -47,9 +47,9 @@ def recurrence_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Arr
     """The kernel as a function of arrays.
 
     Returns:
-        ``f(weights (parts, G, H, H) bfloat16, *inputs, *flags, *constants, *carry, *exchanged)``,
-        all but the weights float32, ``exchanged (B, H)`` being what the first products multiply;
-        it returns the outputs and the final carry.
+        ``f(weights, *inputs, *flags, *constants, *carry, *exchanged)``, weights
+        ``(groups, parts, G, units, units)`` in bfloat16 and all else in float32, ``exchanged
+        (B, H)`` being what the first products multiply; it returns the outputs and the final carry.
     """
     tiles = what.units // TILE
     mesh: _Mesh
@@ -57,14 +57,15 @@ def recurrence_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Arr
         mesh = {"cluster": (tiles,), "cluster_names": ("tile",)}
     else:
         mesh = {"num_threads": tiles, "thread_name": "tile"}
-    per_step = [(what.steps, what.batch, n * what.units) for n in what.outputs]
-    final = [(what.batch, what.units)] * what.carry
+    hidden = what.groups * what.units
+    per_step = [(what.steps, what.batch, n * hidden) for n in what.outputs]
+    final = [(what.batch, hidden)] * what.carry
     kernel = plgpu.kernel(
         _Body(what, plan),
         out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*per_step, *final)],
         scratch_types=_scratch(what, plan),
-        grid=(what.batch // plan.rows,),
-        grid_names=("block",),
+        grid=(what.groups, what.batch // plan.rows),
+        grid_names=("group", "block"),
         compiler_params=plgpu.CompilerParams(
             approx_math=plan.fast_math,
             unsafe_no_auto_barriers=True,
@@ -213,11 +214,13 @@ class _Body:
         self.output_refs, self.final = take(len(what.outputs)), take(what.carry)
         self.scratch, self.tile = scratch, lax.axis_index("tile")
         self.owner = jnp.int32(0) if self.plan.cluster else self.tile
+        self.group = lax.axis_index("group") if what.groups > 1 else 0
         self.rows = pl.ds(lax.axis_index("block") * self.plan.rows, self.plan.rows)
 
     def _columns(self, block: Index) -> slice | pl.Slice:
         """This tile's units in the given block of H columns."""
-        return pl.ds(block * self.what.units + self.tile * TILE, TILE)
+        of_group = block * self.what.groups + self.group
+        return pl.ds(of_group * self.what.units + self.tile * TILE, TILE)
 
     def _mine(self, ref: MosaicRef) -> MosaicRef:
         return ref.at[self.rows, self._columns(0)]
@@ -285,7 +288,8 @@ class _Body:
             plgpu.copy_gmem_to_smem(self._mine(ref), target, here)
         everything = itertools.product(range(plan.parts), range(self.tiles), range(what.gates))
         for part, k, g in everything:
-            source = self.weights.at[part, g, pl.ds(self.tile * TILE, TILE), pl.ds(k * TILE, TILE)]
+            mine, theirs = pl.ds(self.tile * TILE, TILE), pl.ds(k * TILE, TILE)
+            source = self.weights.at[self.group, part, g, mine, theirs]
             if part == 0 and k < plan.resident:
                 resident[g].append(_load_operand(source, plan))
             else:
@@ -347,7 +351,8 @@ class _Body:
     ) -> None:
         """W_g times what was published, for each g: ``add_to(g, left, right)``, left right^T.
 
-        Of float32 numbers in parts, products of two small parts are left out.
+        Of float32 numbers in parts, products of two small parts are left out. What is small comes
+        first: a tensor core cuts off what it adds below the last place of the sum so far.
         """
         plan, gates = self.plan, range(self.what.gates)
 
@@ -355,24 +360,28 @@ class _Body:
             for g in gates:
                 add_to(g, weights(g), self._exchanged(slot, k, g, right))
 
-        def from_registers(right: Index) -> None:
-            for k, tiles in enumerate(zip(*resident, strict=True)):
-                add(k, right, tiles.__getitem__)
+        def large_part(rights: range) -> None:
+            """The first part of W times some of the others' parts."""
+            ours, others = plan.resident, self.tiles - plan.resident
 
-        def large_parts(i: Index) -> None:
-            right, k = _divided(i, self.tiles - plan.resident)
-            add(k + plan.resident, right, lambda g: self._weights(0, k + plan.resident, g))
+            def from_memory(i: Index) -> None:
+                right, k = _divided(i, others)
+                add(k + ours, right + rights[0], lambda g: self._weights(0, k + ours, g))
 
-        def small_parts(i: Index) -> None:  # times the first; then the second times the second, ...
+            if rights:
+                self._each(len(rights) * others, from_memory)
+            for right in rights:  # no loop: it would write registers that are in use
+                for k, tiles in enumerate(zip(*resident, strict=True)):
+                    add(k, right, tiles.__getitem__)
+
+        def small_parts(i: Index) -> None:  # the second times the second, both times the first
             pair, k = _divided(i, self.tiles)
             part, right = _divided(pair, 2)
             add(k, right, lambda g: self._weights(1 + part, k, g))
 
-        if plan.resident:
-            for right in range(plan.parts):  # no loop: it would write registers that are in use
-                from_registers(right)
-        self._each(plan.parts * (self.tiles - plan.resident), large_parts)
         self._each(plan.parts * (plan.parts - 1) // 2 * self.tiles, small_parts)
+        large_part(range(1, plan.parts))
+        large_part(range(1))
 
     # Between steps
 

@@ -32,6 +32,11 @@ def plain_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
         inputs, flags, constants, carry, exchanged = cut(list(arrays), *sizes)
         weights = weights.astype(jnp.float32)
 
+        def of_groups(right: Array, left: Array) -> Array:
+            cut = right.reshape(-1, what.groups, what.units)
+            product = jnp.einsum("bku,kvu->bkv", cut, left, precision="highest")
+            return product.reshape(right.shape)
+
         def multiply(exchanged: list[Array]) -> list[Array]:
             parts = [
                 [part.astype(jnp.float32) for part in split_outside(a, plan.parts)]
@@ -40,9 +45,7 @@ def plain_kernel(what: Recurrence, plan: GPUPlan) -> Callable[..., list[Array]]:
 
             def product(gate: int) -> Array:
                 rights = parts[0 if what.shared else gate]
-                found = (
-                    jnp.dot(rights[k], weights[i, gate].T, precision="highest") for i, k in pairs
-                )
+                found = (of_groups(rights[k], weights[:, i, gate]) for i, k in pairs)
                 return functools.reduce(jnp.add, found)
 
             return [*map(product, range(what.gates))]

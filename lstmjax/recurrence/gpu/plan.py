@@ -77,7 +77,9 @@ class Recurrence:
     Attributes:
         name: of the kernel, for tools.
         cell: element-wise function of one step.
-        steps, batch, units: T, B, H.
+        steps, batch: T, B.
+        groups: recurrences side by side, heads say, that know nothing of each other.
+        units: of each; H is both together.
         inputs: how many tiles of each array of inputs ``(T, B, n H)``.
         flags: number of arrays ``(T, B)``.
         constants: number of arrays ``(B, H)`` that do not change over time.
@@ -93,6 +95,7 @@ class Recurrence:
     cell: TileStep
     steps: int
     batch: int
+    groups: int
     units: int
     inputs: tuple[int, ...]
     flags: int
