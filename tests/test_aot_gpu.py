@@ -10,12 +10,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.aot import assembly, gpu
 from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.errors import UserError
+from lstmjax.layers import Bidirectional, bidirectional
 from lstmjax.recurrence import PallasGPU, Workload, unroll
 from lstmjax.recurrence.engine import How
 from lstmjax.recurrence.gpu import engine as gpu_engine
@@ -151,6 +153,20 @@ def test_compiles_under_vmap_and_shard_map(cell):
     compiled = gpu.compile_for_hopper(program, pair, xs)
     assert len(compiled.kernels) == 2
     assert not any(kernel.spilled for kernel in compiled.kernels)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_both_directions_are_one_launch(monkeypatch):
+    monkeypatch.setattr(bidirectional, "platform", lambda: "gpu")
+    layer = Bidirectional(LSTM(30), 4, engine=PallasGPU(attached=False), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    x = jax.ShapeDtypeStruct((16, 5, 4), jnp.float32)
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graph, params)(x)[0] ** 2)
+
+    compiled = gpu.compile_for_hopper(jax.grad(loss), params, x)
+    assert len(compiled.kernels) == 2
 
 
 @pytest.mark.usefixtures("compiler")

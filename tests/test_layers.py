@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from lstmjax import cells
-from lstmjax.cells import GRU, LSTM, Carry, Cell, Noise
+from lstmjax.cells import GRU, LSTM, Carry, Cell, Noise, PeepholeLSTM
 from lstmjax.layers import (
     Bidirectional,
     ConvPool,
     Recurrent,
     Stack,
+    bidirectional,
     dense,
     dropout,
     embedding,
@@ -147,6 +148,34 @@ def test_bidirectional_joins_both_directions():
     np.testing.assert_allclose(first.h, final.h, rtol=1e-6)
     np.testing.assert_allclose(last.h[1], forward[1, 3], rtol=1e-6)
     assert not np.allclose(forward, flipped[:, ::-1])
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_both_directions_at_once_are_those_one_by_one(given, time_major, monkeypatch):
+    """As on a GPU: values, states and all gradients."""
+    layer = Bidirectional(PeepholeLSTM(5), 3, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 7, 3)), "float32")
+    x = x.swapaxes(0, 1) if time_major else x
+    draw = lambda a: jnp.asarray(rng.normal(size=a.shape), "float32")  # noqa: E731
+    initial = jax.tree.map(draw, layer.initial_carry(4)) if given else None
+    mask = jnp.asarray(rng.random(x.shape[:2]) < 0.7)
+    graph, params = nnx.split(layer)
+    options = {"mask": mask, "lengths": jnp.array([7, 3, 0, 5]), "time_major": time_major}
+
+    def run(params, x, initial):
+        return nnx.merge(graph, params)(x, initial, return_states=True, **options)
+
+    def loss(*args):
+        return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(run(*args)))
+
+    results = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(bidirectional, "platform", lambda platform=platform: platform)
+        results.append((run(params, x, initial), jax.grad(loss, (0, 1))(params, x, initial)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        assert_close(other, one, reduction=7 * (3 + 5) * 5)
 
 
 def test_stack_feeds_each_layer_with_the_one_below():

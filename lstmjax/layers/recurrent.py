@@ -117,10 +117,16 @@ class Recurrent(Layer):
     def _run(
         self, x: Array, initial: Carry | None, keys: Keys | None, options: Options
     ) -> Unrolled:
+        return self._with(self.arrays(), x, initial, keys, options)
+
+    def _with(
+        self, params: Params, x: Array, initial: Carry | None, keys: Keys | None, options: Options
+    ) -> Unrolled:
+        """The layer with parameters in place of its own."""
         known = {n: a for n, a in options.inputs.items() if n in self.cell.step_inputs}
         found = unroll(
             self.cell,
-            self.arrays(),
+            params,
             self._cast(x),
             self._cast(initial),
             keys=keys,
