@@ -25,6 +25,7 @@ import argparse
 import functools
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -34,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,7 @@ from benchmarks.signoff import (
     work,
 )
 from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
+from lstmjax.layers import Bidirectional, bidirectional
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Workload, choose_engine, unroll
 from lstmjax.recurrence.engine import platform
@@ -58,7 +61,7 @@ from lstmjax.recurrence.gpu.engine import PallasGPU
 RESULTS = pathlib.Path(__file__).parent / "results" / "gpu"
 SECONDS = 420.0
 """After which nothing new is begun."""
-PROCESSES = 6
+PROCESSES = 12
 """Side by side, for what takes no time: most of it goes into compiling."""
 TURNS, LEAST = 7, 0.02
 """Turns of a measurement, and the seconds that each takes at least."""
@@ -86,6 +89,9 @@ SHAPES = (
     Shape(500, 256, 512, 512),
     Shape(500, 64, 1024, 1024),
 )
+
+FIRST = 3
+"""How many of them are measured with every cell before the others are."""
 
 
 class Leaky(Cell):
@@ -323,6 +329,7 @@ def torch_runs(mode: str, problem: Problem) -> Runs:
     with torch.no_grad():
         for parameter, value in zip(module.parameters(), values, strict=True):
             parameter.copy_(torch.tensor(value))
+    module.flatten_parameters()  # one piece of memory, without which every call copies them
     x = torch.tensor(problem.x).to(device, dtype).requires_grad_()
     d_hs = torch.tensor(problem.d_hs).to(device, dtype)
 
@@ -368,11 +375,12 @@ def contenders() -> Iterator[Contender]:
         make = functools.partial(torch_runs, mode)
         yield Contender("PyTorch cuDNN", mode, ("LSTM", "GRU"), make, "torch")
     yield Contender("jax.experimental.rnn", "float32", ("LSTM",), cudnn_runs)
-    for engine in ("derived", "scan"):
+    for engine, cells in (("derived", ours), ("scan", ("LSTM",))):
         for precision in precisions:
             make = functools.partial(lstmjax_runs, engine, precision)
-            yield Contender(f"lstmjax {engine}", precision, ours, make)
-    yield Contender("Flax nnx.RNN", "float32", ("LSTM",), flax_runs, "flax")
+            yield Contender(f"lstmjax {engine}", precision, cells, make)
+    default = "tf32" if platform() == "gpu" else "float32"  # as its users get it
+    yield Contender("Flax nnx.RNN", default, ("LSTM",), flax_runs, "flax")
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -504,13 +512,16 @@ def line(row: dict[str, Any]) -> str:
 
 
 def jobs(shapes: tuple[Shape, ...]) -> Iterator[tuple[str, Shape, Contender]]:
-    """LSTM at all shapes first, then the other cells."""
-    for names in (("LSTM",), tuple(name for name in CELLS if name != "LSTM")):
-        for shape in shapes:
-            for name in names:
-                for contender in contenders():
-                    if name in contender.cells:
-                        yield name, shape, contender
+    """LSTM at the first shapes, then the other cells, then both at the others."""
+
+    def turn(one: tuple[int, str]) -> tuple[bool, bool]:
+        number, name = one
+        return number >= FIRST, name != "LSTM"
+
+    for number, name in sorted(itertools.product(range(len(shapes)), CELLS), key=turn):
+        for contender in contenders():
+            if name in contender.cells:
+                yield name, shapes[number], contender
 
 
 TINY = Shape(5, 3, 8, 4)
@@ -560,11 +571,47 @@ def items(interpreted: bool) -> dict[str, Item]:
         found |= checks(PallasGPU(), CASES | more_cases(512), 1000)
         found |= training("pallas_gpu")
     how = {"turns": 1, "least": 0.0} if interpreted else {}
+    beside = functools.partial(side_by_side, shapes[0], how)
+    found["time, seeds and directions side by side"] = Item(beside, alone=True)
     for name, shape, contender in jobs(shapes):
         steps, batch, hidden, _ = shape
         title = f"time, {name}, T {steps}, B {batch}, H {hidden}, {contender.name}"
         what = functools.partial(_timed, name, shape, contender, how)
         found[f"{title}, {contender.precision}"] = Item(what, alone=True)
+    return found
+
+
+def side_by_side(shape: Shape, how: dict[str, Any]) -> dict[str, Any]:
+    """What seeds cost in one `jax.vmap`, and both directions in one launch or two: us a step.
+
+    Of an LSTM with its gradient.
+    """
+    from flax import nnx
+
+    problem, found = make_problem("LSTM", shape), {}
+
+    def time_of(f: Callable[[Any, Any], Any], params: Any, d_hs: np.ndarray) -> float:
+        runs = jax_runs(f, params, problem._replace(d_hs=d_hs))
+        return 1e6 * seconds(runs.gradient, runs.wait, runs.clock, **how) / shape.steps
+
+    def hidden(params: Any, x: Any) -> Any:
+        return unroll(problem.cell, params, x, precision="bfloat16")[0]
+
+    for seeds in (1, 2, 4, 8, 16):
+        params, d_hs = jax.tree.map(
+            lambda a, n=seeds: np.stack([a] * n), (problem.params, problem.d_hs)
+        )
+        found[f"{seeds} seeds"] = time_of(jax.vmap(hidden, (0, None)), params, d_hs)
+    layer = Bidirectional(problem.cell, shape.features, precision="bfloat16", rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    for launches, where in (("one launch", "gpu"), ("two launches", "cpu")):
+        with mock.patch.object(bidirectional, "platform", lambda where=where: where):
+            both = time_of(
+                lambda params, x: nnx.merge(graph, params)(x)[0],
+                params,
+                np.concatenate([problem.d_hs] * 2, axis=-1),
+            )
+        found[f"both directions, {launches}"] = both
     return found
 
 
