@@ -5,7 +5,7 @@
                                         it goes on where it stopped; writes
                                         benchmarks/results/gpu/<device>-all.json
     python -m benchmarks.gpu --all --interpreted    the same, small, without a GPU
-    python -m benchmarks.gpu            prints a table and writes
+    python -m benchmarks.gpu            prints a table, draws it and writes
                                         benchmarks/results/gpu/<device>.json
     python -m benchmarks.gpu --check    tiny shapes, with or without a GPU, writes nothing: only
                                         shows that every contender that is present runs
@@ -33,7 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -61,7 +61,7 @@ from lstmjax.recurrence.gpu.engine import PallasGPU
 RESULTS = pathlib.Path(__file__).parent / "results" / "gpu"
 SECONDS = 420.0
 """After which nothing new is begun."""
-PROCESSES = 12
+PROCESSES = 6
 """Side by side, for what takes no time: most of it goes into compiling."""
 TURNS, LEAST = 7, 0.02
 """Turns of a measurement, and the seconds that each takes at least."""
@@ -550,6 +550,7 @@ def run(shapes: tuple[Shape, ...], path: pathlib.Path, limit: float) -> None:
             rows.append(measure(name, shape, contender, found["device"]))
         print(line(rows[-1]), flush=True)
         path.write_text(json.dumps({"environment": found, "rows": rows}, indent=1) + "\n")
+    plot(rows, path.with_suffix(".png"))
     print(f"{time.perf_counter() - start:.0f} s, written to {path}")
 
 
@@ -565,11 +566,11 @@ def items(interpreted: bool) -> dict[str, Item]:
     shapes = (TINY,) if interpreted else SHAPES
     if interpreted:
         cases = {"LSTM": CASES["LSTM"]._replace(steps=5)}
-        found |= checks(PallasGPU(interpret=INTERPRET), cases, 2)
         found |= training("auto", "--accelerator", "cpu", "--max-length", "16")
+        found |= checks(PallasGPU(interpret=INTERPRET), cases, 2)
     else:
-        found |= checks(PallasGPU(), CASES | more_cases(512), 1000)
         found |= training("pallas_gpu")
+        found |= checks(PallasGPU(), CASES | more_cases(512), 1000)
     how = {"turns": 1, "least": 0.0} if interpreted else {}
     beside = functools.partial(side_by_side, shapes[0], how)
     found["time, seeds and directions side by side"] = Item(beside, alone=True)
@@ -629,23 +630,27 @@ def show(name: str, said: dict[str, Any]) -> None:
         print(f"{name:60} {said.get('seconds', 0):6.1f} s  {outcome}", flush=True)
 
 
-def plot(path: pathlib.Path) -> None:
-    """Times a step of all contenders at every shape that was measured, beside the JSON."""
+def plot(rows: Iterable[dict[str, Any]], path: pathlib.Path) -> None:
+    """Times a step of all contenders with an LSTM, at every shape that was measured."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in json.loads(path.read_text()).values() if "gradient_us_per_step" in row]
-    shapes = sorted({tuple(row["shape"].values()) for row in rows if row["cell"] == "LSTM"})
+    rows = [row for row in rows if row.get("cell") == "LSTM" and "gradient_us_per_step" in row]
+    shapes = list(dict.fromkeys(tuple(row["shape"].values()) for row in rows))
     if not shapes:
         return
-    figure, panels = plt.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(shapes), figsize=(6 * len(shapes), 4), squeeze=False)
     for panel, shape in zip(panels[0], shapes, strict=True):
-        here = [r for r in rows if r["cell"] == "LSTM" and tuple(r["shape"].values()) == shape]
+        here = [row for row in rows if tuple(row["shape"].values()) == shape]
         names = [f"{row['contender']}, {row['precision']}" for row in here]
-        panel.barh(names, [row["gradient_us_per_step"] for row in here], color="lightgrey")
-        panel.barh(names, [row["forward_us_per_step"] for row in here])
-        panel.set(title="T {} B {} H {} D {}".format(*shape), xlabel="µs a step", xscale="log")
+        for what, colour in (("gradient", "lightgrey"), ("forward", "C0")):
+            times = [row[f"{what}_us_per_step"] for row in here]
+            label = {"gradient": "forward and gradient"}.get(what, what)
+            panel.barh(names, times, color=colour, label=label)
+        panel.set(title="LSTM, T {}, B {}, H {}, D {}".format(*shape), xlabel="µs a step")
+        panel.invert_yaxis()
+    panels[0][0].legend()
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"))
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -656,7 +661,7 @@ def sign_off(interpreted: bool, path: pathlib.Path, limit: float) -> int:
     command += ["--interpreted"] if interpreted else []
     results = Results(path, show)
     done = run_all(items(interpreted), command, results, limit, 1 if interpreted else PROCESSES)
-    plot(path)
+    plot(results.known.values(), path.with_suffix(".png"))
     failed = [name for name, said in results.known.items() if "failed" in said]
     print(f"{len(failed)} failed; {'all is' if done else 'not all is'} done; written to {path}")
     return int(bool(failed) or not done)
