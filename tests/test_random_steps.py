@@ -51,17 +51,18 @@ def problem(cell, how, dtype):
 
 
 def run(cell, engine, given, options, states):
-    """Value and gradients of all arguments."""
+    """Outputs, and the gradients of all arguments of a number that depends on each."""
 
     def value(params, x, inputs):
         out = unroll(cell, params, x, inputs=inputs, engine=engine, return_states=states, **options)
-        leaves = jax.tree.leaves(out)
-        return sum(
+        total = sum(
             (jnp.cos(jnp.arange(a.size, dtype=a.dtype)).reshape(a.shape) * a**2).sum()
-            for a in leaves
+            for a in jax.tree.leaves(out)
         )
+        return total, out
 
-    return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(*given)
+    (_, out), gradients = jax.jit(jax.value_and_grad(value, (0, 1, 2), has_aux=True))(*given)
+    return out, gradients
 
 
 def compare(got, wanted):
@@ -72,15 +73,15 @@ def compare(got, wanted):
     """
     terms = recurrence_terms(B, T, D, H, 3, gradient=True)
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    (value, (params, *others)), (value_, (params_, *others_)) = jax.device_get((got, wanted))
+    (out, (params, *others)), (out_, (params_, *others_)) = jax.device_get((got, wanted))
 
     def of_the_step(params):
         own = jax.tree.leaves((params.pop("units"), params.pop("step")))
         return np.concatenate([np.ravel(a) for a in own])
 
     pairs = (
-        (value, of_the_step(params), params, others),
-        (value_, of_the_step(params_), params_, others_),
+        (out, of_the_step(params), params, others),
+        (out_, of_the_step(params_), params_, others_),
     )
     jax.tree.map(lambda a, b: assert_close(a, b, reduction=terms), *pairs)
 
