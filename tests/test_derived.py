@@ -1,5 +1,6 @@
 """What the derived engine does beyond running every cell, which `test_every_cell.py` compares."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -450,3 +451,45 @@ def test_the_chunk_chosen_divides_where_it_can(steps, save):
     size = Derived(save=save)._chunk_size(steps, 51_200)
     assert 1 <= size <= steps
     assert steps % size == 0 or steps in (7, 97)
+
+
+class Peak(LSTM):
+    """Looks at the largest or smallest of its row, twice; rows that begin anew have all alike."""
+
+    step_inputs = {"dt": 1}
+    smallest: bool = False
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        carry = super().initial_carry(batch_size, dtype)
+        return carry._replace(state=self.State(carry.state.c + 0.2))
+
+    def step(self, pre, state, params, *, inputs):
+        a = inputs.dt * state.c
+        for _ in range(2):
+            a = a - 0.5 * (a.min if self.smallest else a.max)(-1, keepdims=True)
+        h, state = super().step(pre, state, params)
+        return h + jnp.tanh(a), state
+
+
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("save", ["steps", "chunks"])
+def test_the_largest_of_a_row_has_its_gradient(smallest, save):
+    """In plain JAX it is 0 / 0, or wrong, where XLA computes a row twice and rounds it in two ways:
+    nothing equals its maximum then. Hence differences, in float64."""
+    cell, rng = Peak(4, smallest=smallest), np.random.default_rng(0)
+    with jax.enable_x64(True):
+        params = cell.init(jax.random.key(0), 2, jnp.float64)
+        x, dt = jnp.asarray(rng.normal(size=(3, 4, 2))), jnp.asarray(rng.normal(size=(3, 4)))
+        resets = jnp.asarray(rng.random((3, 4)) < 0.4)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def value(dt, engine):
+            options = {"inputs": {"dt": dt}, "resets": resets, "engine": engine}
+            hs, final = unroll(cell, params, x, return_states=False, **options)
+            return jnp.sum(jnp.sin(hs)) + jnp.sum(final.state.c**2)
+
+        found = jax.jit(jax.grad(value), static_argnums=1)(dt, Derived(chunk=4, save=save))
+        step = 1e-6 * jnp.eye(dt.size).reshape(dt.size, *dt.shape)
+        there, back = (jax.vmap(value, (0, None))(dt[None] + s * step, Scan()) for s in (1, -1))
+        differences = (there - back) / 2e-6
+    np.testing.assert_allclose(found.ravel(), differences, rtol=1e-6, atol=1e-8)

@@ -1,9 +1,11 @@
 """Operations of a jaxpr: which there are, what they need, how one is run."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import ShapedArray
@@ -135,10 +137,57 @@ def vary_alike(tree: PyTree, *references: PyTree) -> PyTree:
 
 def bind_as_traced(eqn: JaxprEqn, arrays: Sequence[ArrayLike]) -> list[Array]:
     """An operation on arrays of the shapes traced, with a derivative of its own if it has one."""
+    name, out = name_of(eqn), aval_of(eqn.outvars[0]) if eqn.outvars else None
+    if out is not None and jnp.issubdtype(out.dtype, jnp.floating):
+        if name in ("reduce_max", "reduce_min"):
+            return [_extremum(jnp.asarray(arrays[0]), eqn.params["axes"], name)]
+        if name in ("max", "min"):
+            return [_of_two(*map(jnp.asarray, vary_alike(list(arrays), *arrays)), name)]
     params = eqn.primitive.get_bind_params(eqn.params)
     functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
     outs = eqn.primitive.bind(*functions, *vary_alike(list(arrays), *arrays), **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+# XLA may compute an array twice, and round it in two ways: with a fused multiply-add and without.
+# JAX finds out which of its elements is the largest by comparing them with the result: none may
+# equal it then, and the gradient is 0, or 0 / 0, or another's. Here it does not depend on that.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _of_two(x: Array, y: Array, name: str) -> Array:
+    return {"max": lax.max, "min": lax.min}[name](x, y)
+
+
+@_of_two.defjvp
+def _(
+    name: str, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, y), (d_x, d_y) = primals, tangents
+    chosen = x > y if name == "max" else x < y
+    share = jnp.where(x == y, jnp.asarray(0.5, x.dtype), chosen.astype(x.dtype))
+    return _of_two(x, y, name), d_x * share + d_y * (1 - share)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _extremum(x: Array, axes: tuple[int, ...], name: str) -> Array:
+    return {"reduce_max": lax.reduce_max, "reduce_min": lax.reduce_min}[name](x, axes)
+
+
+@_extremum.defjvp
+def _(
+    axes: tuple[int, ...], name: str, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """Shared by all that equal the extremum but for rounding, and by what is found by its place."""
+    out = _extremum(*primals, axes, name)
+    last, end = tuple(range(-len(axes), 0)), (out.ndim,)
+    x, d_x = (jnp.moveaxis(a, axes, last).reshape(*out.shape, -1) for a in (*primals, *tangents))
+    find = {"reduce_max": lax.argmax, "reduce_min": lax.argmin}[name]
+    at, top = (lax.expand_dims(a, end) for a in (find(x, out.ndim, np.int32), out))
+    near = jnp.abs(x - top) <= 16 * jnp.finfo(x.dtype).eps * jnp.abs(top)
+    place = lax.broadcasted_iota(np.int32, x.shape, out.ndim)
+    share = (near | (place == at)).astype(x.dtype)
+    return out, (d_x * share).sum(-1) / share.sum(-1)
 
 
 def bind(
