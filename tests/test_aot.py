@@ -167,6 +167,19 @@ def test_kernels_compile_and_take_fewer_bundles_than_the_plain_scan(cell, tmp_pa
 
 
 @needs_libtpu
+def test_heads_take_fewer_bundles_than_one(tmp_path):
+    found = []
+    for cell in ("SLSTM(heads=4)", "SLSTM"):
+        file = tmp_path / "figures.json"
+        done = aot("--cell", cell, "--hidden", "512", "--target", "v5e", "--json", str(file))
+        assert done.returncode == 0, done.stderr
+        results = json.loads(file.read_text())["results"]
+        found.append([r["bundles"] for r in results if r["engine"] == "pallas_tpu"])
+    for heads, dense in zip(*found, strict=True):
+        assert 0 < heads <= 0.6 * dense
+
+
+@needs_libtpu
 @pytest.mark.parametrize("flags", [[], ["--free-layouts"]], ids=["", "free layouts"])
 def test_forward_keeps_nothing_but_weights_and_the_layouts_that_it_needs(flags, tmp_path):
     file = tmp_path / "figures.json"

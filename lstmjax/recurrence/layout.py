@@ -1,5 +1,7 @@
 """How arrays are laid out for kernels, of whatever device."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,9 +23,34 @@ def up(number: int, multiple: int) -> int:
 
 def dense(cell: Cell, recurrent_kernel: Array) -> Array:
     """The recurrent kernel as ``(H, G H)``: with several heads, with zeros between them."""
-    if cell.heads == 1:
-        return recurrent_kernel
+    return grouped(cell, recurrent_kernel, cell.hidden_size)
+
+
+def group_width(cell: Cell, tile: int) -> int:
+    """Units of the fewest heads that fill whole tiles, H at most: no other units reach them.
+
+    Example:
+        >>> from lstmjax.cells import SLSTM
+        >>> [group_width(SLSTM(768, heads=heads), 128) for heads in (1, 3, 8, 24)]
+        [768, 256, 384, 128]
+    """
+    return min(math.lcm(cell.hidden_size // cell.heads, tile), cell.hidden_size)
+
+
+def grouped(cell: Cell, recurrent_kernel: Array, width: int) -> Array:
+    """The recurrent kernel as ``(width, G H)``: the rows of each unit's own group of heads.
+
+    Between the heads of a group stand zeros, and behind those of the last one, if it is smaller.
+
+    Args:
+        cell: whose it is.
+        recurrent_kernel: ``(H/heads, G H)``.
+        width: units of a group, a multiple of those of a head.
+    """
     block, gates = recurrent_kernel.shape[0], len(cell.gates)
+    if block == width:
+        return recurrent_kernel
+    heads = width // block
     blocks = recurrent_kernel.reshape(1, block, gates, cell.heads, block)
-    own = jnp.eye(cell.heads, dtype=bool).reshape(cell.heads, 1, 1, cell.heads, 1)
-    return jnp.where(own, blocks, 0).reshape(cell.hidden_size, -1)
+    own = jnp.arange(heads)[:, None] == (jnp.arange(cell.heads) % heads)[None]
+    return jnp.where(own.reshape(heads, 1, 1, -1, 1), blocks, 0).reshape(width, -1)
