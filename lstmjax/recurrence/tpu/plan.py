@@ -56,7 +56,7 @@ class TPUPlan:
         group: steps of one product for the weight gradients; divides ``chunk``.
         vmem: bytes of VMEM that the backward kernel takes at most.
         vmem_forward: likewise the forward kernel.
-        interpret: run by the Pallas interpreter, on any platform.
+        interpret: run by the Pallas interpreter, on any platform; see `PallasTPU`.
     """
 
     cell: Cell
@@ -69,7 +69,7 @@ class TPUPlan:
     group: int
     vmem: int
     vmem_forward: int
-    interpret: bool
+    interpret: object
 
     @property
     def lanes(self) -> int:
