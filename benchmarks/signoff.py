@@ -1,8 +1,9 @@
 """All that only a device can say of the fused kernels, item by item.
 
-`python -m benchmarks.gpu --all` runs it. Items run in processes of their own, which tell what came
-of each: several side by side first, then those that take the time, one after the other. One that
-does not answer in its time hangs: its process is ended, that is written down, and a new one goes on
+`python -m benchmarks.gpu --all` and `python -m benchmarks.tpu --all` run it. Items run in processes
+of their own, which tell what came of each: several side by side first, then those that want a
+process to themselves, then those that take the time, one after the other. One that does not answer
+in its time hangs: its process is ended, that is written down, and a new one goes on
 behind it; so it does after whatever the device itself refused, which may have taken the process'
 device along. Results are written after each item, and whoever starts again goes on where the last
 run stopped, and tries again what failed.
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from lstmjax.cells import GRU, LSTM, SLSTM, PeepholeLSTM
-from lstmjax.recurrence.engine import Engine
+from lstmjax.recurrence.engine import Engine, platform
 
 STARTING = 90.0
 """Seconds that a new process may take before its first item."""
@@ -42,11 +43,14 @@ class Item(NamedTuple):
         run: returns what there is to say; an exception is a failure.
         limit: seconds after which it hangs.
         alone: whether nothing may run beside it, as it takes the time.
+        fresh: whether it wants a process in which nothing else has run, and none beside it: it
+            starts one of its own, and a TPU serves one at a time.
     """
 
     run: Callable[[], dict[str, Any]]
     limit: float = 60.0
     alone: bool = False
+    fresh: bool = False
 
 
 Items = Mapping[str, Item]
@@ -114,7 +118,9 @@ def _check(engine: Engine, case: Any, repeats: int) -> dict[str, Any]:
 
     args, options, run = _results(engine, case)
     first = run(*args)
-    got, wanted = jax.device_get(first), jax.device_get(expected(case, args, options))
+    got = jax.device_get(first)
+    with on_the_host_of_a_tpu():
+        wanted = jax.device_get(expected(case, args, options))
     compare(case, got, wanted)
     error = max(jax.tree.leaves(jax.tree.map(relative_error, got, wanted)))
 
@@ -145,11 +151,21 @@ def _check_masked(engine: Engine, cell: Any) -> dict[str, Any]:
     return {}
 
 
-def training(engine: str, *options: str) -> dict[str, Item]:
+@contextlib.contextmanager
+def on_the_host_of_a_tpu() -> Iterator[None]:
+    """Where there is a TPU, which has no float64, the CPU beside it computes; else nothing new."""
+    if platform() == "tpu":
+        with jax.default_device(jax.devices("cpu")[0]):
+            yield
+    else:
+        yield
+
+
+def training(engine: str, *options: str, fresh: bool = False) -> dict[str, Item]:
     """An epoch of imdb on the demo corpus, masked."""
     return {
         "training of imdb on the demo corpus": Item(
-            lambda: _train(engine, options), 180.0, alone=True
+            lambda: _train(engine, options), 180.0, alone=True, fresh=fresh
         )
     }
 
@@ -226,7 +242,9 @@ def run_all(
     todo, until = results.open(items), time.monotonic() + seconds
     shared = [name for name in todo if not items[name].alone]
     turns = [[shared[k::side_by_side] for k in range(side_by_side)]]
-    turns += [[[name for name in todo if items[name].alone]]]
+    alone = [name for name in todo if items[name].alone]
+    turns += [[[name]] for name in alone if items[name].fresh]
+    turns += [[[name for name in alone if not items[name].fresh]]]
     done: list[bool] = []
     for turn in turns:
         with concurrent.futures.ThreadPoolExecutor(len(turn)) as threads:

@@ -123,6 +123,7 @@ def test_help_explains():
         (["--cell", "Nothing"], "error: no cell 'Nothing' in lstmjax.cells"),
         (["--target", "hopper", "--devices", "4"], "error: --devices is for TPUs; leave it out"),
         (["--target", "hopper", "--free-layouts"], "error: --free-layouts is for TPUs; leave"),
+        (["--target", "hopper", "--masked"], "error: --masked is for TPUs; leave it out"),
         (["--json", "no/such/folder/x.json"], "error: no folder no/such/folder for --json"),
         (["--batch", "6", "--devices", "4"], "error: 6 rows cannot be spread over 4 devices"),
     ],
@@ -150,10 +151,14 @@ def test_without_libtpu_it_says_how_to_get_it():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "tests/kernel_cases.py:Three"])
-def test_kernels_compile_and_take_fewer_bundles_than_the_plain_scan(cell, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [["LSTM"], ["LSTM", "--masked"], ["GRU"], ["tests/kernel_cases.py:Three"]],
+    ids=" ".join,
+)
+def test_kernels_compile_and_take_fewer_bundles_than_the_plain_scan(flags, tmp_path):
     file = tmp_path / "figures.json"
-    done = aot("--cell", cell, "--target", "v5e", "--json", str(file))
+    done = aot("--cell", *flags, "--target", "v5e", "--json", str(file))
     assert done.returncode == 0, done.stderr
     results = json.loads(file.read_text())["results"]
     by = {(r["program"], r["engine"]): r for r in results}
@@ -164,6 +169,19 @@ def test_kernels_compile_and_take_fewer_bundles_than_the_plain_scan(cell, tmp_pa
     assert kernel["temporaries"] + kernel["in_vmem"] <= 0.6 * (
         plain["temporaries"] + plain["in_vmem"]
     )
+
+
+@needs_libtpu
+def test_heads_take_fewer_bundles_than_one(tmp_path):
+    found = []
+    for cell in ("SLSTM(heads=4)", "SLSTM"):
+        file = tmp_path / "figures.json"
+        done = aot("--cell", cell, "--hidden", "512", "--target", "v5e", "--json", str(file))
+        assert done.returncode == 0, done.stderr
+        results = json.loads(file.read_text())["results"]
+        found.append([r["bundles"] for r in results if r["engine"] == "pallas_tpu"])
+    for heads, dense in zip(*found, strict=True):
+        assert 0 < heads <= 0.6 * dense
 
 
 @needs_libtpu

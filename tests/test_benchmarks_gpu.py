@@ -1,4 +1,4 @@
-"""The GPU benchmark where there is no GPU: every contender that is present runs, in tiny."""
+"""Benchmarks of GPU and TPU where there is neither: what is present runs, in tiny."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu, signoff
+from benchmarks import device, gpu, signoff, tpu
 from lstmjax.cells import LSTM
 from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.gpu.plain import plain_kernel
@@ -15,8 +15,8 @@ from tests.kernel_cases import Case
 
 @pytest.mark.slow
 def test_every_contender_present_runs_and_is_right(capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "CELLS", {name: gpu.CELLS[name] for name in ("LSTM", "Leaky")})
-    assert gpu.check() == 0
+    monkeypatch.setattr(device, "CELLS", {name: device.CELLS[name] for name in ("LSTM", "Leaky")})
+    assert device.check(gpu.BENCH) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("lstmjax derived" in line and "skipped" not in line for line in lines) == 4
     kernel = [line for line in lines if "lstmjax kernel" in line]
@@ -25,31 +25,35 @@ def test_every_contender_present_runs_and_is_right(capsys, monkeypatch):
 
 
 def test_a_wrong_result_is_no_result():
-    right = gpu.lstmjax_runs
+    right = device.lstmjax_runs
 
     def wrong(engine, precision, problem):
         runs = right(engine, precision, problem)
         return runs._replace(numpy=lambda a: 1.01 * runs.numpy(a))
 
-    contender = gpu.Contender("off", "float32", ("LSTM",), lambda p: wrong("scan", "float32", p))
-    row = gpu.measure("LSTM", gpu.TINY, contender, "cpu", turns=1, least=0.0)
+    contender = device.Contender("off", "float32", ("LSTM",), lambda p: wrong("scan", "float32", p))
+    row = device.measure("LSTM", device.TINY, contender, "cpu", turns=1, least=0.0)
     assert "forward is off by 1.0e-02" in row["failed"]
 
 
-def test_results_are_kept_row_by_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "CELLS", {"LSTM": gpu.CELLS["LSTM"]})
+@pytest.mark.parametrize("bench", [gpu.BENCH, tpu.BENCH], ids=["gpu", "tpu"])
+def test_results_are_kept_row_by_row(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "CELLS", {"LSTM": device.CELLS["LSTM"]})
     path = tmp_path / "results" / "gpu.json"
-    gpu.run((gpu.TINY,), path, limit=0.0)
+    device.run(bench, (device.TINY,), path, limit=0.0)
     rows = json.loads(path.read_text())["rows"]
     assert {row["skipped"] for row in rows} == {"no time left"}
-    assert len(rows) == len(list(gpu.jobs((gpu.TINY,))))
+    assert len(rows) == len(list(device.jobs(bench, (device.TINY,))))
     assert str(path) in capsys.readouterr().out
 
 
-def test_without_a_gpu_nothing_is_measured(capsys):
+@pytest.mark.parametrize("module", [gpu, tpu], ids=["gpu", "tpu"])
+def test_without_a_device_nothing_is_measured(module, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # of the process that is asked for a TPU
     with pytest.raises(SystemExit):
-        gpu.main([])
-    assert "JAX has no GPU here, its backend is cpu" in capsys.readouterr().err
+        device.main(module.BENCH, module.__doc__, [])
+    name = module.BENCH.platform.upper()
+    assert f"JAX has no {name} here, its backend is cpu" in capsys.readouterr().err
 
 
 WORKER = """
@@ -93,6 +97,30 @@ def test_what_hangs_or_dies_is_told_and_the_rest_goes_on(tmp_path, monkeypatch, 
     assert not again(items | {"four": items["one"]}, 0.0)
 
 
+def test_what_wants_a_fresh_process_has_one_to_itself(tmp_path):
+    worker = """
+import json, os, sys
+names = json.load(sys.stdin)
+for name in names:
+    print(json.dumps({"names": names, "process": os.getpid()}), flush=True)
+"""
+    kinds = {"one": {}, "two": {}, "apart": {"alone": True, "fresh": True}, "time": {"alone": True}}
+    items = {name: signoff.Item(lambda: {}, **kind) for name, kind in kinds.items()}
+    results = signoff.Results(tmp_path / "all.json", lambda *_: None)
+    assert signoff.run_all(items, [sys.executable, "-c", worker], results, 60.0)
+    assert list(results.known) == ["one", "two", "apart", "time"]
+    assert results.known["apart"]["names"] == ["apart"]
+    assert len({said["process"] for said in results.known.values()}) == 3
+
+
+def test_the_sign_off_of_a_tpu_asks_all_that_is_asked_of_a_gpu():
+    found = [device.items(bench, False) for bench in (gpu.BENCH, tpu.BENCH)]
+    kinds = [{name.partition(",")[0] for name in items} for items in found]
+    assert kinds[0] == kinds[1]
+    (training,) = (item for name, item in found[1].items() if "training" in name)
+    assert training.fresh
+
+
 def test_what_an_item_raises_is_its_outcome(capsys):
     def fail():
         print("said meanwhile")
@@ -128,11 +156,19 @@ def test_the_device_was_at_work_from_the_first_event_to_the_last(tmp_path):
     ]
     with gzip.open(tmp_path / "host.trace.json.gz", "wt") as file:
         json.dump({"traceEvents": events}, file)
-    assert gpu.device_seconds(tmp_path) == pytest.approx(50e-6)
+    assert device.device_seconds(tmp_path) == pytest.approx(50e-6)
 
 
 def test_the_bound_is_of_a_known_device():
     shape = gpu.SHAPES[0]
-    times = [gpu.bound("LSTM", shape, "bfloat16", "NVIDIA H200", gradient=g) for g in (False, True)]
+    times = [
+        device.bound("LSTM", shape, "bfloat16", "NVIDIA H200", gradient=g) for g in (False, True)
+    ]
     assert 0 < times[0] < times[1]
-    assert gpu.bound("LSTM", shape, "bfloat16", "something else", gradient=False) is None
+    for precision in ("bfloat16", "float32"):
+        fast, slow = (
+            device.bound("LSTM", shape, precision, kind, gradient=True)
+            for kind in ("TPU v5", "TPU v5 lite")
+        )
+        assert 0 < fast < slow
+    assert device.bound("LSTM", shape, "bfloat16", "something else", gradient=False) is None

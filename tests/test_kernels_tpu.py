@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
 from lstmjax.recurrence import Derived, PallasTPU, Workload, choose_engine, unroll
+from lstmjax.recurrence.layout import grouped
 from tests.kernel_cases import (
     Case,
     LayerNorm,
@@ -61,7 +62,10 @@ CASES = {
     "LayerNorm, bfloat16, reverse": Case(LayerNorm(6), precision="bfloat16", reverse=True),
     "sLSTM of two heads": Case(SLSTM(6, heads=2), flags=("resets",), initial=False),
     "heads": Case(TwoHeads(6)),
+    "heads, two in a group, the last one alone": Case(SLSTM(192, heads=3), reverse=True),
     "heads, parts apart, bfloat16": Case(TwoHeadsApart(6), precision="bfloat16"),
+    "heads of whole lanes, flags": Case(SLSTM(256, heads=2), flags=BOTH),
+    "heads of whole lanes, parts apart, bfloat16": Case(TwoHeadsApart(256), precision="bfloat16"),
 }
 SETTINGS = {
     "LSTM, two blocks of rows, unrolled": PallasTPU(rows=16, chunk=2, interpret=True),
@@ -229,6 +233,39 @@ def test_sizes_fit_and_divide(steps, batch, hidden):
     assert plan.rows % 16 == 0
     assert plan.chunk % plan.unroll == plan.chunk % plan.group == 0
     assert plan.vmem <= 16 * 2**20 or plan.chunk == 1
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "width", "groups"),
+    [
+        (512, 4, 128, 4),  # a head a group
+        (768, 3, 256, 3),
+        (512, 16, 128, 4),  # four heads a group
+        (192, 3, 128, 2),  # two heads, and one
+        (768, 8, 384, 2),  # heads of 96 units: four of them are three tiles
+        (200, 2, 200, 1),  # nothing to be gained
+        (100, 1, 100, 1),
+    ],
+)
+def test_heads_are_grouped_to_whole_tiles(hidden, heads, width, groups):
+    cell = SLSTM(hidden, heads=heads)
+    plan = PallasTPU().plan(cell, WORK)
+    assert (plan.width, len(plan.groups)) == (width, groups)
+    kernel = cell.init(jax.random.key(0), 2)["recurrent_kernel"]
+    packed, whole = (np.asarray(grouped(cell, kernel, n)) for n in (width, hidden))
+    # Put the groups where they belong, and all of the block-diagonal matrix is there.
+    scattered = np.zeros_like(whole)
+    for units, _ in plan.groups:
+        for gate in range(len(cell.gates)):
+            columns = slice(gate * hidden + units.start, gate * hidden + units.stop)
+            scattered[units, columns] = packed[: units.stop - units.start, columns]
+    np.testing.assert_array_equal(scattered, whole)
+    block = hidden // heads
+    own = np.arange(hidden)[:, None] // block == np.arange(hidden) // block
+    gates = np.asarray(kernel).reshape(block, len(cell.gates), hidden)
+    for gate in range(len(cell.gates)):
+        wanted = np.where(own, np.tile(gates[:, gate], (heads, 1)), 0)
+        np.testing.assert_array_equal(whole[:, gate * hidden : (gate + 1) * hidden], wanted)
 
 
 def test_importing_the_library_does_not_import_pallas():

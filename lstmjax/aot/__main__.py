@@ -44,6 +44,8 @@ class Config:
     """Compile the whole training step of a classifier around the cell, too."""
     free_layouts: bool = False
     """Let the compiler say how the cell's arguments and results lie in memory (TPU)."""
+    masked: bool = False
+    """With a mask and resets (TPU)."""
     json: pathlib.Path | None = None
     """Write the figures to this file as well."""
 
@@ -83,7 +85,13 @@ def _on_tpu(config: Config) -> int:
     shape = tpu.Shape(config.steps, config.batch, config.features, config.precision)
     assert config.target != "hopper"
     found = tpu.compile_cell(
-        cell, shape, config.target, config.devices, config.train_step, config.free_layouts
+        cell,
+        shape,
+        config.target,
+        config.devices,
+        config.train_step,
+        config.free_layouts,
+        config.masked,
     )
     _report(config, cell, [result._asdict() for result in found])
     _print_tpu(found)
@@ -135,8 +143,9 @@ def _on_hopper(config: Config) -> int:
     cell = _cell(config)
     if config.devices > 1:
         raise UserError("--devices is for TPUs; leave it out for hopper")
-    if config.free_layouts:
-        raise UserError("--free-layouts is for TPUs; leave it out for hopper")
+    for flag in ("free_layouts", "masked"):
+        if getattr(config, flag):
+            raise UserError(f"--{flag.replace('_', '-')} is for TPUs; leave it out for hopper")
     from lstmjax.aot import gpu
 
     shape = gpu.Shape(config.steps, config.batch, config.features, config.precision)

@@ -3,6 +3,7 @@
 It reads its settings when it starts: run what is here in a process with `environment`.
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -114,20 +115,23 @@ def described_mesh(target: Target, devices: int) -> Mesh:
 
 
 def cell_programs(
-    cell: Cell, shape: Shape, engine: Engine, mesh: Mesh
+    cell: Cell, shape: Shape, engine: Engine, mesh: Mesh, masked: bool = False
 ) -> dict[str, tuple[Callable[..., PyTree], tuple[PyTree, ...]]]:
     """A cell over time, forward, and forward with all gradients: functions and their arguments.
 
-    The rows are spread over the mesh; gradients of parameters are summed over it.
+    The rows are spread over the mesh; gradients of parameters are summed over it. ``masked``: with
+    a mask and resets.
     """
     steps, batch, features, precision = shape
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
     xs = jax.ShapeDtypeStruct((steps, batch, features), jnp.float32)
     initial = jax.eval_shape(lambda: start(cell, None, batch, features, jnp.float32))
     more = step_inputs(cell, steps, batch, features)
+    names = ("mask", "resets") if masked else ()
+    flags = {name: jax.ShapeDtypeStruct((steps, batch), jnp.bool_) for name in names}
 
     def forward(
-        params: Params, xs: Array, initial: Carry, more: dict[str, Array]
+        flags: dict[str, Array], params: Params, xs: Array, initial: Carry, more: dict[str, Array]
     ) -> tuple[Array, Carry]:
         return unroll(
             cell,
@@ -135,25 +139,30 @@ def cell_programs(
             xs,
             initial,
             inputs=more,
+            mask=flags.get("mask"),
+            resets=flags.get("resets"),
             time_major=True,
             engine=engine,
             precision=precision,
         )
 
     def gradients(
+        flags: dict[str, Array],
         params: Params,
         xs: Array,
         initial: Carry,
         more: dict[str, Array],
         d_out: tuple[Array, Carry],
     ) -> tuple[PyTree, ...]:
-        d_params, *d_others = jax.vjp(forward, params, xs, initial, more)[1](d_out)
+        run = functools.partial(forward, flags)
+        d_params, *d_others = jax.vjp(run, params, xs, initial, more)[1](d_out)
         return jax.lax.psum(d_params, BATCH), *d_others
 
     whole, rows, time_major = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(None, BATCH)
-    ins, outs = (whole, time_major, rows, time_major), (time_major, rows)
+    moving, outs = (whole, time_major, rows, time_major), (time_major, rows)
+    ins = (time_major, *moving)
     with jax.set_mesh(mesh):  # which says that this is for a TPU
-        out = jax.eval_shape(forward, params, xs, initial, more)
+        out = jax.eval_shape(forward, flags, params, xs, initial, more)
 
     def placed(specs: tuple[PartitionSpec, ...], values: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         return tuple(on_mesh(mesh, v, s) for v, s in zip(values, specs, strict=True))
@@ -163,11 +172,11 @@ def cell_programs(
     ) -> Callable[..., PyTree]:
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    args = placed(ins, (params, xs, initial, more))
+    args = placed(ins, (flags, params, xs, initial, more))
     return {
         "forward": (spread(forward, ins, outs), args),
         "forward+backward": (
-            spread(gradients, (*ins, outs), ins),
+            spread(gradients, (*ins, outs), moving),
             (*args, placed(outs, out)),
         ),
     }
@@ -274,6 +283,7 @@ def compile_cell(
     devices: int = 1,
     train_step: bool = False,
     free_layouts: bool = False,
+    masked: bool = False,
 ) -> list[Compiled]:
     """Compile a cell for a TPU with its kernels, and with the plain scan beside them.
 
@@ -284,6 +294,7 @@ def compile_cell(
         devices: chips that share the rows, up to 4.
         train_step: the whole training step of a classifier around the cell, too.
         free_layouts: of the cell's arguments and results; see `with_free_layouts`.
+        masked: the cell with a mask and resets.
 
     Raises:
         UserError: the kernels do not run this cell, or the compiler refuses; with the reason.
@@ -299,7 +310,7 @@ def compile_cell(
         raise UserError(f"no kernel for {cell} on {target}: {refusal}; the derived engine runs it")
     results = []
     for name, engine in ENGINES.items():
-        programs = cell_programs(cell, shape, engine, mesh)
+        programs = cell_programs(cell, shape, engine, mesh, masked)
         if free_layouts:
             programs = {k: with_free_layouts(*program) for k, program in programs.items()}
         if train_step:

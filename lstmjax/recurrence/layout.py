@@ -1,5 +1,7 @@
 """How arrays are laid out for kernels, of whatever device."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,11 +23,12 @@ def up(number: int, multiple: int) -> int:
 
 def dense(cell: Cell, recurrent_kernel: Array) -> Array:
     """The recurrent kernel as ``(H, G H)``: with several heads, with zeros between them."""
-    return grouped(cell, recurrent_kernel, 1).reshape(cell.hidden_size, -1)
+    return grouped(cell, recurrent_kernel, cell.hidden_size)
 
 
 def groups_of(cell: Cell, tile: int) -> int:
-    """Recurrences that know nothing of each other: of a head each, or of as many as fill a tile.
+    """Recurrences that know nothing of each other, all of one width: of a head, or of as many as
+    fit into a tile.
 
     Example:
         >>> from lstmjax.cells import SLSTM
@@ -37,15 +40,31 @@ def groups_of(cell: Cell, tile: int) -> int:
     return cell.heads // max(n for n in together if cell.heads % n == 0)
 
 
-def grouped(cell: Cell, recurrent_kernel: Array, groups: int) -> Array:
-    """The recurrent kernel as ``(groups, H / groups, G, H / groups)``.
+def group_width(cell: Cell, tile: int) -> int:
+    """Units of the fewest heads that fill whole tiles, H at most: no other units reach them.
 
-    Dense in a group: with several heads in one, with zeros between them.
+    Example:
+        >>> from lstmjax.cells import SLSTM
+        >>> [group_width(SLSTM(768, heads=heads), 128) for heads in (1, 3, 8, 24)]
+        [768, 256, 384, 128]
     """
-    heads, gates = cell.heads // groups, len(cell.gates)
-    if heads == 1 and groups == 1:
-        return recurrent_kernel.reshape(1, cell.hidden_size, gates, -1)
-    block, width = recurrent_kernel.shape[0], cell.hidden_size // groups
-    blocks = recurrent_kernel.reshape(block, gates, groups, heads, block).transpose(2, 0, 1, 3, 4)
-    own = jnp.eye(heads, dtype=bool).reshape(heads, 1, 1, heads, 1)
-    return jnp.where(own, blocks[:, None], 0).reshape(groups, width, gates, width)
+    return min(math.lcm(cell.hidden_size // cell.heads, tile), cell.hidden_size)
+
+
+def grouped(cell: Cell, recurrent_kernel: Array, width: int) -> Array:
+    """The recurrent kernel as ``(width, G H)``: the rows of each unit's own group of heads.
+
+    Between the heads of a group stand zeros, and behind those of the last one, if it is smaller.
+
+    Args:
+        cell: whose it is.
+        recurrent_kernel: ``(H/heads, G H)``.
+        width: units of a group, a multiple of those of a head.
+    """
+    block, gates = recurrent_kernel.shape[0], len(cell.gates)
+    if block == width:
+        return recurrent_kernel
+    heads = width // block
+    blocks = recurrent_kernel.reshape(1, block, gates, cell.heads, block)
+    own = jnp.arange(heads)[:, None] == (jnp.arange(cell.heads) % heads)[None]
+    return jnp.where(own.reshape(heads, 1, 1, -1, 1), blocks, 0).reshape(width, -1)

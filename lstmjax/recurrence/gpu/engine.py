@@ -409,8 +409,11 @@ def _weights(how: _How, params: Params, *, backward: bool) -> Array:
 
 def _recurrent_kernel(how: _How, params: Params, mode: str) -> Array:
     """``(groups, units, G, units)``, the last axis padded as is said, the other with zeros."""
-    kernel = _pad_units(how, grouped(how.cell, params["recurrent_kernel"], how.job.groups), mode)
-    return jnp.pad(kernel, ((0, 0), (0, how.job.units - how.job.width), (0, 0), (0, 0)))
+    job, width = how.job, how.job.width
+    kernel = grouped(how.cell, params["recurrent_kernel"], width)
+    kernel = kernel.reshape(width, -1, job.groups, width).transpose(2, 0, 1, 3)
+    kernel = _pad_units(how, kernel, mode)
+    return jnp.pad(kernel, ((0, 0), (0, job.units - width), (0, 0), (0, 0)))
 
 
 def _constants(how: _How, params: Params, rows: int) -> list[Array]:

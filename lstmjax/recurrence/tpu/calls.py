@@ -18,7 +18,7 @@ from jaxtyping import PyTree
 from lstmjax.cells.base import Carry
 from lstmjax.recurrence.derivatives import or_zeros
 from lstmjax.recurrence.engine import Inputs, Outputs, cleared
-from lstmjax.recurrence.layout import dense, up
+from lstmjax.recurrence.layout import grouped, up
 from lstmjax.recurrence.refs import Index
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.step import standard
@@ -52,7 +52,7 @@ def laid_out(plan: TPUPlan, inputs: Inputs) -> Operands:
     return Operands(
         xs=more_rows(xs, axis=1),
         kernel=_spread(plan, params["kernel"]),
-        recurrent_kernel=_spread(plan, dense(cell, params["recurrent_kernel"])),
+        recurrent_kernel=_spread(plan, grouped(cell, params["recurrent_kernel"], plan.width)),
         bias=_spread(plan, params["bias"][None]),
         recurrent_bias=_spread(plan, params["recurrent_bias"][None]) if cell.parts_apart else None,
         units={name: params["units"][name][None] for name in cell.unit_params},

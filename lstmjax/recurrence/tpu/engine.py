@@ -45,7 +45,8 @@ class PallasTPU(Engine):
         chunk: steps of a chunk; None chooses what the TPU's VMEM holds.
         rows: rows of a block; None chooses one block for each core, of 256 rows at most.
         unroll: steps written out in the loops over time; None chooses by the size of a step.
-        interpret: run by the Pallas interpreter, on any platform: slow, for tests.
+        interpret: run by the Pallas interpreter, on any platform: slow, for tests; or the
+            parameters of the one that knows a TPU's memories and cores.
 
     Example:
         >>> from lstmjax.cells import LSTM
@@ -64,7 +65,7 @@ class PallasTPU(Engine):
     chunk: int | None = None
     rows: int | None = None
     unroll: int | None = None
-    interpret: bool = False
+    interpret: object = False
 
     def __post_init__(self) -> None:
         for field in ("chunk", "rows", "unroll"):

@@ -8,7 +8,8 @@ three loops: it sweeps forward for the state, where all h are known by now; it w
 
 Shapes: ``R`` rows of a block, ``C`` steps of a chunk, ``D`` features, ``H`` units, ``G`` gates.
 ``L`` is ``H`` rounded up to whole groups of 128 lanes: each gate starts at such a group.
-``P`` is the number of bfloat16 parts that an operand of a product is split into.
+``P`` is the number of bfloat16 parts that an operand of a product is split into. ``W`` is ``H``,
+or fewer units where a cell has heads: those of a group, which is multiplied by itself.
 """
 
 import functools
@@ -41,7 +42,7 @@ class Operands(NamedTuple):
     Attributes:
         xs: ``(T, B, D)``.
         kernel: ``(D, G*L)``, with a leading ``P`` once it is split.
-        recurrent_kernel: ``(H, G*L)``, likewise.
+        recurrent_kernel: ``(W, G*L)``, likewise.
         bias: ``(1, G*L)``.
         recurrent_bias: ``(1, G*L)`` where the cell has its parts apart.
         units: per-unit parameters by name, ``(1, H)``.
@@ -188,10 +189,44 @@ def _pre_activations(
     """``(R, G*L)`` each: the sum, or the input part and the recurrent part."""
     parts = range(plan.parts)
     pre_x = product(x, [ins.kernel[p] for p in parts]) + ins.bias[...]
-    pre_h = product(h, [ins.recurrent_kernel[p] for p in parts])
+    pre_h = _recurrent(plan, h, ins.recurrent_kernel)
     if ins.recurrent_bias is not None:
         return pre_x, pre_h + ins.recurrent_bias[...]
     return (pre_x + pre_h,)
+
+
+def _recurrent(plan: TPUPlan, h: Sequence[Array], kernel: Block) -> Array:
+    """The recurrent product, ``(R, G*L)``."""
+    found = []
+    for units, columns in plan.groups:
+        weights = _weights(plan, kernel, units, columns)
+        found.append(_gates(plan, product([part[:, units] for part in h], weights)))
+    return jnp.concatenate([a for gate in zip(*found, strict=True) for a in gate], axis=1)
+
+
+def _recurrent_back(plan: TPUPlan, d_pre: Ref, t: Index, kernel: Block) -> Array:
+    """Through the recurrent product, to what it sees of h."""
+    found = []
+    for units, columns in plan.groups:
+        weights = _weights(plan, kernel, units, columns)
+        d_gates = [_side_by_side(d_pre, (p, t, slice(None)), columns) for p in range(plan.parts)]
+        found.append(product(d_gates, weights, (1, 1)))
+    return jnp.concatenate(found, axis=1)
+
+
+def _weights(plan: TPUPlan, kernel: Block, units: slice, columns: Sequence[slice]) -> list[Array]:
+    """The parts of a group's own recurrent kernel, gates side by side."""
+    rows = slice(units.stop - units.start)
+    return [_side_by_side(kernel, (p, rows), columns) for p in range(plan.parts)]
+
+
+def _side_by_side(a: Block, index: tuple[Index | slice, ...], columns: Sequence[slice]) -> Array:
+    return jnp.concatenate([a[*index, each] for each in columns], axis=1)
+
+
+def _gates(plan: TPUPlan, a: Array) -> list[Array]:
+    """What is side by side."""
+    return jnp.split(a, len(plan.cell.gates), axis=1)
 
 
 def _blocks(plan: TPUPlan, pre: tuple[Array, ...]) -> list[Array]:
@@ -347,7 +382,6 @@ def _sweep(plan: TPUPlan, ins: Operands, hs: Ref, entering: Carries, kept: Kept)
 
 def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Ref | None, d: Gradients, kept: Kept) -> None:
     """Backward over the chunk: only what has to be done step by step."""
-    parts = range(plan.parts)
 
     def body(k: Index, d_carry: Carry) -> Carry:
         t = plan.place(plan.chunk - 1 - k)
@@ -366,9 +400,7 @@ def _walk_back(plan: TPUPlan, ins: Operands, d_hs: Ref | None, d: Gradients, kep
         if d.steps is not None:
             write(d.steps, _kept_rows(ins, t, d_args.inputs), t)
         _store_gates(plan, _kept_rows(ins, t, d_args.pre), t, d, kept)
-        through_pre = product(
-            [kept.d_pre[-1][p, t] for p in parts], [ins.recurrent_kernel[p] for p in parts], (1, 1)
-        )
+        through_pre = _recurrent_back(plan, kept.d_pre[-1], t, ins.recurrent_kernel)
         if plan.step.recur_back is not None:
             noise = _at(ins.steps, t)[1]
             through_pre = plan.step.recur_back.run("first", carry.h, noise, through_pre)
@@ -415,9 +447,14 @@ def _weight_gradients(plan: TPUPlan, ins: Operands, d: Gradients, kept: Kept) ->
         def rows(ref: Ref) -> list[Array]:
             return [ref[p, steps].reshape(-1, ref.shape[-1]) for p in parts]
 
-        d_pre_x, d_pre_h = rows(kept.d_pre[0]), rows(kept.d_pre[-1])
+        d_pre_x, d_pre_h, h = rows(kept.d_pre[0]), rows(kept.d_pre[-1]), rows(kept.h)
         d.kernel[0] += product(rows(kept.x), d_pre_x, (0, 0))
-        d.recurrent_kernel[0] += product(rows(kept.h), d_pre_h, (0, 0))
+        for units, columns in plan.groups:
+            own = slice(units.stop - units.start)
+            left = [part[:, units] for part in h]
+            for each in columns:
+                right = [part[:, each] for part in d_pre_h]
+                d.recurrent_kernel[0, own, each] += product(left, right, (0, 0))
         if d.xs is not None:
             d_xs = product(d_pre_x, kernel, (1, 1))
             d.xs[steps] = d_xs.reshape(plan.group, *d.xs.shape[1:])

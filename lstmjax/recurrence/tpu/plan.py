@@ -5,10 +5,11 @@ Pallas is not imported unless there is a TPU. `tpu.kernel` says what the letters
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from lstmjax.cells.base import Cell
 from lstmjax.precision import Precision
-from lstmjax.recurrence.layout import MIB, up
+from lstmjax.recurrence.layout import MIB, group_width, up
 from lstmjax.recurrence.refs import Index
 from lstmjax.recurrence.step import Step
 
@@ -28,6 +29,18 @@ FITTING = 1280
 """Rows times steps of a chunk, where memory allows: enough for the matrix unit, and little."""
 
 
+class Group(NamedTuple):
+    """Heads whose units no others reach.
+
+    Attributes:
+        units: of all H.
+        columns: of the G*L, a slice in each gate; from and to whole groups of lanes.
+    """
+
+    units: slice
+    columns: tuple[slice, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class TPUPlan:
     """What a kernel is specialised to.
@@ -43,7 +56,7 @@ class TPUPlan:
         group: steps of one product for the weight gradients; divides ``chunk``.
         vmem: bytes of VMEM that the backward kernel takes at most.
         vmem_forward: likewise the forward kernel.
-        interpret: run by the Pallas interpreter, on any platform.
+        interpret: run by the Pallas interpreter, on any platform; see `PallasTPU`.
     """
 
     cell: Cell
@@ -56,12 +69,29 @@ class TPUPlan:
     group: int
     vmem: int
     vmem_forward: int
-    interpret: bool
+    interpret: object
 
     @property
     def lanes(self) -> int:
         """L."""
         return up(self.cell.hidden_size, LANES)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return group_width(self.cell, LANES)
+
+    @property
+    def groups(self) -> list[Group]:
+        """All groups of heads; one where nothing is to be gained by more."""
+        size, width, gates = self.cell.hidden_size, self.width, len(self.cell.gates)
+        found = []
+        for first in range(0, size, width):
+            starts = [g * self.lanes for g in range(gates)]
+            behind = min(first + width, size)
+            columns = tuple(slice(a + first, a + up(behind, LANES)) for a in starts)
+            found.append(Group(slice(first, behind), columns))
+        return found
 
     @property
     def keeps_h(self) -> bool:
@@ -116,8 +146,8 @@ def vmem_bytes(
     """
     parts, states = parts_of(precision), len(cell.State._fields)
     size, wide = up(cell.hidden_size, LANES), up(features, LANES)
-    width = len(cell.gates) * size
-    weights = 2 * 2 * parts * width * (up(features, ROWS) + up(cell.hidden_size, ROWS))
+    width, reach = len(cell.gates) * size, group_width(cell, LANES)
+    weights = 2 * 2 * parts * width * (up(features, ROWS) + up(reach, ROWS))
     flags = 2 * 2 * 4 * up(chunk, LANES) * rows
     carries = 9 * 4 * rows * size * (1 + states)
     moving = 2 * 4 * (wide + size)  # xs and hs
@@ -126,7 +156,7 @@ def vmem_bytes(
     if forward:
         total = weights + flags + carries + chunk * rows * moving
     else:  # sums of the weights' gradients; gradients of xs and hs; scratch
-        sums = 2 * 4 * width * (up(features, 8) + up(cell.hidden_size, 8))
+        sums = 2 * 4 * width * (up(features, 8) + up(reach, 8))
         pre = (4 + 2 * parts) * width * (1 + cell.parts_apart)
         kept = 2 * parts * (wide + size) + 4 * size * (states + cell.uses_h)
         total = weights + sums + flags + carries + chunk * rows * (2 * moving + pre + kept)
