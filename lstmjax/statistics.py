@@ -16,7 +16,7 @@ Example:
     >>> lstm = {0: 88.1, 1: 87.9, 2: 87.8, 3: 88.2, 4: 88.0, 5: 87.7}
     >>> mine = {0: 88.6, 1: 88.5, 2: 88.1, 3: 88.9, 4: 88.2, 5: 88.4}
     >>> print(compare({"LSTM": lstm, "Mine": mine}, unit="points")[0])
-    Mine is better than LSTM by 0.50 points (95 % interval 0.33 to 0.63) over 6 seeds: sign-flip p = 0.031, P(Mine > LSTM) = 1.00.
+    Mine is better than LSTM by 0.50 points (95 % interval 0.33 to 0.63) over 6 seeds: sign-flip p = 0.031, Mine ahead in 100% of the seeds.
 """  # noqa: E501
 
 import bisect
@@ -52,7 +52,7 @@ class Comparison:
         interval: BCa bootstrap interval of the mean, 95 %.
         p_value: of the sign-flip test, two-sided.
         adjusted_p: after Holm's correction for all comparisons that were made together.
-        probability: P(A > B), the share of seeds in which ``a`` had more; ties count half.
+        probability: P(A > B), the share of seeds in which ``a`` was better; ties count half.
         detectable: the smallest true difference that so many seeds show with 80 % power, were
             their spread the one seen here.
         target: a difference that would matter.
@@ -93,7 +93,7 @@ class Comparison:
         corrected = ", corrected" if self.adjusted_p != self.p_value else ""
         evidence = (
             f"sign-flip p = {self.adjusted_p:.2g}{corrected}, "
-            f"P({self.a} > {self.b}) = {self.probability:.2f}"
+            f"{self.a} ahead in {self.probability:.0%} of the seeds"
         )
         if self.verdict in ("better", "worse"):
             low, high = sorted((abs(low), abs(high)))
@@ -169,7 +169,7 @@ def compare(
                 interval=interval,
                 p_value=p_values[a],
                 adjusted_p=adjusted[a],
-                probability=probability_of_more(d),
+                probability=probability_of_better(d if higher_is_better else -d),
                 detectable=detectable_difference(deviation, max(len(d), fewest), tests),
                 target=target,
                 seeds_needed=seeds_needed(deviation, target, tests),
@@ -259,10 +259,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def probability_of_more(differences: ArrayLike) -> float:
-    """P(A > B): the share of seeds in which A has more; a tie counts half."""
-    d = np.asarray(differences, np.float64)
-    return float(np.mean((np.sign(d) + 1) / 2))
+def probability_of_better(gains: ArrayLike) -> float:
+    """P(A > B): the share of seeds in which A gained something; a tie counts half."""
+    return float(np.mean((np.sign(np.asarray(gains, np.float64)) + 1) / 2))
 
 
 def fewest_seeds(comparisons: int = 1) -> int:

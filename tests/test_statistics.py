@@ -135,6 +135,7 @@ def test_verdicts_in_words():
 
     (loss,) = compare({"A": shifted(1), "B": LSTM}, baseline="A", higher_is_better=False)
     assert (loss.verdict, loss.mean) == ("better", pytest.approx(-1.025))
+    assert "B ahead in 100% of the seeds" in str(loss)
     assert "B is better than A by 1.03" in str(loss)
     assert "interval 1.01 to 1.04" in str(loss)
 
