@@ -169,7 +169,7 @@ def compare(
                 interval=interval,
                 p_value=p_values[a],
                 adjusted_p=adjusted[a],
-                probability=probability_of_better(d if higher_is_better else -d),
+                probability=probability_of_better(d, higher_is_better),
                 detectable=detectable_difference(deviation, max(len(d), fewest), tests),
                 target=target,
                 seeds_needed=seeds_needed(deviation, target, tests),
@@ -259,9 +259,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def probability_of_better(gains: ArrayLike) -> float:
-    """P(A > B): the share of seeds in which A gained something; a tie counts half."""
-    return float(np.mean((np.sign(np.asarray(gains, np.float64)) + 1) / 2))
+def probability_of_better(differences: ArrayLike, higher_is_better: bool = True) -> float:
+    """P(A > B): the share of seeds in which A is better; a tie counts half."""
+    signs = np.sign(np.asarray(differences, np.float64))
+    return float(np.mean((1 + signs if higher_is_better else 1 - signs) / 2))
 
 
 def fewest_seeds(comparisons: int = 1) -> int:
