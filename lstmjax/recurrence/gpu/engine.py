@@ -61,8 +61,8 @@ class PallasGPU(Engine):
 
     With ``precision="float32"`` each operand of a recurrent product is split into two bfloat16
     numbers, up to 64 units into three: exact to 2^-17 and 2^-24 (on an H100, 33 steps were within
-    5e-6 and 5e-7 of float64); what is infinite becomes NaN. The other products, those for the gradients of the
-    weights among them, are in full float32.
+    5e-6 and 5e-7 of float64); what is infinite becomes NaN. The other products, those for the
+    gradients of the weights among them, are in full float32.
 
     Attributes:
         rows: of the batch in a block, a multiple of 8; by default 8, or 16 where the blocks would
