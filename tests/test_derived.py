@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lstmjax.cells import GRU, LSTM, Carry, Cell, PeepholeLSTM
 from lstmjax.cells.contract import shapes_of
 from lstmjax.recurrence import Derived, Scan, Workload, choose_engine, unroll
+from lstmjax.traced import trace
 from tests.tolerances import assert_close, recurrence_terms
 
 pytestmark = pytest.mark.sampled(2)
@@ -493,3 +494,27 @@ def test_the_largest_of_a_row_has_its_gradient(smallest, save):
         there, back = (jax.vmap(value, (0, None))(dt[None] + s * step, Scan()) for s in (1, -1))
         differences = (there - back) / 2e-6
     np.testing.assert_allclose(found.ravel(), differences, rtol=1e-6, atol=1e-8)
+
+
+TIED = {
+    "largest of a row": lambda x, y: x.max(-1),
+    "smallest of two axes": lambda x, y: x.min((1, 2)),
+    "larger of two": jnp.maximum,
+    "smaller of two": jnp.minimum,
+    "of whole numbers": lambda x, y: x * jnp.maximum(jnp.round(y).astype(int), 1).astype(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_ties_share_a_gradient_as_in_jax(name):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.integers(0, 3, (3, 4, 2)), "float32") for _ in range(2))
+    program = trace(TIED[name], x, y)
+
+    def gradients(f):
+        return jax.grad(lambda x, y: jnp.sum(jnp.sin(f(x, y))), (0, 1))(x, y)
+
+    for got, wanted in zip(
+        gradients(lambda *args: program.evaluate(args)), gradients(TIED[name]), strict=True
+    ):
+        assert_close(got, wanted)
