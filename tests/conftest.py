@@ -2,10 +2,16 @@
 
 import collections
 import os
+import signal
 
 import jax
 import jaxtyping
 import pytest
+
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # begun in the background; programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Optimising is most of what compiling takes. Where rounding is compared, it is on: `OPTIMIZED`.
 # XLA's simple kernels (`lstmjax.training.simple_kernels`; the library must not be imported here,

@@ -137,16 +137,21 @@ def vary_alike(tree: PyTree, *references: PyTree) -> PyTree:
 
 def bind_as_traced(eqn: JaxprEqn, arrays: Sequence[ArrayLike]) -> list[Array]:
     """An operation on arrays of the shapes traced, with a derivative of its own if it has one."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
+    outs = eqn.primitive.bind(*functions, *vary_alike(list(arrays), *arrays), **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def bind_to_derive(eqn: JaxprEqn, arrays: Sequence[ArrayLike]) -> list[Array]:
+    """The same for programs that are differentiated: extrema have derivatives of ours."""
     name, out = name_of(eqn), aval_of(eqn.outvars[0]) if eqn.outvars else None
     if out is not None and jnp.issubdtype(out.dtype, jnp.floating):
         if name in ("reduce_max", "reduce_min"):
             return [_extremum(jnp.asarray(arrays[0]), eqn.params["axes"], name)]
         if name in ("max", "min"):
             return [_of_two(*map(jnp.asarray, vary_alike(list(arrays), *arrays)), name)]
-    params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
-    outs = eqn.primitive.bind(*functions, *vary_alike(list(arrays), *arrays), **params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
+    return bind_as_traced(eqn, arrays)
 
 
 # XLA may compute an array twice, and round it in two ways: with a fused multiply-add and without.

@@ -15,6 +15,7 @@ from lstmjax.traced.operations import (
     AnyArray,
     NoRule,
     aval_of,
+    bind_as_traced,
     callee,
     is_product,
     name_of,
@@ -181,8 +182,10 @@ def _opens(eqn: JaxprEqn) -> bool:
 def _opened(closed: ClosedJaxpr, leaves: Sequence[Array]) -> list[AnyArray]:
     """A jaxpr's outputs, its calls opened."""
 
-    def open_call(eqn: JaxprEqn, ins: list[Value]) -> list[Value] | None:
-        return runner.evaluate(*callee(eqn), ins) if _opens(eqn) else None
+    def open_call(eqn: JaxprEqn, ins: list[Value]) -> list[Value]:
+        if _opens(eqn):
+            return runner.evaluate(*callee(eqn), ins)
+        return [Value(a) for a in bind_as_traced(eqn, [value.array for value in ins])]
 
     runner = AsTraced(open_call)
     outs = runner.evaluate(closed.jaxpr, closed.consts, [Value(a) for a in leaves])

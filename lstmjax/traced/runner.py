@@ -22,6 +22,7 @@ from lstmjax.traced.operations import (
     aval_of,
     bind,
     bind_as_traced,
+    bind_to_derive,
     broadcast,
     callee,
     is_literal,
@@ -285,7 +286,7 @@ class AsTraced(Runner):
         """The outputs of one operation, with derivatives of their own where they have some."""
         if self.hook is not None and (taken := self.hook(eqn, ins)) is not None:
             return taken
-        return [Value(a) for a in bind_as_traced(eqn, [value.array for value in ins])]
+        return [Value(a) for a in bind_to_derive(eqn, [value.array for value in ins])]
 
 
 Hook = Callable[[JaxprEqn, list[Value]], "list[Value] | None"]

@@ -29,7 +29,7 @@ from lstmjax.traced import (
     Runner,
     Value,
     aval_of,
-    bind_as_traced,
+    bind_to_derive,
     callee,
     is_literal,
     live,
@@ -375,7 +375,7 @@ def _evaluate(
             known[id(item.out)] = _cut(item, len(left) - 1, tuple(left[-1])) + zeros[len(left) - 1]
         else:
             ins = [a.val if is_literal(a) else known[id(a)] for a in item.invars]
-            known.update(zip(map(id, item.outvars), bind_as_traced(item, ins), strict=True))
+            known.update(zip(map(id, item.outvars), bind_to_derive(item, ins), strict=True))
     outs = body.program.closed.jaxpr.outvars
     return [a.val if is_literal(a) else known[id(a)] for a in outs], left
 
