@@ -1,7 +1,10 @@
-"""What every cell costs, and what runs it: ``python -m benchmarks.cells``.
+"""What every cell costs, and what runs it.
 
-Renews the table of docs/modify_the_cell.md. Times are those of the forward and backward pass on
-this CPU, all cells taking turns in one process, as multiples of the LSTM's with as many features.
+    python -m benchmarks.cells --compile    for a TPU and a Hopper GPU that are not there (`.[aot]`)
+    python -m benchmarks.cells              on this CPU; renews the table of docs/modify_the_cell.md
+
+Times are those of the forward and backward pass, all cells taking turns in one process, as
+multiples of the LSTM's with as many features.
 """
 
 import argparse
@@ -13,7 +16,9 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +32,10 @@ from benchmarks.harness import LEAST, ROOT
 from benchmarks.report import BEGIN, END, device_name, machine, merge, versions
 from lstmjax import cells
 from lstmjax.cells import LSTM, Cell
-from lstmjax.recurrence import PallasGPU, Workload, choose_engine, unroll
+from lstmjax.recurrence import PallasGPU, PallasTPU, Workload, choose_engine, unroll
 
 FOLDER, PAGE = ROOT / "benchmarks" / "results" / "cells", ROOT / "docs" / "modify_the_cell.md"
+COMPILED = FOLDER / "compiled.json"
 SETTINGS: dict[str, Any] = {"SLSTM": {"heads": 4}, "MLSTM": {"heads": 4}}
 """Hyper-parameters that are not the cell's own."""
 PLATFORMS = ("cpu", "tpu")
@@ -151,48 +157,107 @@ def measure(sizes: Sizes, every: Sequence[Cell] | None = None) -> dict[str, Any]
     return {"sizes": sizes._asdict(), "rows": rows}
 
 
-def table(found: Mapping[str, Any]) -> str:
+def compile_all(sizes: Sizes) -> dict[str, dict[str, str]]:
+    """What the compilers say of every kernel, by cell, in a process with `tpu.environment`."""
+    from lstmjax.aot import gpu, tpu
+
+    mesh, found = tpu.described_mesh("v5e", 1), {}
+    for cell in tqdm(every_cell(sizes.hidden), desc="compiling", disable=None):
+        shape = tpu.Shape(*sizes[:2], features_of(cell, sizes), "float32")
+        engines, row = engines_of(cell, sizes), {}
+        if engines["tpu"]["engine"] == "pallas_tpu":
+            program = "forward+backward"
+            f, args = tpu.cell_programs(cell, shape, PallasTPU(), mesh)[program]
+            done = tpu.compile_program(program, "pallas_tpu", f, args, cell, shape, mesh)
+            row["v5e"] = "compiles" if done.bundles is None else f"{done.bundles:,.0f}"
+        if engines["hopper"]["engine"] == "pallas_gpu":
+            kernels = gpu.cell_rows(
+                cell,
+                steps=shape.steps,
+                batch=shape.batch,
+                features=shape.features,
+                precision="float32",
+            )
+            spilled = sum(kernel.spilled for kernel in kernels)
+            registers = " / ".join(str(kernel.registers) for kernel in kernels)
+            row["hopper"] = registers + (f", {spilled} B spilled" if spilled else "")
+        found[type(cell).__name__] = row
+    return found
+
+
+def table(found: Mapping[str, Any], compiled: Mapping[str, Mapping[str, str]]) -> str:
     """The measurement in Markdown."""
     facts, sizes = found["machine"], found["sizes"]
     lines = [
         f"`python -m benchmarks.cells`, {found['date']}; {facts['processor']}, {facts['cores']} "
         f"cores; JAX {found['versions']['jax']}. T {sizes['steps']}, B {sizes['batch']}, "
         f"D {sizes['features']} (¹ {sizes['hidden']}), H {sizes['hidden']}, float32, forward and "
-        f"backward; medians of {sizes['turns']} turns.\n",
-        "| cell | lines | CPU | TPU | Hopper | time / LSTM's |",
-        "|---|---|---|---|---|---|",
+        f"backward; medians of {sizes['turns']} turns. `--compile` says of the kernels: bundles a "
+        "step on a v5e, registers of a thread on Hopper, forward / backward.\n",
+        "| cell | lines | CPU | time / LSTM's | TPU | bundles | Hopper | registers |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
-        engines = " | ".join(
-            f"`{row['engines'][platform]['engine']}`" for platform in (*PLATFORMS, "hopper")
-        )
-        mark = "" if row["features"] == sizes["features"] else " ¹"
-        lines.append(f"| `{row['cell']}`{mark} | {row['lines']} | {engines} | {row['ratio']:.2f} |")
+        engine = {name: f"`{row['engines'][name]['engine']}`" for name in (*PLATFORMS, "hopper")}
+        said = compiled.get(row["cell"], {})
+        cells = [
+            f"`{row['cell']}`{'' if row['features'] == sizes['features'] else ' ¹'}",
+            str(row["lines"]),
+            engine["cpu"],
+            f"{row['ratio']:.2f}",
+            engine["tpu"],
+            said.get("v5e", ""),
+            engine["hopper"],
+            said.get("hopper", ""),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def write_page(found: Mapping[str, Any], page: pathlib.Path = PAGE) -> None:
+def write_page(
+    found: Mapping[str, Any], compiled: Mapping[str, Mapping[str, str]], page: pathlib.Path = PAGE
+) -> None:
     """Renew the table of the page."""
     before, rest = page.read_text().split(BEGIN)
+    text = f"{before}{BEGIN}\n\n{table(found, compiled)}\n{END}{rest.split(END)[1]}"
     temporary = page.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.split(END)[1]}")
+    temporary.write_text(text)
     os.replace(temporary, page)
+
+
+def known() -> dict[str, dict[str, str]]:
+    """What `compile_all` said the last time."""
+    found: dict[str, dict[str, str]] = json.loads(COMPILED.read_text()) if COMPILED.exists() else {}
+    return found
 
 
 def main(arguments: list[str]) -> None:
     """Measure, print, keep, renew the page."""
     parser = argparse.ArgumentParser("python -m benchmarks.cells", description=__doc__)
     parser.add_argument("--json", type=pathlib.Path, help="write the results here, and no page")
+    parser.add_argument("--compile", action="store_true", help="for devices that are not there")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.here:
+        COMPILED.parent.mkdir(parents=True, exist_ok=True)
+        COMPILED.write_text(json.dumps(compile_all(Sizes()), indent=1) + "\n")
+        return
+    if options.compile:
+        from lstmjax.aot import tpu
+
+        with tempfile.TemporaryDirectory() as dump:
+            command = [sys.executable, "-m", "benchmarks.cells", "--here"]
+            subprocess.run(command, env=os.environ | tpu.environment(dump), check=True)
+        return
     facts = machine()
     found = measure(Sizes()) | {"machine": facts, "versions": versions()}
     found["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    print(table(found))
+    print(table(found, known()))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         return
     merge(FOLDER / f"{device_name(facts)}.json", "cells", found)
-    write_page(found)
+    write_page(found, known())
 
 
 if __name__ == "__main__":

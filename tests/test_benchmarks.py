@@ -238,13 +238,13 @@ def test_cells_get_into_the_table(tmp_path):
     found = cells.measure(cells.Sizes(5, 2, 3, 4, 2), every)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    cells.write_page(
-        found | {"machine": report.machine(), "versions": {"jax": "1"}, "date": "now"}, page
-    )
+    facts = {"machine": report.machine(), "versions": {"jax": "1"}, "date": "now"}
+    compiled = {"LSTM": {"v5e": "2,471", "hopper": "1 / 2"}}
+    cells.write_page(found | facts, compiled, page)
     rows = re.findall(r"^\| `.*", page.read_text(), re.MULTILINE)
-    engines = "`derived` | `pallas_tpu` | `pallas_gpu`"
-    assert rows[0] == f"| `LSTM` | {cells.lines_of(LSTM)} | {engines} | 1.00 |"
-    assert rows[1].startswith(f"| `SRU` ¹ | {cells.lines_of(SRU)} | `derived` | `derived` |")
+    said = "`derived` | 1.00 | `pallas_tpu` | 2,471 | `pallas_gpu` | 1 / 2"
+    assert rows[0] == f"| `LSTM` | {cells.lines_of(LSTM)} | {said} |"
+    assert rows[1].startswith(f"| `SRU` ¹ | {cells.lines_of(SRU)} | `derived` | ")
     assert len(rows) == 3
     reasons = {row["cell"]: row["engines"]["tpu"]["reason"] for row in found["rows"]}
     assert "LRU overrides transition" in reasons["LRU"]
