@@ -26,9 +26,11 @@ from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
 from lstmjax.layers import Bidirectional, bidirectional
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Workload, choose_engine, unroll
-from lstmjax.recurrence.engine import platform
+from lstmjax.recurrence.engine import Engine, platform
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 
 TURNS, LEAST = 7, 0.02
 """Turns of a measurement, and the seconds that each takes at least."""
@@ -255,6 +257,25 @@ def flax_runs(problem: Problem) -> Runs:
         return nnx.merge(graph, parameters, rest)(x, initial_carry=(zeros, zeros))
 
     return jax_runs(f, parameters, problem)
+
+
+def kernel_contenders(engine: Engine) -> Iterator[Contender]:
+    """A fused kernel, in both precisions, with and without a mask."""
+    for precision in PRECISIONS:
+        make = functools.partial(lstmjax_runs, engine, precision)
+        yield Contender("lstmjax kernel", precision, tuple(CELLS), make)
+        masked = functools.partial(lstmjax_runs, engine, precision, flags=True)
+        yield Contender("lstmjax kernel, mask", precision, ("LSTM",), masked)
+
+
+def jax_contenders(default: str) -> Iterator[Contender]:
+    """What runs on any device; ``default``: the precision that Flax' users get there."""
+    for engine, cells in (("derived", tuple(CELLS)), ("scan", ("LSTM",))):
+        for precision in PRECISIONS:
+            make = functools.partial(lstmjax_runs, engine, precision)
+            yield Contender(f"lstmjax {engine}", precision, cells, make)
+    default = "float32" if platform() == "cpu" else default
+    yield Contender("Flax nnx.RNN", default, ("LSTM",), flax_runs, "flax")
 
 
 # --- Measuring -----------------------------------------------------------------------------------

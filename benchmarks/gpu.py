@@ -31,21 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.device import (
-    CELLS,
     Bench,
     CannotRunError,
     Contender,
     Problem,
     Runs,
     Shape,
-    flax_runs,
+    jax_contenders,
     jax_runs,
-    lstmjax_runs,
+    kernel_contenders,
     main,
     on_the_host,
 )
 from benchmarks.signoff import Item, checks, more_cases, training
-from lstmjax.precision import Precision
 from lstmjax.recurrence.engine import platform
 from lstmjax.recurrence.gpu.engine import PallasGPU
 
@@ -133,23 +131,12 @@ def torch_runs(mode: str, problem: Problem) -> Runs:
 
 def contenders() -> Iterator[Contender]:
     """All of them, the most telling first."""
-    ours, kernel = tuple(CELLS), PallasGPU()
-    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
-    for precision in precisions:
-        make = functools.partial(lstmjax_runs, kernel, precision)
-        yield Contender("lstmjax kernel", precision, ours, make)
-        masked = functools.partial(lstmjax_runs, kernel, precision, flags=True)
-        yield Contender("lstmjax kernel, mask", precision, ("LSTM",), masked)
+    yield from kernel_contenders(PallasGPU())
     for mode in ("bfloat16", "tf32", "float32"):
         make = functools.partial(torch_runs, mode)
         yield Contender("PyTorch cuDNN", mode, ("LSTM", "GRU"), make, "torch")
     yield Contender("jax.experimental.rnn", "float32", ("LSTM",), cudnn_runs)
-    for engine, cells in (("derived", ours), ("scan", ("LSTM",))):
-        for precision in precisions:
-            make = functools.partial(lstmjax_runs, engine, precision)
-            yield Contender(f"lstmjax {engine}", precision, cells, make)
-    default = "tf32" if platform() == "gpu" else "float32"  # as its users get it
-    yield Contender("Flax nnx.RNN", default, ("LSTM",), flax_runs, "flax")
+    yield from jax_contenders("tf32")
 
 
 def checked(interpreted: bool) -> dict[str, Item]:

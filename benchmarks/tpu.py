@@ -14,15 +14,12 @@ Every contender does what those of `benchmarks.gpu` do, is compared and timed li
 computed on the CPU beside the TPU. ``bound`` takes a product in float32 for six in bfloat16.
 """
 
-import functools
 import sys
 from collections.abc import Iterator
 
-from benchmarks.device import CELLS, Bench, Contender, Shape, flax_runs, lstmjax_runs, main
+from benchmarks.device import Bench, Contender, Shape, jax_contenders, kernel_contenders, main
 from benchmarks.signoff import Item, checks, more_cases, training
-from lstmjax.precision import Precision
 from lstmjax.recurrence import PallasTPU
-from lstmjax.recurrence.engine import platform
 
 SHAPES = (
     Shape(500, 64, 100, 32),
@@ -33,19 +30,8 @@ SHAPES = (
 
 def contenders() -> Iterator[Contender]:
     """All of them, the most telling first."""
-    ours, kernel = tuple(CELLS), PallasTPU()
-    precisions: tuple[Precision, ...] = ("bfloat16", "float32")
-    for precision in precisions:
-        make = functools.partial(lstmjax_runs, kernel, precision)
-        yield Contender("lstmjax kernel", precision, ours, make)
-        masked = functools.partial(lstmjax_runs, kernel, precision, flags=True)
-        yield Contender("lstmjax kernel, mask", precision, ("LSTM",), masked)
-    for engine, cells in (("derived", ours), ("scan", ("LSTM",))):
-        for precision in precisions:
-            make = functools.partial(lstmjax_runs, engine, precision)
-            yield Contender(f"lstmjax {engine}", precision, cells, make)
-    default = "bfloat16" if platform() == "tpu" else "float32"  # as its users get it
-    yield Contender("Flax nnx.RNN", default, ("LSTM",), flax_runs, "flax")
+    yield from kernel_contenders(PallasTPU())
+    yield from jax_contenders("bfloat16")
 
 
 def checked(interpreted: bool) -> dict[str, Item]:

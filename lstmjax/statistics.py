@@ -150,35 +150,46 @@ def compare(
     differences = {a: [results[a][s] - results[b][s] for s in seeds[a]] for a in others}
     p_values = {a: sign_flip_test(differences[a]) for a in others}
     adjusted = dict(zip(others, holm([*p_values.values()]), strict=True))
-    tests, fewest = len(others), fewest_seeds(len(others))
     found = []
     for a, d in differences.items():
-        mean, deviation, interval = float(np.mean(d)), float(np.std(d, ddof=1)), bca_interval(d)
-        shown = adjusted[a] <= ALPHA and not interval[0] <= 0 <= interval[1]
-        verdict: Verdict = "too few seeds" if len(d) < fewest else "not shown"
-        if shown and len(d) >= fewest:
-            verdict = "better" if (mean > 0) == higher_is_better else "worse"
+        deviation, interval = float(np.std(d, ddof=1)), bca_interval(d)
+        fewest = fewest_seeds(len(others))
         found.append(
             Comparison(
                 a=a,
                 b=b,
                 seeds=seeds[a],
                 differences=tuple(d),
-                mean=mean,
+                mean=float(np.mean(d)),
                 deviation=deviation,
                 interval=interval,
                 p_value=p_values[a],
                 adjusted_p=adjusted[a],
                 probability=probability_of_better(d, higher_is_better),
-                detectable=detectable_difference(deviation, max(len(d), fewest), tests),
+                detectable=detectable_difference(deviation, max(len(d), fewest), len(others)),
                 target=target,
-                seeds_needed=seeds_needed(deviation, target, tests),
+                seeds_needed=seeds_needed(deviation, target, len(others)),
                 fewest_seeds=fewest,
-                verdict=verdict,
+                verdict=_verdict(d, interval, adjusted[a], fewest, higher_is_better),
                 unit=unit,
             )
         )
     return found
+
+
+def _verdict(
+    d: Sequence[float],
+    interval: tuple[float, float],
+    p_value: float,
+    fewest: int,
+    higher_is_better: bool,
+) -> Verdict:
+    """A difference is shown if the test and the interval say so."""
+    if len(d) < fewest:
+        return "too few seeds"
+    if p_value > ALPHA or interval[0] <= 0 <= interval[1]:
+        return "not shown"
+    return "better" if (np.mean(d) > 0) == higher_is_better else "worse"
 
 
 def _baseline(results: Mapping[str, Mapping[int, float]], asked: str | None) -> str:

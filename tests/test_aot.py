@@ -123,7 +123,6 @@ def test_help_explains():
         (["--cell", "Nothing"], "error: no cell 'Nothing' in lstmjax.cells"),
         (["--target", "hopper", "--devices", "4"], "error: --devices is for TPUs; leave it out"),
         (["--target", "hopper", "--free-layouts"], "error: --free-layouts is for TPUs; leave"),
-        (["--target", "hopper", "--masked"], "error: --masked is for TPUs; leave it out"),
         (["--json", "no/such/folder/x.json"], "error: no folder no/such/folder for --json"),
         (["--batch", "6", "--devices", "4"], "error: 6 rows cannot be spread over 4 devices"),
     ],

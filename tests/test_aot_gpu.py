@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.aot import assembly, gpu
+from lstmjax.aot.programs import Shape, recurrence_program
 from lstmjax.cells import GRU, LSTM, Cell, PeepholeLSTM
 from lstmjax.errors import UserError
 from lstmjax.layers import Bidirectional, bidirectional
@@ -27,6 +28,7 @@ from lstmjax.recurrence.step import step_of
 from tests.kernel_cases import LayerNorm, Three, TwoHeads
 from tests.test_emit import FUNCTIONS
 
+SHAPE = Shape(50, 64, 32, "bfloat16")
 WORK = Workload("gpu", "float32", "bfloat16", steps=50, batch=64, features=32)
 
 
@@ -128,7 +130,7 @@ def a_barrier(monkeypatch):
 def test_what_kernels_once_were_or_might_be_is_seen(mutate, hidden, seen, monkeypatch):
     mutate(monkeypatch)
     engine = PallasGPU(attached=False)
-    shapes, run = gpu.recurrence_program(LSTM(hidden), WORK, engine, flags=True)
+    shapes, run = recurrence_program(LSTM(hidden), SHAPE, engine, flags=True)
     (kernel,) = gpu.compile_for_hopper(run, *shapes).kernels
     assert seen in f"{'; '.join(kernel.hazards)}; {kernel.barriers} barriers"
 
@@ -138,7 +140,7 @@ def test_what_kernels_once_were_or_might_be_is_seen(mutate, hidden, seen, monkey
 def test_compiles_under_vmap_and_shard_map(cell):
     """Two sets of parameters, rows spread over a mesh that checks what varies."""
     engine = PallasGPU(attached=False)
-    (params, xs, *_), _ = gpu.recurrence_program(cell, WORK, engine)
+    (params, xs, *_), _ = recurrence_program(cell, SHAPE, engine)
 
     def loss(params, xs):
         return jnp.sum(unroll(cell, params, xs, time_major=True, engine=engine)[0] ** 2)

@@ -45,7 +45,7 @@ class Config:
     free_layouts: bool = False
     """Let the compiler say how the cell's arguments and results lie in memory (TPU)."""
     masked: bool = False
-    """With a mask and resets (TPU)."""
+    """The cell with a mask and resets."""
     json: pathlib.Path | None = None
     """Write the figures to this file as well."""
 
@@ -143,13 +143,12 @@ def _on_hopper(config: Config) -> int:
     cell = _cell(config)
     if config.devices > 1:
         raise UserError("--devices is for TPUs; leave it out for hopper")
-    for flag in ("free_layouts", "masked"):
-        if getattr(config, flag):
-            raise UserError(f"--{flag.replace('_', '-')} is for TPUs; leave it out for hopper")
+    if config.free_layouts:
+        raise UserError("--free-layouts is for TPUs; leave it out for hopper")
     from lstmjax.aot import gpu
 
     shape = gpu.Shape(config.steps, config.batch, config.features, config.precision)
-    found = [row._asdict() for row in gpu.cell_rows(cell, **shape._asdict())]
+    found = [row._asdict() for row in gpu.cell_rows(cell, **shape._asdict(), flags=config.masked)]
     if config.train_step:
         compiled = gpu.compile_train_step(cell, shape)
         step = {"seconds": compiled.seconds, "temporaries": compiled.temporaries}

@@ -25,12 +25,11 @@ from jax.experimental import topologies
 from jaxtyping import PyTree
 
 from lstmjax.aot.assembly import counts, hazards
-from lstmjax.aot.train_step import Shape, step_inputs, train_step_program
-from lstmjax.cells.base import Carry, Cell, Params, start
+from lstmjax.aot.programs import Shape, recurrence_program, train_step_program
+from lstmjax.cells.base import Cell
 from lstmjax.errors import UserError, first_line
 from lstmjax.precision import Precision
-from lstmjax.recurrence import unroll
-from lstmjax.recurrence.engine import Engine, Workload
+from lstmjax.recurrence.engine import Workload
 from lstmjax.recurrence.gpu.cells import Job, backward_recurrence, forward_recurrence
 from lstmjax.recurrence.gpu.engine import PallasGPU
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, shared_memory
@@ -254,7 +253,8 @@ def compile_cell(
     refusal = engine.refusal(cell, work)
     if refusal is not None:
         raise UserError(f"engine {engine.name} cannot run {cell}: {refusal}")
-    shapes, run = recurrence_program(cell, work, engine, flags=flags)
+    shape = Shape(steps, batch, features, precision)
+    shapes, run = recurrence_program(cell, shape, engine, flags=flags)
     plans = engine.plans(cell, work)
     assert plans is not None
     job = Job(cell, step_of(cell, work), flags, flags, reverse=False)
@@ -264,45 +264,6 @@ def compile_cell(
     )
     there, back = compile_for_hopper(run, *shapes), compile_for_hopper(_gradient(run), *shapes)
     return CellReport(there, back, plans, sizes)
-
-
-def recurrence_program(
-    cell: Cell, work: Workload, engine: Engine, *, flags: bool = False
-) -> tuple[tuple[PyTree, ...], Callable[..., PyTree]]:
-    """A recurrence as a function of parameters, inputs, initial carry, mask and resets.
-
-    Returns:
-        The shapes of its arguments, and the function.
-    """
-    shape = jax.ShapeDtypeStruct
-    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), work.features))
-    xs = shape((work.steps, work.batch, work.features), jnp.float32)
-    initial = jax.eval_shape(lambda: start(cell, None, work.batch, work.features, jnp.float32))
-    more = step_inputs(cell, work.steps, work.batch, work.features)
-    flag = shape((work.steps, work.batch), jnp.bool_) if flags else None
-
-    def run(
-        params: Params,
-        xs: Array,
-        initial: Carry,
-        more: dict[str, Array],
-        mask: Array | None,
-        resets: Array | None,
-    ) -> tuple[Array, Carry]:
-        return unroll(
-            cell,
-            params,
-            xs,
-            initial,
-            inputs=more,
-            mask=mask,
-            resets=resets,
-            time_major=True,
-            engine=engine,
-            precision=work.precision,
-        )
-
-    return (params, xs, initial, more, flag, flag), run
 
 
 def _gradient(run: Callable[..., PyTree]) -> Callable[..., PyTree]:

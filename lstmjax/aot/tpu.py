@@ -3,7 +3,6 @@
 It reads its settings when it starts: run what is here in a process with `environment`.
 """
 
-import functools
 import importlib.util
 import os
 import pathlib
@@ -12,18 +11,16 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from lstmjax.aot.bundles import Loop, loops_over, read_dump, read_vmem
-from lstmjax.aot.train_step import Shape, on_mesh, step_inputs, train_step_program
-from lstmjax.cells.base import Carry, Cell, Params, start
+from lstmjax.aot.programs import Shape, on_mesh, recurrence_program, train_step_program
+from lstmjax.cells.base import Cell
 from lstmjax.errors import UserError, first_line
-from lstmjax.recurrence import PallasTPU, Scan, Workload, unroll
+from lstmjax.recurrence import PallasTPU, Scan, Workload
 from lstmjax.recurrence.engine import Engine
 from lstmjax.recurrence.tpu.plan import tpu_device
 from lstmjax.training.devices import BATCH
@@ -122,47 +119,19 @@ def cell_programs(
     The rows are spread over the mesh; gradients of parameters are summed over it. ``masked``: with
     a mask and resets.
     """
-    steps, batch, features, precision = shape
-    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
-    xs = jax.ShapeDtypeStruct((steps, batch, features), jnp.float32)
-    initial = jax.eval_shape(lambda: start(cell, None, batch, features, jnp.float32))
-    more = step_inputs(cell, steps, batch, features)
-    names = ("mask", "resets") if masked else ()
-    flags = {name: jax.ShapeDtypeStruct((steps, batch), jnp.bool_) for name in names}
+    given, forward = recurrence_program(cell, shape, engine, flags=masked)
 
-    def forward(
-        flags: dict[str, Array], params: Params, xs: Array, initial: Carry, more: dict[str, Array]
-    ) -> tuple[Array, Carry]:
-        return unroll(
-            cell,
-            params,
-            xs,
-            initial,
-            inputs=more,
-            mask=flags.get("mask"),
-            resets=flags.get("resets"),
-            time_major=True,
-            engine=engine,
-            precision=precision,
-        )
-
-    def gradients(
-        flags: dict[str, Array],
-        params: Params,
-        xs: Array,
-        initial: Carry,
-        more: dict[str, Array],
-        d_out: tuple[Array, Carry],
-    ) -> tuple[PyTree, ...]:
-        run = functools.partial(forward, flags)
-        d_params, *d_others = jax.vjp(run, params, xs, initial, more)[1](d_out)
+    def gradients(*given: PyTree) -> tuple[PyTree, ...]:
+        *moving, mask, resets, d_out = given
+        run = lambda *moving: forward(*moving, mask, resets)  # noqa: E731
+        d_params, *d_others = jax.vjp(run, *moving)[1](d_out)
         return jax.lax.psum(d_params, BATCH), *d_others
 
     whole, rows, time_major = PartitionSpec(), PartitionSpec(BATCH), PartitionSpec(None, BATCH)
     moving, outs = (whole, time_major, rows, time_major), (time_major, rows)
-    ins = (time_major, *moving)
+    ins = (*moving, time_major, time_major)
     with jax.set_mesh(mesh):  # which says that this is for a TPU
-        out = jax.eval_shape(forward, flags, params, xs, initial, more)
+        out = jax.eval_shape(forward, *given)
 
     def placed(specs: tuple[PartitionSpec, ...], values: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         return tuple(on_mesh(mesh, v, s) for v, s in zip(values, specs, strict=True))
@@ -172,7 +141,7 @@ def cell_programs(
     ) -> Callable[..., PyTree]:
         return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-    args = placed(ins, (flags, params, xs, initial, more))
+    args = placed(ins, given)
     return {
         "forward": (spread(forward, ins, outs), args),
         "forward+backward": (

@@ -21,11 +21,6 @@ def up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def dense(cell: Cell, recurrent_kernel: Array) -> Array:
-    """The recurrent kernel as ``(H, G H)``: with several heads, with zeros between them."""
-    return grouped(cell, recurrent_kernel, cell.hidden_size)
-
-
 def groups_of(cell: Cell, tile: int) -> int:
     """Recurrences that know nothing of each other, all of one width: of a head, or of as many as
     fit into a tile.

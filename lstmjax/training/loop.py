@@ -119,6 +119,7 @@ def fit(
         StorageError: something cannot be written; what was written before is kept.
     """
     checkpoints = Checkpoints(run.checkpoints, keep, before=run.sync)
+    judged = next(iter(evaluations), None) if keep_best or patience else None
     try:
         with stopping.saving() as stop:
             state, at = _beginning(steps, checkpoints, resume)
@@ -141,8 +142,7 @@ def fit(
                     record |= means(name, sums, score, f"after epoch {at.epoch + 1}")
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
-                judged = next(iter(evaluations), None) if keep_best or patience else None
-                best = at.epoch if judged is None else _best(at.history, judged) + 1
+                best = _best(at.history, judged) + 1 if judged else at.epoch
                 if isinstance(seed, int) and (best == at.epoch or not keep_best):
                     run.write_parameters(state.params)
                 if patience and at.epoch - best >= patience:

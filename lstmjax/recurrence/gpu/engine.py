@@ -40,7 +40,7 @@ from lstmjax.recurrence.gpu.cells import (
     sizes_of,
 )
 from lstmjax.recurrence.gpu.plan import TILE, GPUPlan, Recurrence, at_once, choose_plan
-from lstmjax.recurrence.layout import grouped, groups_of, up
+from lstmjax.recurrence.layout import grouped, up
 from lstmjax.recurrence.split import split_outside
 from lstmjax.recurrence.step import no_kernel, standard, step_of
 from lstmjax.traced import vary_alike
@@ -121,23 +121,23 @@ class PallasGPU(Engine):
         The more rows a block has, the fewer blocks there are, and the slower is each.
         """
         batch, precision = work.batch, work.precision
-        groups, step = groups_of(cell, TILE), step_of(cell, work)
-        tiles = up(cell.hidden_size // groups, TILE) // TILE
+        step = step_of(cell, work)
         every = (True,) * (sizes_of(step).carry if work.states else 1)
+        # Masks and resets take some memory as well: one layout with them and without.
+        job = Job(cell, step, masked=True, resets=True, reverse=False, d_outs=every)
+        tiles = job.units // TILE
         parts = {"bfloat16": 1, "float32": 3 if tiles == 1 else 2}[precision]
         fast = precision == "bfloat16" if self.fast_math is None else self.fast_math
         depths = (3, 2) if self.depth is None else (self.depth,)
         found = []
         for rows in (8, 16) if self.rows is None else (self.rows,):
             wanted = GPUPlan(rows=rows, parts=parts, fast_math=fast, interpret=self.interpret)
-            # Masks and resets take some memory as well: one layout with them and without.
-            job = Job(cell, step, masked=True, resets=True, reverse=False, d_outs=every)
             forward = choose_plan(forward_recurrence(job, 1, rows), wanted, depths)
             backward = choose_plan(backward_recurrence(job, 1, rows), wanted, depths)
             if forward is not None and backward is not None:
                 found.append((forward, backward))
                 blocks = tiles if backward.cluster else 1
-                if groups * -(-batch // rows) <= at_once(self._cores(), blocks):
+                if job.groups * -(-batch // rows) <= at_once(self._cores(), blocks):
                     break
         return found[-1] if found else None
 

@@ -1,4 +1,4 @@
-"""The whole training step of a classifier, on shapes alone, for devices that need not be there."""
+"""What is compiled for devices that need not be there, on shapes alone."""
 
 import inspect
 from collections.abc import Callable
@@ -7,14 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from lstmjax.cells.base import Cell
+from lstmjax.cells.base import Carry, Cell, Params, start
 from lstmjax.data import Batch
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.precision import Precision
-from lstmjax.recurrence import Engine
+from lstmjax.recurrence import Engine, unroll
 from lstmjax.training.devices import BATCH
 from lstmjax.training.step import OptimizerConfig, TrainState, make_optimizer, make_steps
 
@@ -42,6 +43,51 @@ def step_inputs(
         name: jax.ShapeDtypeStruct((steps, batch, cell.width(width, features)), jnp.float32)
         for name, width in cell.step_inputs.items()
     }
+
+
+def recurrence_program(
+    cell: Cell, shape: Shape, engine: Engine, *, flags: bool = False
+) -> tuple[tuple[PyTree, ...], Callable[..., PyTree]]:
+    """A recurrence as a function of parameters, inputs, carry, step inputs, mask and resets.
+
+    Args:
+        cell: the cell.
+        shape: on what it runs.
+        engine: runs it.
+        flags: with a mask and resets; else both are None.
+
+    Returns:
+        The shapes of its arguments, and the function.
+    """
+    steps, batch, features, precision = shape
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), features))
+    xs = jax.ShapeDtypeStruct((steps, batch, features), jnp.float32)
+    initial = jax.eval_shape(lambda: start(cell, None, batch, features, jnp.float32))
+    more = step_inputs(cell, steps, batch, features)
+    flag = jax.ShapeDtypeStruct((steps, batch), jnp.bool_) if flags else None
+
+    def run(
+        params: Params,
+        xs: Array,
+        initial: Carry,
+        more: dict[str, Array],
+        mask: Array | None,
+        resets: Array | None,
+    ) -> tuple[Array, Carry]:
+        return unroll(
+            cell,
+            params,
+            xs,
+            initial,
+            inputs=more,
+            mask=mask,
+            resets=resets,
+            time_major=True,
+            engine=engine,
+            precision=precision,
+        )
+
+    return (params, xs, initial, more, flag, flag), run
 
 
 def train_step_program(
