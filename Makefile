@@ -62,7 +62,7 @@ format: .venv/ready-lint  ## let ruff put right what it can
 
 lock: .venv/ready  ## pin what is installed; host names never enter the file
 	$(RUN) -m pip install --quiet uv
-	.venv/bin/uv pip compile pyproject.toml --extra test --extra lint --python-version 3.11 --quiet \
+	.venv/bin/uv pip compile pyproject.toml --extra cpu --extra test --extra lint --python-version 3.11 --quiet \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.lock
 
 .venv/bin/python:
@@ -70,11 +70,11 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	$(PYTHON) -m venv .venv
 
 .venv/ready: pyproject.toml requirements.lock | .venv/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[cpu]'
 	touch $@
 
 .venv/ready-test: .venv/ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[cpu,test]'
 	touch $@
 
 # By itself: where the compilers are installed, JAX looks for their devices.

@@ -18,6 +18,7 @@ from benchmarks import contenders, problems
 from benchmarks.contenders import (
     BFLOAT16,
     CHAINS,
+    CPU,
     DERIVED,
     LARGE,
     LINEN,
@@ -89,9 +90,12 @@ def recurrence(session: Session, options: argparse.Namespace) -> Facts:
         who = [c for c in contenders.RECURRENCE if sizes == S or "one device" not in c.name]
         session.measure(work(who, case, column), seconds=10 if sizes == S else 2.5)
         facts |= against_peers(session.rows, column)
-        exact, fast = (median(session.rows, who, column) for who in (DERIVED, BFLOAT16))
+        ours = (median(session.rows, who, column) for who in (CPU, DERIVED, BFLOAT16))
+        function, exact, fast = ours
         if exact and fast:
             facts[f"{column}: bfloat16 / float32"] = fast / exact
+        if exact and function:
+            facts[f"{column}: cpu / derived"] = function / exact
     return facts
 
 
@@ -99,7 +103,9 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
     """The matrix products alone, and how near to them the engines and PyTorch come."""
     sizes, big = size(S, options), size({"size": 2048}, options)
     for _ in session.over([sizes]):
-        engines = [work((DERIVED, SCAN, TORCH), sizes | {"mode": mode}, mode) for mode in MODES]
+        engines = [
+            work((CPU, DERIVED, SCAN, TORCH), sizes | {"mode": mode}, mode) for mode in MODES
+        ]
         alone = work(CHAINS, sizes, "products") + work(LARGE, big, "products")
         alone += work(STEPS, sizes, "element-wise")
         session.measure([*alone, *itertools.chain(*engines)], seconds=20)
@@ -120,7 +126,7 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
     for mode, extra in besides.items():
         least = 1e3 * float(np.median(floors[mode] + extra))
         facts[f"{mode}: floor and what else must be computed, ms"] = least
-    for mode, who in itertools.product(floors, (DERIVED, SCAN, TORCH)):
+    for mode, who in itertools.product(floors, (CPU, DERIVED, SCAN, TORCH)):
         if (who.name, mode) in turns:  # turn by turn, so that the machine's drift does not enter
             ratio = float(np.median(turns[who.name, mode] / floors[mode]))
             facts[f"{mode}: {who.name} / floor"] = ratio
@@ -187,12 +193,12 @@ def growth(session: Session, options: argparse.Namespace) -> Facts:
     }
     for axis, values in session.over([*axes.items()][: 1 if options.tiny else None]):
         cases = [size(S | {axis: n}, options) | {"mode": MODES[1]} for n in values]
-        each = [work((DERIVED, SCAN, LINEN), case, heading(case)) for case in cases]
+        each = [work((CPU, DERIVED, SCAN, LINEN), case, heading(case)) for case in cases]
         # All sizes take turns: growth cannot be told from the machine's own changes otherwise.
         turns = 5 if axis == "steps" else 3
         session.measure([*itertools.chain(*each)], turns=turns, memory=True)
     facts: Facts = {}
-    for who in (DERIVED, SCAN, LINEN):
+    for who in (CPU, DERIVED, SCAN, LINEN):
         columns = [heading(S | {"mode": MODES[1], "steps": steps}) for steps in (500, 4000)]
         short, long = (median(session.rows, who, column) for column in columns)
         if short and long:

@@ -109,7 +109,9 @@ class Config:
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
-    engine: Literal["auto", "pallas_tpu", "pallas_gpu", "associative", "derived", "scan"] = "auto"
+    engine: Literal["auto", "pallas_tpu", "pallas_gpu", "cpu", "associative", "derived", "scan"] = (
+        "auto"
+    )
     """What runs the recurrence; auto takes the fastest that can run the cell, and says which."""
     seed: int = 0
     """Of parameters, order of batches and dropout; with --seeds the first of them."""

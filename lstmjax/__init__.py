@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     )
     from lstmjax.models import Classifier, ClassifierConfig, Tagger, count_parameters, summary
     from lstmjax.recurrence import (
+        CPU,
         Associative,
         Derived,
         Keys,
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CIFG",
+    "CPU",
     "FGR",
     "GRU",
     "JANET",

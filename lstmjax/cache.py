@@ -26,3 +26,13 @@ def home(folder: str | os.PathLike[str]) -> Path:
         return Path(folder).expanduser()
     except RuntimeError as error:
         raise UserError(f"{os.fspath(folder)!r} has no home folder: give the whole path") from error
+
+
+def drop_oldest(folder: Path, most: int) -> None:
+    """Delete what was written first until ``most`` bytes are left, and files left empty."""
+    found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+    excess = sum(stat.st_size for _, stat in found) - most
+    for path, stat in sorted(found, key=lambda file: file[1].st_mtime_ns):
+        if excess > 0 or stat.st_size == 0:  # empty: its writer was killed
+            path.unlink(missing_ok=True)  # another process may have been faster
+            excess -= stat.st_size

@@ -8,10 +8,13 @@ import jax
 import jaxtyping
 import pytest
 
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # begun in the background; programs inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What began in the background ignores these, and its programs inherit that.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Optimising is most of what compiling takes. Where rounding is compared, it is on: `OPTIMIZED`.
 # XLA's simple kernels (`lstmjax.training.simple_kernels`; the library must not be imported here,

@@ -50,7 +50,7 @@ def test_a_cell_of_the_library_passes_them_all(cell):
         assert (kernel in report["engines"].told) == (not affine)
     assert ("associative" in report["engines"].told) == affine
     assert report.facts["kind"].startswith("element-wise")
-    assert report.facts["on a CPU"].startswith("derived")
+    assert report.facts["on a CPU"].startswith("cpu")
 
 
 def test_the_reference_is_compared():

@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from experiments import cumsum, imdb, train
-from lstmjax.recurrence import ENGINES, Derived
+from lstmjax.recurrence import CPU, ENGINES, Derived
 from lstmjax.training.command import as_user_error, run_command
 from lstmjax.training.devices import usable_cores
 from lstmjax.workbench import config_of
@@ -78,7 +78,7 @@ def test_demo_run_leaves_everything_behind(run, capsys):
         assert found[key]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "engine derived (the first choice)" in out
+    assert "engine cpu (the first choice)" in out
     assert "DEMO" in out
     assert "not IMDB" in out
 
@@ -134,7 +134,8 @@ def test_a_shape_that_the_engine_cannot_run_gets_another(run, monkeypatch):
             return "too many rows"
         return None
 
-    monkeypatch.setattr(Derived, "refusal", refusal)
+    for engine in (CPU, Derived):
+        monkeypatch.setattr(engine, "refusal", refusal)
     jax.clear_caches()  # other tests may have run the same shapes
     run(imdb, "--data", "demo", "--epochs", 1, *SMALL)
     jax.clear_caches()

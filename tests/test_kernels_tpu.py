@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from lstmjax.cells import GRU, LSTM, SLSTM, Cell, PeepholeLSTM
-from lstmjax.recurrence import Derived, PallasTPU, Workload, choose_engine, unroll
+from lstmjax.recurrence import CPU, Derived, PallasTPU, Workload, choose_engine, unroll
 from lstmjax.recurrence.layout import grouped
 from tests.kernel_cases import (
     Case,
@@ -205,10 +205,7 @@ def test_what_it_refuses_the_next_engine_runs():
     chosen, reason = choose_engine(Special(100), WORK)
     assert chosen == Derived()
     assert reason == "no pallas_tpu: its step uses digamma, which a TPU kernel does not have"
-    assert choose_engine(LSTM(100), WORK._replace(platform="cpu")) == (
-        Derived(),
-        "the first choice",
-    )
+    assert choose_engine(LSTM(100), WORK._replace(platform="cpu")) == (CPU(), "the first choice")
 
 
 @pytest.mark.parametrize(

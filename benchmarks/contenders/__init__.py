@@ -87,6 +87,7 @@ def _keras(function: str, note: str = "", slow: tuple[str, ...] = (), **options:
     )
 
 
+CPU = _ours("lstmjax cpu", engine="cpu")
 DERIVED = _ours("lstmjax derived", engine="derived")
 SCAN = _ours("lstmjax scan", engine="scan")
 PLAIN = _ours("lstmjax plain scan", engine="scan", recompute=False)
@@ -96,7 +97,8 @@ BFLOAT16 = _ours(
 LINEN = Contender("Flax linen RNN", "jax", "jax_peers:linen", "flax")
 TORCH = Contender("PyTorch nn.LSTM", "torch", "torch_peers:recurrence", "torch")
 RECURRENCE = (
-    *(DERIVED, SCAN, PLAIN, BFLOAT16),
+    *(CPU, DERIVED, SCAN, PLAIN, BFLOAT16),
+    _ours("lstmjax cpu, one device", "jax", engine="cpu", devices=1),
     _ours("lstmjax derived, one device", "jax", engine="derived", devices=1),
     _ours("lstmjax plain scan, one device", "jax", engine="scan", recompute=False, devices=1),
     LINEN,

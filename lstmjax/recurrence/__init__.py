@@ -2,6 +2,7 @@
 
 from lstmjax.recurrence.associative import Associative
 from lstmjax.recurrence.choice import ENGINES, choose_engine
+from lstmjax.recurrence.cpu.engine import CPU
 from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import Engine, How, Inputs, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
@@ -11,6 +12,7 @@ from lstmjax.recurrence.tpu.engine import PallasTPU
 from lstmjax.recurrence.unroll import length_mask, unroll
 
 __all__ = [
+    "CPU",
     "ENGINES",
     "Associative",
     "Derived",

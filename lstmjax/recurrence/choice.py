@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from lstmjax.cells.base import Cell
 from lstmjax.recurrence.associative import Associative
+from lstmjax.recurrence.cpu.engine import CPU
 from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import Engine, Workload
 from lstmjax.recurrence.gpu.engine import PallasGPU
@@ -11,7 +12,8 @@ from lstmjax.recurrence.scan import Scan
 from lstmjax.recurrence.tpu.engine import PallasTPU
 
 ENGINES: Mapping[str, Engine] = {
-    engine.name: engine for engine in (PallasTPU(), PallasGPU(), Associative(), Derived(), Scan())
+    engine.name: engine
+    for engine in (PallasTPU(), PallasGPU(), CPU(), Associative(), Derived(), Scan())
 }
 """Every engine in its default settings, the most wanted first."""
 

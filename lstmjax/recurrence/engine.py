@@ -141,13 +141,13 @@ def overridden(cell: Cell) -> str | None:
     return None
 
 
-def odd_carry(cell: Cell) -> str | None:
-    """Why a kernel cannot hold the cell's carry: it takes arrays ``(B, H)`` of float32."""
-    carry = jax.eval_shape(lambda: start(cell, None, 2, None, jnp.float32))
+def odd_carry(cell: Cell, dtype: str = "float32") -> str | None:
+    """Why a kernel cannot hold the cell's carry: it takes arrays ``(B, H)`` of one type."""
+    carry = jax.eval_shape(lambda: start(cell, None, 2, None, dtype))
     for a in jax.tree.leaves(carry):
-        if (a.shape, a.dtype) != ((2, cell.hidden_size), jnp.float32):
+        if (a.shape, a.dtype) != ((2, cell.hidden_size), dtype):
             shape = ", ".join(["B", *map(str, a.shape[1:])])
-            return f"{type(cell).__name__} carries a ({shape}) {a.dtype}, not (B, H) float32"
+            return f"{type(cell).__name__} carries a ({shape}) {a.dtype}, not (B, H) {dtype}"
     return None
 
 

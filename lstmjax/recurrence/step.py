@@ -66,13 +66,13 @@ class Step:
 
 def step_of(cell: Cell, work: Workload) -> Step:
     """The programs of a cell's step for a batch."""
-    return _step_of(cell, work.batch, work.features, work.training)
+    return _step_of(cell, work.batch, work.features, work.training, work.dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
-    shapes, own = _shapes(cell, batch, features, training)
-    count, x = len(cell.gates), ShapeDtypeStruct((batch, features), jnp.float32)
+def _step_of(cell: Cell, batch: int, features: int, training: bool, dtype: str) -> Step:
+    shapes, own = _shapes(cell, batch, features, training, dtype)
+    count, x = len(cell.gates), ShapeDtypeStruct((batch, features), dtype)
 
     def one_step(*given: PyTree) -> Carry:
         args: StepArguments = StepArguments(*given)
@@ -81,7 +81,9 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool) -> Step:
             apart = _record("gate with recurrence", cell.recurrent)(*args.pre[count:])
             pre = Parts(cell.named(args.pre[:count]), apart)
         others = {
-            name: args.others[name].reshape(shape) if name in args.others else jnp.zeros(shape)
+            name: (args.others[name] if name in args.others else jnp.zeros(shape, dtype)).reshape(
+                shape
+            )
             for name, shape in own.items()
         }
         params: Params = {"units": {name: a[0] for name, a in args.units.items()}, "step": others}
@@ -120,21 +122,21 @@ def _read(forward: Program, shapes: StepArguments) -> list[str]:
 
 
 def _shapes(
-    cell: Cell, batch: int, features: int, training: bool
+    cell: Cell, batch: int, features: int, training: bool, dtype: str
 ) -> tuple[StepArguments, dict[str, tuple[int, ...]]]:
     """Of a step's arguments, and of its ``step_params`` as the cell declares them."""
 
     def zeros(*shape: int) -> Array:
-        return jnp.zeros(shape, jnp.float32)
+        return jnp.zeros(shape, dtype)
 
     def make() -> tuple[StepArguments, dict[str, Array]]:
-        params = cell.prepare(cell.init(jax.random.key(0), features))
+        params = cell.prepare(cell.init(jax.random.key(0), features, dtype))
         own = {name: params["step"][name] for name in cell.step_params}
         blocks = len(cell.gates) + (len(cell.recurrent) if cell.parts_apart else 0)
         drawn = cell.noise.items() if training else ()
         args = StepArguments(
             pre=[zeros(batch, cell.hidden_size) for _ in range(blocks)],
-            carry=start(cell, params, batch, features, jnp.float32),
+            carry=start(cell, params, batch, features, dtype),
             units={name: zeros(1, cell.hidden_size) for name in cell.unit_params},
             others={n: zeros(*(1,) * (2 - a.ndim), *a.shape) for n, a in own.items()},
             inputs={

@@ -16,7 +16,7 @@ from typing import TextIO
 import jax
 
 from lstmjax import files
-from lstmjax.cache import cache_folder
+from lstmjax.cache import cache_folder, drop_oldest
 from lstmjax.errors import UserError
 
 SUMS = "sums.json"
@@ -65,7 +65,7 @@ def _folder() -> pathlib.Path | None:
 def _make_ready(folder: pathlib.Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
-    _drop_oldest(folder)
+    drop_oldest(folder, MAX_BYTES)
     _check_sums(folder)
 
 
@@ -115,16 +115,6 @@ def _damaged_are_deleted(folder: pathlib.Path) -> Iterator[None]:
 
         warnings.showwarning = delete_or_show
         yield
-
-
-def _drop_oldest(folder: pathlib.Path) -> None:
-    """Delete what was written first until ``MAX_BYTES`` are left, and files left empty."""
-    found = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
-    excess = sum(stat.st_size for _, stat in found) - MAX_BYTES
-    for path, stat in sorted(found, key=lambda file: file[1].st_mtime_ns):
-        if excess > 0 or stat.st_size == 0:  # empty: its writer was killed
-            path.unlink(missing_ok=True)  # another process may have been faster
-            excess -= stat.st_size
 
 
 @dataclasses.dataclass

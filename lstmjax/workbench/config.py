@@ -30,7 +30,9 @@ class Config:
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
-    engine: Literal["auto", "pallas_tpu", "pallas_gpu", "associative", "derived", "scan"] = "auto"
+    engine: Literal["auto", "pallas_tpu", "pallas_gpu", "cpu", "associative", "derived", "scan"] = (
+        "auto"
+    )
     """What runs the recurrence; auto takes the fastest that can run the cell."""
     seed: int = 0
     """Of parameters, batches and dropout; with --seeds the first of them."""
