@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import hashlib
+import pathlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import llvmlite
 import llvmlite.ir as ir
+import numpy as np
 from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -23,10 +25,40 @@ from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
 from lstmjax.recurrence.cpu.objects import kept_object
 from lstmjax.recurrence.cpu.plain import plain_kernel
 from lstmjax.recurrence.cpu.plan import Job, Layout, Operand
-from lstmjax.traced import vary_alike
+from lstmjax.recurrence.cpu.rows import row_jaxpr
+from lstmjax.traced import Program, vary_alike
+
+
+class Target(NamedTuple):
+    """A function that XLA knows by name; its last result is so many numbers of memory."""
+
+    name: str
+    memory: int
+
 
 _LOCK = threading.Lock()
-_REGISTERED: set[str] = set()
+_TARGETS: dict[str, Target] = {}
+
+
+@functools.cache
+def _sources() -> str:
+    """The modules that emit, and those that say what to emit."""
+    digest = hashlib.sha256()
+    here = pathlib.Path(__file__).parent
+    for folder in (here, here.parents[1] / "traced"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _told(program: Program | None) -> object:
+    """A program in words, those of a single row: how many there are, a kernel does not know."""
+    if program is None:
+        return None
+    closed = row_jaxpr(program)
+    consts = [np.asarray(const) for const in closed.consts]
+    told = [(a.dtype.str, a.shape, a.tobytes()) for a in consts]
+    return str(closed.jaxpr), told, program.sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +93,47 @@ class Kernel:
         return layout.backward_results() if self.back else layout.forward_results()
 
     @functools.cached_property
-    def emitted(self) -> tuple[str, int]:
-        """The function, ``kernel``, in LLVM's language, and how many numbers it needs room for."""
-        module = ir.Module("lstmjax")
-        emit = emit_backward if self.back else emit_forward
-        memory = emit(module, "kernel", self.layout)
-        return str(module), memory
+    def target(self) -> Target:
+        """What XLA calls, compiled and loaded.
 
-    @functools.cached_property
-    def target(self) -> str:
-        """The name under which XLA knows it, compiled and loaded.
-
-        The persistent cache of programs keeps that name and nothing else of it: so it names what
+        The persistent cache of programs keeps its name and nothing else of it: so that names what
         is in the kernel, not the occasion on which it was made.
         """
-        text, _ = self.emitted
-        key = f"{llvmlite.__version__} {self.machine} {text}"
-        name = f"lstmjax_cpu_{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+        name = f"lstmjax_cpu_{self._digest()}"
         with _LOCK:
-            if name not in _REGISTERED:
-                code = kept_object(name, functools.partial(compile_text, text, self.machine))
+            if name not in _TARGETS:
+                found = kept_object(name, self._make)
+                memory, code = int.from_bytes(found[:8], "little"), found[8:]
                 address = load_object(code, ["kernel"])["kernel"]
                 jax.devices("cpu")  # else a refusal is seen only with the first program
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
-                _REGISTERED.add(name)
-        return name
+                _TARGETS[name] = Target(name, memory)
+        return _TARGETS[name]
+
+    def emitted(self) -> tuple[str, int]:
+        """The function, ``kernel``, in LLVM's language, and how many numbers it needs room for."""
+        module = ir.Module("lstmjax")
+        memory = (emit_backward if self.back else emit_forward)(module, "kernel", self.layout)
+        return str(module), memory
+
+    def _make(self) -> bytes:
+        """That number, and an object file."""
+        text, memory = self.emitted()
+        return memory.to_bytes(8, "little") + compile_text(text, self.machine)
+
+    def _digest(self) -> str:
+        """Of all that the function depends on."""
+        step, layout, cell = self.job.step, self.layout, self.job.cell
+        programs = (step.forward, step.backward, step.recur, step.recur_back)
+        told = [
+            _sources(),
+            *(llvmlite.__version__, jax.__version__, self.machine),
+            *(self.arguments, self.results, self.back, self.job[2:]),
+            *(layout.kinds, layout.width, cell.hidden_size, cell.uses_h),
+            *(len(cell.gates), len(cell.recurrent)),
+            *(_told(program) for program in programs),
+        ]
+        return hashlib.sha256("\n".join(map(repr, told)).encode()).hexdigest()[:32]
 
     def __call__(self, operands: dict[str, Array]) -> dict[str, Array]:
         """Results by name, from arguments by name."""
@@ -112,8 +160,8 @@ def _abstract(*args: jax.core.ShapedArray, kernel: Kernel) -> list[jax.core.Shap
 
 
 def _call(*args: Array, kernel: Kernel) -> list[Array]:
-    own = jax.ShapeDtypeStruct((kernel.emitted[1],), args[0].dtype)
-    return list(jax.ffi.ffi_call(kernel.target, [*kernel.shapes(args), own])(*args))[:-1]
+    own = jax.ShapeDtypeStruct((kernel.target.memory,), args[0].dtype)
+    return list(jax.ffi.ffi_call(kernel.target.name, [*kernel.shapes(args), own])(*args))[:-1]
 
 
 def _plain(*args: Array, kernel: Kernel) -> list[Array]:

@@ -366,7 +366,9 @@ class Layout:
         """The noise of the step."""
         return self._over_time("noise", self.job.step.shapes.noise)
 
-    def _over_time(self, what: str, arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> list[Operand]:
+    def _over_time(
+        self, what: str, arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+    ) -> list[Operand]:
         return [Operand(f"{what} {n}", ("T", "B", a.shape[1])) for n, a in sorted(arrays.items())]
 
     def _flags(self) -> list[Operand]:
