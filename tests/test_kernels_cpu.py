@@ -35,6 +35,7 @@ from lstmjax.recurrence.cpu import machine as cpu_machine
 from lstmjax.recurrence.cpu.calls import Kernel
 from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
 from lstmjax.recurrence.cpu.plan import Job, Layout
+from lstmjax.recurrence.engine import overridden
 from lstmjax.recurrence.step import step_of
 from tests import random_steps
 from tests.kernel_cases import LayerNorm, Narrow, Projected, Ratio, Rebound, Three, TwoHeadsApart
@@ -185,7 +186,9 @@ def draw(case, seed=0):
         return a + scale * normal(*a.shape)
 
     params = jax.tree.map(near, cell.init(jax.random.key(seed), features, dtype))
-    initial = jax.tree.map(near, cell.initial_carry(batch, dtype)) if case.initial else None
+    begun = cell.initial_carry(batch, dtype)  # some cells divide by what they carry
+    begun = jax.tree.map(lambda a: a + 0.3 + 0.3 * abs(normal(*a.shape)), begun)
+    initial = begun if case.initial else None
     inputs = {
         name: 0.5 + abs(normal(batch, steps, cell.width(width, features)))
         for name, width in cell.step_inputs.items()
@@ -262,7 +265,7 @@ def compare(case, got, wanted, dull=()):
 
 # --- Cells, layouts, flags -----------------------------------------------------------------------
 
-NAMES = [type(cell).__name__ for cell in every_cell(8)]
+NAMES = [type(cell).__name__ for cell in every_cell(8) if overridden(cell) is None]
 FLAGS = (("mask", "resets"), ("lengths",), ("resets",), ("lengths", "left", "resets"), ())
 DULL = ("unread",)
 OWN_STATE = ("gradient[2].h",)  # of a cell that reads no h
@@ -279,7 +282,7 @@ def case_of(name):
     features = cell.hidden_size if cell.step_inputs.get("x") == "H" else pick(3, 1, 17, 2)
     return Case(
         cell,
-        *(pick(7, 3, 65), pick(7, 5, 2, 4), features, pick(*FLAGS)),
+        *(pick(7, 3, 65), pick(7, 5, 3, 4), features, pick(*FLAGS)),
         reverse=pick(False, True),
         states=pick(True, True, False, False),
         initial=pick(True, True, False),
@@ -294,8 +297,7 @@ def test_a_cell_of_the_library(name):
     with jax.enable_x64(case.dtype == "float64"):
         work = Workload("cpu", case.dtype, "float32", *case[2:0:-1], case.features)
         work = work._replace(steps=case.steps, training=bool(case.cell.noise))
-        if reason := CPU().refusal(case.cell, work):
-            pytest.skip(reason)
+        assert CPU().refusal(case.cell, work) is None
         dull = DULL if case.cell.recurrent or case.cell.uses_h else (*DULL, *OWN_STATE)
         compare(case, solve("cpu", case), expected(case), dull)
 
@@ -370,13 +372,16 @@ def job(cell, case=None, **changes):
 @pytest.mark.parametrize("shard", range(4))
 def test_random_steps(shard):
     @seed(shard)
-    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=[*HealthCheck])
-    @given(random_steps.cells(elementwise=True), random_steps.flags, st.booleans())
+    @settings(max_examples=15, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(random_steps.cells(elementwise=shard > 0), random_steps.flags, st.booleans())
     def agrees(cell, how, wide):
         dtype = "float64" if wide else "float32"
         with jax.enable_x64(wide):
             work = Workload("cpu", dtype, "float32", 4, 3, 2, training=cell.with_noise)
-            assert CPU().refusal(cell, work) is None
+            refusal = CPU().refusal(cell, work)
+            assert refusal is None or (shard == 0 and "uses" in refusal)
+            if refusal is not None:
+                return
             given_, options = random_problem(cell, how, jnp.dtype(dtype))
             got, wanted = (
                 run_random(cell, e, given_, options, states=True) for e in ("cpu", Scan())

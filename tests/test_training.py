@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lstmjax import stopping, training
+from lstmjax import memory, stopping, training
 from lstmjax.cells import LSTM, dropped
 from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
@@ -236,7 +236,7 @@ def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, quota, cores):
 PAGES_ANEW = """
 import resource
 import numpy as np
-from lstmjax.training.devices import keep_freed_memory
+from lstmjax.memory import keep_freed_memory
 if not keep_freed_memory():
     raise SystemExit("no glibc")
 for turn in range(2):
@@ -255,8 +255,8 @@ def test_freed_memory_is_kept():
 
 
 def test_freed_memory_without_glibc(monkeypatch):
-    monkeypatch.setattr(devices.ctypes, "CDLL", lambda name: object())
-    assert not devices.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    assert not memory.keep_freed_memory()
 
 
 def test_simple_kernels_leave_the_users_flags(monkeypatch):

@@ -255,10 +255,12 @@ def cumsum_program(updates: int) -> Any:
     training.simple_kernels()
     config = dataclasses.replace(cumsum_experiment.RECIPES["notebook"], updates=updates)
     mesh = make_mesh(config.batch_size)
-    return jax.jit(
-        functools.partial(cumsum_experiment.experiment, config, LSTM(config.hidden_size)),
+    cell, arguments = LSTM(config.hidden_size), (0, config.learning_rate)
+    program = jax.jit(
+        functools.partial(cumsum_experiment.experiment, config, cell),
         compiler_options=training.quick_compilation(mesh),
     )
+    return lambda: program(*arguments)
 
 
 def cumsum(case: Case) -> Job:

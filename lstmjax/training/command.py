@@ -15,8 +15,8 @@ import jax
 
 from lstmjax import stopping
 from lstmjax.errors import PeerError, StorageError, UserError, first_line, printable, reason
+from lstmjax.memory import keep_freed_memory
 from lstmjax.training.compilation import keep_compiled
-from lstmjax.training.devices import keep_freed_memory
 from lstmjax.training.loop import Interrupted
 
 ConfigT = TypeVar("ConfigT")

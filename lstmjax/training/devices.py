@@ -1,7 +1,6 @@
 """Which accelerator a run uses, and the mesh its batches are spread over."""
 
 import contextlib
-import ctypes
 import math
 import os
 import pathlib
@@ -19,9 +18,6 @@ Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
 
 BATCH = "batch"
 """Name of the mesh axis over which the rows of a batch are spread."""
-
-_KEEP_ALL = {-4: 0, -1: -1}
-"""Of malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never."""
 
 _INSTALL = {
     "auto": "unset JAX_PLATFORMS",
@@ -133,19 +129,6 @@ def simple_kernels() -> None:
     if "xla_backend_extra_options" not in flags:
         simple = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
         os.environ["XLA_FLAGS"] = f"{flags} {simple}".strip()
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep what a program frees for the next one; returns whether it could be told.
-
-    A step's temporaries are hundreds of megabytes in blocks that glibc would give back to the
-    system, which then maps and clears them anew, page by page, at every step.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return False
-    return all(mallopt(option, value) for option, value in _KEEP_ALL.items())
 
 
 def usable_cores() -> int:

@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lstmjax.memory import keep_freed_memory
 from lstmjax.recurrence.cpu.backward import emit_backward
 from lstmjax.recurrence.cpu.forward import emit_forward
 from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
@@ -107,6 +108,7 @@ class Kernel:
                 address = load_object(code, ["kernel"])["kernel"]
                 jax.devices("cpu")  # else a refusal is seen only with the first program
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
+                keep_freed_memory()  # it takes more of it than any single operation of XLA's
                 _TARGETS[name] = Target(name, memory)
         return _TARGETS[name]
 
