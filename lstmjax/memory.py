@@ -1,19 +1,41 @@
 """What glibc does with memory that a program frees."""
 
 import ctypes
+import os
 
-_KEEP_ALL = {-4: 0, -1: -1}
-"""Of malloc.h: M_MMAP_MAX none, M_TRIM_THRESHOLD never."""
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
+"""Options of malloc.h."""
+
+_LARGEST_IN_HEAP = 2**25
+"""Bytes: glibc lets no larger block be kept while others are mapped by themselves."""
 
 
-def keep_freed_memory() -> bool:
+_KEPT: list[bool] = []
+"""Something is in it once all is kept."""
+
+
+def keep_freed_memory(most: int | None = None) -> bool:
     """Tell glibc to keep what a program frees for the next one; returns whether it could be told.
 
     A step's temporaries are hundreds of megabytes in blocks that glibc would give back to the
     system, which then maps and clears them anew, page by page, at every step.
+
+    Args:
+        most: bytes to keep, in blocks of 32 MiB at most; None keeps all, for good. Whoever has
+            said how in the environment (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``), has it
+            that way instead.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
-    return all(mallopt(option, value) for option, value in _KEEP_ALL.items())
+    if most is None:
+        options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+        _KEPT.append(True)
+    elif _KEPT:
+        return True
+    elif {"MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+        return False
+    else:
+        options = {_MMAP_THRESHOLD: _LARGEST_IN_HEAP, _TRIM_THRESHOLD: most}
+    return all(mallopt(option, value) for option, value in options.items())

@@ -286,7 +286,8 @@ def case_of(name):
         reverse=pick(False, True),
         states=pick(True, True, False, False),
         initial=pick(True, True, False),
-        dtype=pick("float32", "float32", "float64", "float32"),
+        # In float32 the time within a period has too few digits for a comparison.
+        dtype="float64" if name == "PhasedLSTM" else pick("float32", "float64", "float32"),
     )
 
 
@@ -323,7 +324,9 @@ CASES = {
     "learned start": Case(Learned(5), flags=("resets",), initial=False),
     "learned start, masked, reverse": Case(Learned(20), flags=("mask", "resets"), reverse=True),
     "everything": Case(Everything(17), flags=("mask", "resets"), states=True),
-    "everything, reverse, one unit": Case(Everything(1), flags=("lengths",), reverse=True),
+    "everything, reverse, one unit": Case(
+        Everything(1), flags=("lengths",), reverse=True, dtype="float64"
+    ),
     "everything, float64": Case(Everything(9), flags=("mask", "resets"), dtype="float64"),
     "another h": Case(Squashed(13), flags=("mask", "resets"), reverse=True),
     "another h by noise": Case(VariationalLSTM(13), flags=("mask", "resets"), reverse=True),
@@ -424,9 +427,9 @@ TARGETS = {
 def test_code_for_machines_that_are_not_here(target, back):
     made = job(Everything(17), CASES["everything"], saving=True)
     if back:
-        made = made._replace(wanted=frozenset(["x", "start"]), d_outs=(True, False, True))
+        made = made._replace(wanted=("start", "x"), d_outs=(True, False, True))
     kernel = Kernel(made, back, TARGETS[target])
-    code = compile_text(kernel.emitted[0], kernel.machine)
+    code = compile_text(kernel.emitted()[0], kernel.machine)
     assert code[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")
     assert len(code) > 5000
 
@@ -648,7 +651,7 @@ def test_several_threads():
 
 # --- Spread over devices -------------------------------------------------------------------------
 
-SPREAD = Case(PeepholeLSTM(5), batch=4, flags=("mask", "resets"))
+SPREAD = Case(PeepholeLSTM(5), batch=4, steps=6, flags=("mask", "resets"))
 MOVES = ("all-gather", "all-to-all", "collective-permute", "collective-broadcast")
 
 
@@ -748,7 +751,12 @@ def test_an_exported_program_calls_nothing_of_this_process(devices):
         shardings = [NamedSharding(mesh, P())] * len(jax.tree.leaves(args[0]))
         rest = [NamedSharding(mesh, P("rows"))] * (len(leaves) - len(shardings))
         how["in_shardings"] = (*shardings, *rest)
-    exported = jax.export.export(jax.jit(flat, **how), platforms=["cpu", "tpu"])(*leaves)
+    export = jax.export.export(jax.jit(flat, **how), platforms=["cpu", "tpu"])
+    if devices > 1:  # how it is spread is said by Python, which no other process has
+        with pytest.raises(NotImplementedError, match="host_callbacks"):
+            export(*leaves)
+        return
+    exported = export(*leaves)
     assert "custom_call" not in str(exported.mlir_module())
     again = jax.export.deserialize(exported.serialize())
     got = jax.jit(again.call, **how)(*leaves)
@@ -760,24 +768,24 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from lstmjax.cells import LSTM
+from lstmjax.cells import CfC
 from lstmjax.recurrence import unroll
 
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append("cache_hits" in event))
-cell, spread = LSTM(5), json.loads(sys.argv[1])
+cell, spread = CfC(5), json.loads(sys.argv[1])
 mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,))
 params, x = cell.init(jax.random.key(0), 3), jnp.sin(jnp.arange(72.0)).reshape(4, 6, 3)
 x = jax.device_put(x, NamedSharding(mesh, P("rows"))) if spread else x
 params = jax.device_put(params, NamedSharding(mesh, P())) if spread else params
 
-def value(params, x):
-    return (unroll(cell, params, x, engine="cpu")[0] ** 2).sum()
+def value(params, x, dt):
+    return (unroll(cell, params, x, inputs={"dt": dt}, engine="cpu")[0] ** 2).sum()
 
-run = jax.jit(jax.grad(value)).lower(params, x)
+run = jax.jit(jax.grad(value, (0, 1, 2))).lower(params, x, x[..., 0] ** 2)
 hits.clear()
-found = run.compile()(params, x)["bias"]
-print(json.dumps({"hit": any(hits), "found": found.tolist()}))
+found = jax.tree.leaves(run.compile()(params, x, x[..., 0] ** 2))
+print(json.dumps({"hit": any(hits), "found": [a.tolist() for a in found]}))
 """
 
 
@@ -794,13 +802,15 @@ def test_a_compiled_program_is_kept_for_the_next_process(spread, tmp_path):
     }
     command = [sys.executable, "-c", PROGRAM, json.dumps(spread)]
     found = []
-    for _ in range(2):
+    for seed_ in "12":  # sets are in another order then
+        own["PYTHONHASHSEED"] = seed_
         done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
-    assert [each["hit"] for each in found] == [False, True]
+    assert [each["hit"] for each in found] == [False, not spread]  # likewise
     assert found[0]["found"] == found[1]["found"]
-    assert np.any(found[0]["found"])
+    assert all(np.any(a) for a in found[0]["found"])
+    assert len(list((tmp_path / "own" / "kernels").iterdir())) == 2  # forward and backward
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -847,7 +857,7 @@ class Frame(ctypes.Structure):
 
 def buffers(arrays):
     """For a call frame; it does not keep the arrays alive."""
-    numbers = {"bool": 1, "float32": 11, "float64": 12}
+    numbers = {"bool": 1, "int32": 4, "int64": 5, "float32": 11, "float64": 12}
     made = []
     for a in arrays:
         dims = (ctypes.c_int64 * max(a.ndim, 1))(*a.shape)
@@ -880,14 +890,18 @@ def call_guarded(kernel, steps, batch, rng):
 
     def argument(operand):
         shape = operand.sizes(steps, batch)
-        return rng.random(shape) < 0.6 if operand.flags else 0.3 * rng.normal(size=shape)
+        if operand.kind == "flags":
+            return rng.random(shape) < 0.6
+        return (0.3 * rng.normal(size=shape)).astype(dtype).view(operand.dtype(dtype))
 
     given_ = [argument(a) for a in kernel.arguments]
-    given_ = [a if a.dtype == bool else a.astype(dtype) for a in given_]
     arguments = [guarded(a, front) for a in given_]
-    text, memory = kernel.emitted
-    shapes = [*(a.sizes(steps, batch) for a in kernel.results), (memory,)]
-    results = [guarded(np.full(shape, np.nan, dtype), front) for shape in shapes]
+    text, memory = kernel.emitted()
+    results = [
+        guarded(np.full(a.sizes(steps, batch), np.nan, dtype).view(a.dtype(dtype)), front)
+        for a in kernel.results
+    ]
+    results.append(guarded(np.full(memory, np.nan, dtype), front))
     code = load_object(compile_text(text, kernel.machine), ["kernel"])["kernel"]
     sides = buffers(arguments), buffers(results)
     frame = Frame(ctypes.sizeof(Frame), None, None, None, 3, *sides)
@@ -928,7 +942,7 @@ def test_nothing_beside_the_operands_is_touched(number):
     with jax.enable_x64(case.dtype == "float64"):
         made = job(cell, case)
         names = {"x"} | {f"input {name}" for name in cell.step_inputs}
-        wanted = frozenset(names | {"start"} if made.resets else names)
+        wanted = tuple(sorted(names | {"start"} if made.resets else names))
         d_outs = tuple(bool(n) for n in rng.integers(2, size=1 + len(cell.State._fields)))
         back = {"wanted": wanted, "d_outs": d_outs if case.states else d_outs[:1], "saving": True}
         for kernel in (
@@ -944,7 +958,7 @@ import numpy as np
 import tests.test_kernels_cpu as t
 
 case = t.Case(t.Unread(33))
-back = {"saving": True, "wanted": frozenset(["input a"]), "d_outs": (True,)}
+back = {"saving": True, "wanted": ("input a",), "d_outs": (True,)}
 for more in ({}, back):
     kernel = t.Kernel(t.job(case.cell, case, **more), bool(more), t.Machine.host())
     for seed in range(4):  # at the front of a page, and at its end
@@ -970,24 +984,22 @@ def test_an_input_that_no_step_reads():
 
 def called(kernel, arguments, results):
     """A kernel as anyone may call it who knows its name."""
-    return jax.block_until_ready(jax.ffi.ffi_call(kernel.target, results)(*arguments))
+    return jax.block_until_ready(jax.ffi.ffi_call(kernel.target.name, results)(*arguments))
 
 
 def operands(kernel, steps, batch):
     """What a kernel takes, and the shapes of what it gives."""
     dtype = kernel.job.dtype
-    arguments = [
-        jnp.zeros(a.sizes(steps, batch), "bool" if a.flags else dtype) for a in kernel.arguments
-    ]
-    shapes = [*(a.sizes(steps, batch) for a in kernel.results), (kernel.emitted[1],)]
-    return arguments, [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    arguments = [jnp.zeros(a.sizes(steps, batch), a.dtype(dtype)) for a in kernel.arguments]
+    results = [jax.ShapeDtypeStruct(a.sizes(steps, batch), a.dtype(dtype)) for a in kernel.results]
+    return arguments, [*results, jax.ShapeDtypeStruct((kernel.emitted()[1],), dtype)]
 
 
 def some_kernel(back):
     case = Case(Root(5), flags=("mask", "resets"))
     made = job(case.cell, case, saving=True)
     if back:
-        made = made._replace(wanted=frozenset(["x", "start", "input dt"]), d_outs=(True,))
+        made = made._replace(wanted=("input dt", "start", "x"), d_outs=(True,))
     return Kernel(made, back, Machine.host())
 
 
@@ -1006,7 +1018,7 @@ def test_operands_that_do_not_fit_are_refused_by_name(back):
         return [*values[:n], value, *values[n + 1 :]]
 
     for n, (a, operand) in enumerate(zip(arguments, kernel.arguments, strict=True)):
-        for bad in (a.astype("int32"), a[None]):
+        for bad in (a.astype("int16"), a[None]):
             refused(changed(arguments, n, bad), results, f"{operand.name} of another type or rank")
         longer = jnp.concatenate([a, a], -1)
         refused(changed(arguments, n, longer), results, ".* of another shape")

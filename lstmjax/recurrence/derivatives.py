@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
@@ -301,5 +302,7 @@ def or_zeros(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(filled, tree, like, is_leaf=lambda a: a is None)
 
 
-def _zeros_like(a: Array) -> Array:
+def _zeros_like(a: Array) -> Array | np.ndarray:
+    if not jnp.issubdtype(a.dtype, jnp.inexact):
+        return np.zeros(a.shape, jax.dtypes.float0)
     return vary_alike(jnp.zeros(a.shape, a.dtype), a)

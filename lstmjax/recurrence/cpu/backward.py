@@ -117,7 +117,7 @@ class _Backward(Kernel):
                 last = kind.panels_before + layout.panels(kind) - 1
                 end = e.at(self.reads["chunk d pre"], last * CHUNK * layout.panel)
                 e.fill(end, CHUNK * layout.panel)
-        if "x" in self.job.wanted:
+        if "x" in self.job.wanted and layout.features:
             self._pack_kernel()
         e.fill(self.reads["d weights"], layout.weight_rows * layout.columns)
         if "d constants" in self.reads:
@@ -548,7 +548,8 @@ class _Backward(Kernel):
         names = sorted(self.job.step.shapes.inputs)
         widths = dict(self._input_gradients())
         for name, value in zip(names, d_inputs, strict=True):
-            if (width := widths.get(f"d input {name}")) is None:
+            width = widths.get(f"d input {name}")
+            if width not in (1, self.layout.units):  # nobody asks, or the step does not read it
                 continue
             place = self.place(f"d input {name}", s, row, width)
             if width > 1:

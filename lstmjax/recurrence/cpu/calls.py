@@ -42,6 +42,12 @@ _TARGETS: dict[str, Target] = {}
 
 
 @functools.cache
+def _keep_memory() -> None:
+    """A kernel's results take tens of megabytes, which a fresh page at a time are slow to write."""
+    keep_freed_memory(2**29)
+
+
+@functools.cache
 def _sources() -> str:
     """The modules that emit, and those that say what to emit."""
     digest = hashlib.sha256()
@@ -108,7 +114,7 @@ class Kernel:
                 address = load_object(code, ["kernel"])["kernel"]
                 jax.devices("cpu")  # else a refusal is seen only with the first program
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
-                keep_freed_memory()  # it takes more of it than any single operation of XLA's
+                _keep_memory()
                 _TARGETS[name] = Target(name, memory)
         return _TARGETS[name]
 
@@ -140,14 +146,15 @@ class Kernel:
     def __call__(self, operands: dict[str, Array]) -> dict[str, Array]:
         """Results by name, from arguments by name."""
         args = [operands[a.name] for a in self.arguments]
-        outs = _mappable(self)(*args)
+        outs = _mappable(self, (False,) * len(args))(*args)
         return dict(zip((a.name for a in self.results), outs, strict=True))
 
     def shapes(self, args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
         """Of the results."""
         first, batch = args[0].shape[:2]
         steps = first - 1 if self.back else first
-        return [jax.ShapeDtypeStruct(a.sizes(steps, batch), args[0].dtype) for a in self.results]
+        dtype = self.job.dtype
+        return [jax.ShapeDtypeStruct(a.sizes(steps, batch), a.dtype(dtype)) for a in self.results]
 
 
 _kernel = Primitive("lstmjax_cpu_kernel")
@@ -162,7 +169,7 @@ def _abstract(*args: jax.core.ShapedArray, kernel: Kernel) -> list[jax.core.Shap
 
 
 def _call(*args: Array, kernel: Kernel) -> list[Array]:
-    own = jax.ShapeDtypeStruct((kernel.target.memory,), args[0].dtype)
+    own = jax.ShapeDtypeStruct((kernel.target.memory,), kernel.job.dtype)
     return list(jax.ffi.ffi_call(kernel.target.name, [*kernel.shapes(args), own])(*args))[:-1]
 
 
@@ -194,101 +201,136 @@ mlir.register_lowering(_kernel, _lower_plain)
 # --- Spread over devices -------------------------------------------------------------------------
 
 
+Mapped = tuple[bool, ...]
+"""Which arguments have a first axis of calls; if any has, all results have it."""
+
+
 @functools.lru_cache(maxsize=256)
-def _partitioned(kernel: Kernel) -> Callable[..., tuple[Array, ...]]:
-    """The call for arrays whose rows may be spread over devices; gradients of weights are summed.
+def _partitioned(kernel: Kernel, mapped: Mapped) -> Callable[..., tuple[Array, ...]]:
+    """Calls one after the other, whose rows, or who themselves, may be spread over devices.
 
-    Whatever else is spread, over time say, is brought together first.
+    Gradients of weights are summed over rows. Whatever else is spread, over time say, is brought
+    together first.
     """
+    many = any(mapped)
 
-    @custom_partitioning
-    def call(*args: Array) -> tuple[Array, ...]:
-        return tuple(_kernel.bind(*args, kernel=kernel))
+    def run(*args: Array) -> tuple[Array, ...]:
+        def one(some: list[Array | None]) -> tuple[Array, ...]:
+            full = [b if a is None else a for a, b in zip(some, args, strict=True)]
+            return tuple(_kernel.bind(*full, kernel=kernel))
 
-    def shardings(operands: Sequence[Operand], mesh: Mesh, rows: Any) -> tuple[NamedSharding, ...]:
-        return tuple(
-            NamedSharding(mesh, PartitionSpec(*(rows if n == "B" else None for n in a.shape)))
-            for a in operands
-        )
+        if not many:
+            return one(list(args))
+        return lax.map(one, [a if m else None for a, m in zip(args, mapped, strict=True)])
 
-    def rows_of(shapes: Sequence[jax.ShapeDtypeStruct]) -> Any:
-        sharding = shapes[0].sharding
-        spec = (*sharding.spec, None, None) if isinstance(sharding, NamedSharding) else (None, None)
-        return spec[1]
+    call = custom_partitioning(run)
+
+    def spread(mesh: Mesh, calls: Any, rows: Any) -> tuple[tuple[NamedSharding, ...], ...]:
+        def sharding(operand: Operand, is_mapped: bool) -> NamedSharding:
+            axes = [rows if n == "B" else None for n in operand.shape]
+            return NamedSharding(mesh, PartitionSpec(*[calls] * is_mapped, *axes))
+
+        given = tuple(map(sharding, kernel.arguments, mapped))
+        return given, tuple(sharding(a, many) for a in kernel.results)
+
+    def axes_of(shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, Any]:
+        """Along which axes of the mesh calls and rows are spread."""
+
+        def axis(a: jax.ShapeDtypeStruct, place: int) -> Any:
+            spec = a.sharding.spec if isinstance(a.sharding, NamedSharding) else ()
+            return spec[place] if place < len(spec) else None
+
+        calls = axis(shapes[mapped.index(True)], 0) if many else None
+        return calls, axis(shapes[0], 1 + mapped[0])
 
     def partition(
         mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
     ) -> tuple[Mesh, Callable[..., tuple[Array, ...]], Any, Any]:
-        rows = rows_of(shapes)
+        calls, rows = axes_of(shapes)
 
         def lower(*args: Array) -> tuple[Array, ...]:
-            outs = tuple(_kernel.bind(*args, kernel=kernel))
+            outs = run(*args)
             if rows is None:
                 return outs
             named = zip(kernel.results, outs, strict=True)
             return tuple(a if what.rows else lax.psum(a, rows) for what, a in named)
 
-        return (
-            mesh,
-            lower,
-            shardings(kernel.results, mesh, rows),
-            shardings(kernel.arguments, mesh, rows),
-        )
+        given, found = spread(mesh, calls, rows)
+        return mesh, lower, found, given
 
     def infer(
         mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
     ) -> tuple[NamedSharding, ...]:
-        return shardings(kernel.results, mesh, rows_of(shapes))
+        return spread(mesh, *axes_of(shapes))[1]
 
     call.def_partition(
         partition=partition,
         infer_sharding_from_operands=infer,
-        sharding_rule=_sharding_rule(kernel),
+        sharding_rule=_sharding_rule(kernel, mapped),
     )
     return call
 
 
-def _sharding_rule(kernel: Kernel) -> str:
-    """Rows are one axis in all operands, every other axis is one of its own."""
+def _sharding_rule(kernel: Kernel, mapped: Mapped) -> str:
+    """Calls and rows are axes of all operands that have them, every other is one of its own."""
     numbers = iter(range(10**6))
 
-    def term(operand: Operand) -> str:
-        return " ".join("b" if n == "B" else f"o{next(numbers)}" for n in operand.shape)
+    def term(operand: Operand, is_mapped: bool) -> str:
+        own = ["b" if n == "B" else f"o{next(numbers)}" for n in operand.shape]
+        return " ".join(["c"] * is_mapped + own)
 
-    sides = (", ".join(map(term, side)) for side in (kernel.arguments, kernel.results))
-    return " -> ".join(sides)
+    given = map(term, kernel.arguments, mapped)
+    found = (term(a, any(mapped)) for a in kernel.results)
+    return " -> ".join(map(", ".join, (given, found)))
 
 
 # --- Mapped --------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=256)
-def _mappable(kernel: Kernel) -> Callable[..., tuple[Array, ...]]:
+def _mappable(kernel: Kernel, before: Mapped) -> Callable[..., tuple[Array, ...]]:
     """The call, and under `jax.vmap` one with more rows where that is the same, else many."""
     operands, results = kernel.arguments, kernel.results
-    call = jax.custom_batching.custom_vmap(lambda *args: _partitioned(kernel)(*args))
+    call = jax.custom_batching.custom_vmap(lambda *args: _partitioned(kernel, before)(*args))
 
     @call.def_vmap
-    def rule(
-        size: int, mapped: Sequence[bool], *args: Array
-    ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+    def rule(size: int, mapped: list[bool], *args: Array) -> tuple[tuple[Array, ...], Mapped]:
+        everywhere = (True,) * len(results)
         by_row = all(a.rows or not is_mapped for a, is_mapped in zip(operands, mapped, strict=True))
-        if by_row and all(a.rows for a in results):
+        if not size:
+            shapes = jax.eval_shape(call, *(_one(a, m) for a, m in zip(args, mapped, strict=True)))
+            return tuple(jnp.zeros((0, *a.shape), a.dtype) for a in shapes), everywhere
+        if by_row and all(a.rows for a in results) and not any(before):
             merged = [
                 _as_rows(arg, is_mapped, a, size) if a.rows else arg
                 for arg, is_mapped, a in zip(args, mapped, operands, strict=True)
             ]
             outs = [_by_place(a, b, size) for a, b in zip(call(*merged), results, strict=True)]
-            return tuple(outs), (True,) * len(outs)
-
-        def one(some: list[Array | None]) -> tuple[Array, ...]:
-            full = [b if a is None else a for a, b in zip(some, args, strict=True)]
-            return call(*full)
-
-        outs = lax.map(one, [a if m else None for a, m in zip(args, mapped, strict=True)])
-        return tuple(outs), (True,) * len(outs)
+            return tuple(outs), everywhere
+        after = tuple(a or b for a, b in zip(mapped, before, strict=True))
+        if not any(before):
+            return _mappable(kernel, after)(*args), everywhere
+        calls = next(a.shape[m] for a, m, b in zip(args, mapped, before, strict=True) if b)
+        flat = [
+            _as_calls(a, size, calls, m, b) if m or b else a
+            for a, m, b in zip(args, mapped, before, strict=True)
+        ]
+        found = _mappable(kernel, after)(*flat)
+        return tuple(a.reshape(size, calls, *a.shape[1:]) for a in found), everywhere
 
     return call
+
+
+def _one(a: Array, mapped: bool) -> jax.ShapeDtypeStruct:
+    """One of many, as a shape."""
+    return jax.ShapeDtypeStruct(a.shape[mapped:], a.dtype)
+
+
+def _as_calls(a: Array, size: int, calls: int, mapped: bool, before: bool) -> Array:
+    """A mapped axis, the first one, and that of the calls there were, as one axis of calls."""
+    shape = a.shape[mapped + before :]
+    a = a.reshape(size if mapped else 1, calls if before else 1, *shape)
+    return jnp.broadcast_to(a, (size, calls, *shape)).reshape(size * calls, *shape)
 
 
 def _as_rows(a: Array, mapped: bool, operand: Operand, size: int) -> Array:
@@ -297,10 +339,11 @@ def _as_rows(a: Array, mapped: bool, operand: Operand, size: int) -> Array:
         a = jnp.broadcast_to(a[None], (size, *a.shape))
     place = operand.shape.index("B")
     a = jnp.moveaxis(a, 0, place)
-    return a.reshape(*a.shape[:place], -1, *a.shape[place + 2 :])
+    return a.reshape(*a.shape[:place], size * a.shape[place + 1], *a.shape[place + 2 :])
 
 
 def _by_place(a: Array, operand: Operand, size: int) -> Array:
     """And back."""
     place = operand.shape.index("B")
-    return jnp.moveaxis(a.reshape(*a.shape[:place], size, -1, *a.shape[place + 1 :]), place, 0)
+    rows = a.shape[place] // size
+    return jnp.moveaxis(a.reshape(*a.shape[:place], size, rows, *a.shape[place + 1 :]), place, 0)

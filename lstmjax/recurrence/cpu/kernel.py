@@ -17,7 +17,7 @@ from lstmjax.traced import Program
 _EXTENSION, _API, _ARGUMENTS, _RESULTS = 8, 16, (56, 72), (96, 112)
 _DTYPE, _DATA, _RANK, _DIMS = 16, 24, 32, 40
 _CREATE_ERROR, _INTERNAL = 48, 13
-_TYPES = {"flags": 1, "float32": 11, "float64": 12}
+_TYPES = {"bool": 1, "int32": 4, "int64": 5, "float32": 11, "float64": 12}
 
 
 class Units(NamedTuple):
@@ -100,7 +100,7 @@ class Kernel:
         pointers = e.field(self._frame, list_)
         for number, operand in enumerate(operands):
             buffer = e.field(pointers, 8 * number)
-            kind = _TYPES["flags" if operand.flags else self.job.dtype]
+            kind = _TYPES[operand.dtype(self.job.dtype)]
             right_kind = e.b.icmp_signed("==", e.field(buffer, _DTYPE, I32), I32(kind))
             right_rank = e.equal(e.field(buffer, _RANK, I64), len(operand.shape))
             right = e.b.and_(right_kind, right_rank)
@@ -140,7 +140,7 @@ class Kernel:
         """How many blocks of at most `ROWS` rows, and rows of each but the last."""
         e = self.e
         blocks = e.div(e.add(self.batch, ROWS - 1), ROWS)
-        return blocks, e.div(e.add(self.batch, e.sub(blocks, 1)), blocks)
+        return blocks, e.div(e.add(self.batch, e.sub(blocks, 1)), e.maximum(blocks, 1))
 
     def _line(self, s: Known, row: Known, in_time: bool) -> Known:
         e = self.e
@@ -353,7 +353,9 @@ class Kernel:
             width = operand.shape[2]
             assert isinstance(width, int)
             place = self.place(operand.name, s, row, width)
-            if width == 1:
+            if width not in (1, layout.units):  # the step does not read it
+                found.append(e.splat(0.0))
+            elif width == 1:
                 found.append(e.splat(e.load(place, e.real)))
             else:
                 found.append(e.load_part(e.at(place, at), self.lanes(units, vector)))

@@ -20,10 +20,18 @@ if TYPE_CHECKING:
 
 def plain_kernel(kernel: "Kernel", args: Sequence[Array]) -> list[Array]:
     """A kernel's results, one operation after the other."""
-    given = dict(zip((a.name for a in kernel.arguments), args, strict=True))
+    dtype = kernel.job.dtype
+    given = {
+        what.name: lax.bitcast_convert_type(a, dtype) if what.kind == "bits" else a
+        for what, a in zip(kernel.arguments, args, strict=True)
+    }
     found = (_back if kernel.back else _forward)(kernel.layout, given)
-    dtype = args[0].dtype
-    return [jnp.asarray(found[a.name], dtype) for a in kernel.results]
+    return [
+        lax.bitcast_convert_type(found[a.name].astype(dtype), a.dtype(dtype))
+        if a.kind == "bits"
+        else jnp.asarray(found[a.name], dtype)
+        for a in kernel.results
+    ]
 
 
 def _in_order(layout: Layout, tree: PyTree) -> PyTree:
@@ -39,7 +47,7 @@ def _over_time(layout: Layout, given: dict[str, Array]) -> dict[str, Array]:
 
 def _carry(layout: Layout, given: dict[str, Array], name: str) -> Carry:
     arrays = [given[f"{name} {k}"] for k in range(1 + layout.states)]
-    return Carry(arrays[0], layout.job.cell.State._make(arrays[1:]))
+    return jax.tree.unflatten(jax.tree.structure(layout.job.step.shapes.carry), arrays)
 
 
 def _named(name: str, arrays: Sequence[Array]) -> dict[str, Array]:
@@ -141,7 +149,7 @@ def _back(layout: Layout, given: dict[str, Array]) -> dict[str, Array]:
     x = rows[:-1, :, layout.x_at : layout.one_at]
     h = rows[:-1, :, layout.h_at : layout.h_at + units]
     states = [given["kept"][:-1, :, k * units : (k + 1) * units] for k in range(layout.states)]
-    carry = Carry(h, job.cell.State._make(states))
+    carry: Carry = jax.tree.unflatten(jax.tree.structure(step.shapes.carry), [h, *states])
     d_outs = [
         _in_order(layout, given[f"d_out {k}"]) if there else None
         for k, there in enumerate((*job.d_outs, *[False] * (1 + layout.states - len(job.d_outs))))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -53,16 +53,25 @@ class Job(NamedTuple):
     resets: bool
     states: bool
     saving: bool = False
-    wanted: frozenset[str] = frozenset()
+    wanted: tuple[str, ...] = ()
     d_outs: tuple[bool, ...] = ()
 
 
 class Operand(NamedTuple):
-    """An argument or a result of a kernel; sizes may be ``"T"``, ``"T+1"`` or ``"B"``."""
+    """An argument or a result of a kernel; sizes may be ``"T"``, ``"T+1"`` or ``"B"``.
+
+    What the forward kernel keeps for the backward one counts as bits, not as numbers: parts of it
+    are never written, and whoever looks for numbers that are none must not find some there.
+    """
 
     name: str
     shape: tuple[int | str, ...]
-    flags: bool = False
+    kind: Literal["numbers", "flags", "bits"] = "numbers"
+
+    def dtype(self, numbers: str) -> str:
+        """Of the array, where numbers are of the type given."""
+        bits = {"float32": "int32", "float64": "int64"}[numbers]
+        return {"numbers": numbers, "flags": "bool", "bits": bits}[self.kind]
 
     @property
     def rows(self) -> bool:
@@ -374,17 +383,17 @@ class Layout:
     def _flags(self) -> list[Operand]:
         job = self.job
         names = ["mask"] * job.masked + ["resets"] * job.resets
-        return [Operand(name, ("T", "B"), flags=True) for name in names]
+        return [Operand(name, ("T", "B"), "flags") for name in names]
 
     def _carry(self, name: str) -> list[Operand]:
         return [Operand(f"{name} {k}", ("B", self.units)) for k in range(1 + self.states)]
 
     def saved(self) -> list[Operand]:
         """What the forward kernel keeps: left sides, states before each step, pre-activations."""
-        found = [Operand("rows", ("T+1", "B", self.pitch))]
+        found = [Operand("rows", ("T+1", "B", self.pitch), "bits")]
         if self.kept:
-            found.append(Operand("kept", ("T+1", "B", self.kept * self.padded)))
-        return [*found, Operand("pre", ("T", "B", self.numbers))]
+            found.append(Operand("kept", ("T+1", "B", self.kept * self.padded), "bits"))
+        return [*found, Operand("pre", ("T", "B", self.numbers), "bits")]
 
     def outputs(self, name: str = "out") -> list[Operand]:
         """h, and the states where they are asked for."""

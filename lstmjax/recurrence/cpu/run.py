@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import PyTreeDef
 from jaxtyping import PyTree
 
 from lstmjax.cells.base import Carry, Cell, Params
@@ -55,7 +56,7 @@ def _forward(job: Job, saving: bool, inputs: Inputs) -> tuple[tuple[Outputs, Car
         given |= _numbered(name, jax.tree.leaves(carry))
     found = kernel(given)
     outs = [found[a.name] for a in layout.outputs()]
-    shown = Carry(outs[0], job.cell.State._make(outs[1:]) if job.states else None)
+    shown = _as_carry(layout, outs) if job.states else Carry(outs[0], None)
     saved = {a.name: found[a.name] for a in layout.saved()} if saving else {}
     return (shown, _carry(layout, found, "final")), saved
 
@@ -68,12 +69,13 @@ def _backward(
     wanted: PyTree[bool],
 ) -> Inputs:
     d_outs, d_final = d_outputs
-    known = [d_outs.h, *(d_outs.state or ())] if job.states else [d_outs.h]
+    structure: PyTreeDef = jax.tree.structure(job.step.shapes.carry)
+    known = structure.flatten_up_to(d_outs) if job.states else [d_outs.h]
     names = {f"input {name}" for name, want in wanted.inputs.items() if want}
     names |= {"x"} if wanted.xs else set()
     names |= {"start"} if job.resets and any(jax.tree.leaves(wanted.start)) else set()
     job = job._replace(
-        saving=True, wanted=frozenset(names), d_outs=tuple(d is not None for d in known)
+        saving=True, wanted=tuple(sorted(names)), d_outs=tuple(d is not None for d in known)
     )
     kernel = Kernel(job, True, Machine.host())
     layout = kernel.layout
@@ -101,8 +103,11 @@ def _numbered(name: str, arrays: list[Array]) -> dict[str, Array]:
 
 
 def _carry(layout: Layout, found: dict[str, Array], name: str) -> Carry:
-    arrays = [found[f"{name} {k}"] for k in range(1 + layout.states)]
-    return Carry(arrays[0], layout.job.cell.State._make(arrays[1:]))
+    return _as_carry(layout, [found[f"{name} {k}"] for k in range(1 + layout.states)])
+
+
+def _as_carry(layout: Layout, arrays: list[Array]) -> Carry:
+    return jax.tree.unflatten(jax.tree.structure(layout.job.step.shapes.carry), arrays)
 
 
 def _operands(layout: Layout, inputs: Inputs) -> dict[str, Array]:
