@@ -427,7 +427,7 @@ TARGETS = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
 def test_code_for_machines_that_are_not_here(target, back):
@@ -924,7 +924,7 @@ HIDDEN, FEATURES, BATCHES = (1, 2, 5, 13, 16, 17, 33, 64), (0, 1, 15, 16, 33), (
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="no such memory")
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("number", range(60))
 def test_nothing_beside_the_operands_is_touched(number):
     rng = np.random.default_rng(number)
@@ -1041,18 +1041,17 @@ def test_operands_that_do_not_fit_are_refused_by_name(back):
 
 
 EMPTY = """
-import sys
 import tests.test_kernels_cpu as t
 
-kernel = t.some_kernel(sys.argv[1] == "back")
-t.called(kernel, *t.operands(kernel, 5, 0))
-t.called(kernel, *t.operands(kernel, 0, 4))
+for back in (False, True):
+    kernel = t.some_kernel(back)
+    t.called(kernel, *t.operands(kernel, 5, 0))
+    t.called(kernel, *t.operands(kernel, 0, 4))
 """
 
 
-@pytest.mark.parametrize("which", ["forward", "back"])
-def test_no_rows_end_no_process(which):
-    in_a_process_of_its_own(EMPTY, which)
+def test_no_rows_end_no_process():
+    in_a_process_of_its_own(EMPTY)
 
 
 # --- What it refuses -----------------------------------------------------------------------------

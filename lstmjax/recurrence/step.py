@@ -100,11 +100,11 @@ def _step_of(cell: Cell, batch: int, features: int, training: bool, dtype: str) 
         raise NoRule("it closes over a value that is being traced")
     if not recurs(cell):
         return Step(forward, backward, None, None, shapes)
-    h, noise = shapes.carry.h, shapes.noise
+    h, noise, no_noise = shapes.carry.h, shapes.noise, _record("noise", ())()
 
     def seen(h: Array, noise: dict[str, Array]) -> Array:
         inputs = dict.fromkeys(cell.step_inputs)
-        return cell.recur(h, arguments(cell, x, inputs, noise)["noise"])
+        return cell.recur(h, arguments(cell, x, inputs, noise).get("noise", no_noise))
 
     recur = trace(seen, h, noise)
     back = trace(lambda h, noise, d: jax.vjp(lambda a: recur(a, noise), h)[1](d)[0], h, noise, h)

@@ -33,7 +33,7 @@ class _Backward(Kernel):
         if layout.by_row:
             self.rows = self.by_row(step.backward)
             self.seen = None if step.recur_back is None else self.by_row(step.recur_back)
-            room = max(rows.room for rows in (self.rows, self.seen) if rows is not None)
+            room = max(1, *(rows.room for rows in (self.rows, self.seen) if rows is not None))
         return {
             "constants": layout.constant_places[1],
             "d constants": layout.constant_places[1],

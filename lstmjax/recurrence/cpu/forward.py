@@ -23,7 +23,7 @@ class _Forward(Kernel):
         if layout.by_row:
             self.rows = self.by_row(step.forward)
             self.seen = None if step.recur is None else self.by_row(step.recur)
-            room = max(rows.room for rows in (self.rows, self.seen) if rows is not None)
+            room = max(1, *(rows.room for rows in (self.rows, self.seen) if rows is not None))
         return {
             "constants": layout.constant_places[1],
             "weights": sum(layout.depth(k) * len(k.blocks) for k in kinds) * layout.padded,
