@@ -264,7 +264,9 @@ def compare(case, got, wanted, dull=()):
 
 # --- Cells, layouts, flags -----------------------------------------------------------------------
 
+LONG = bool(os.environ.get("LSTMJAX_TEST_LONG"))
 NAMES = [type(cell).__name__ for cell in every_cell(8) if overridden(cell) is None]
+NAMES = NAMES if LONG else NAMES[::3]
 FLAGS = (("mask", "resets"), ("lengths",), ("resets",), ("lengths", "left", "resets"), ())
 DULL = ("unread",)
 OWN_STATE = ("gradient[2].h",)  # of a cell that reads no h
@@ -925,7 +927,7 @@ HIDDEN, FEATURES, BATCHES = (1, 2, 5, 13, 16, 17, 33, 64), (0, 1, 15, 16, 33), (
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="no such memory")
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("number", range(60))
+@pytest.mark.parametrize("number", range(60 if LONG else 18))
 def test_nothing_beside_the_operands_is_touched(number):
     rng = np.random.default_rng(number)
 
