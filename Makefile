@@ -26,6 +26,7 @@ test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 2
 
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: an hour and a half
 	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)
+	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_kernels_cpu.py $(ARGS)
 
 # Machines are slow at that: one test at a time, then the page of what was found.
 long: .venv/ready-test  ## what takes hours: every crash, failing disks, long runs; writes docs/reliability.md

@@ -377,7 +377,7 @@ def job(cell, case=None, **changes):
 def test_random_steps(shard):
     """Steps that mix the units of a row in one shard, element-wise ones in the others."""
     often = settings(
-        max_examples=15,
+        max_examples=15 if LONG else 5,
         phases=[Phase.generate],
         deadline=None,
         database=None,
