@@ -3,12 +3,8 @@
 import ctypes
 import os
 
-_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
 """Options of malloc.h."""
-
-_LARGEST_IN_HEAP = 2**25
-"""Bytes: glibc lets no larger block be kept while others are mapped by themselves."""
-
 
 _KEPT: list[bool] = []
 """Something is in it once all is kept."""
@@ -21,7 +17,7 @@ def keep_freed_memory(most: int | None = None) -> bool:
     system, which then maps and clears them anew, page by page, at every step.
 
     Args:
-        most: bytes to keep, in blocks of 32 MiB at most; None keeps all, for good. Whoever has
+        most: bytes to keep at the end of the heap; None keeps all, for good. Whoever has
             said how in the environment (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``), has it
             that way instead.
     """
@@ -37,5 +33,5 @@ def keep_freed_memory(most: int | None = None) -> bool:
     elif {"MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return False
     else:
-        options = {_MMAP_THRESHOLD: _LARGEST_IN_HEAP, _TRIM_THRESHOLD: most}
+        options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: most}
     return all(mallopt(option, value) for option, value in options.items())

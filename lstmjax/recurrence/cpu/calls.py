@@ -44,7 +44,7 @@ _TARGETS: dict[str, Target] = {}
 @functools.cache
 def _keep_memory() -> None:
     """A kernel's results take tens of megabytes, which a fresh page at a time are slow to write."""
-    keep_freed_memory(2**29)
+    keep_freed_memory(2**30)
 
 
 @functools.cache
