@@ -47,16 +47,17 @@ def group_width(cell: Cell, tile: int) -> int:
 
 
 def grouped(cell: Cell, recurrent_kernel: Array, width: int) -> Array:
-    """The recurrent kernel as ``(width, G H)``: the rows of each unit's own group of heads.
+    """The recurrent kernel as ``(width, n H)``: the rows of each unit's own group of heads.
 
     Between the heads of a group stand zeros, and behind those of the last one, if it is smaller.
 
     Args:
         cell: whose it is.
-        recurrent_kernel: ``(H/heads, G H)``.
+        recurrent_kernel: ``(H/heads, n H)``, of all gates or of those that have one.
         width: units of a group, a multiple of those of a head.
     """
-    block, gates = recurrent_kernel.shape[0], len(cell.gates)
+    block, columns = recurrent_kernel.shape
+    gates = columns // cell.hidden_size
     if block == width:
         return recurrent_kernel
     heads = width // block

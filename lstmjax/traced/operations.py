@@ -1,8 +1,8 @@
 """Operations of a jaxpr: which there are, what they need, how one is run."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from lstmjax.precision import PRODUCT
+
+_Value = TypeVar("_Value")
 
 Atom: TypeAlias = Var | Literal
 """What an operation takes: a variable, or a number in the program."""
@@ -98,6 +100,37 @@ def live(eqns: Sequence[JaxprEqn], outputs: Sequence[Atom]) -> list[JaxprEqn]:
             kept.append(eqn)
             wanted.update(id(atom) for atom in eqn.invars if not is_literal(atom))
     return kept[::-1]
+
+
+def interpret(
+    jaxpr: Jaxpr,
+    consts: Iterable[object],
+    args: Iterable[_Value],
+    equation: Callable[[JaxprEqn, list[_Value]], _Value],
+) -> list[_Value]:
+    """The outputs of a jaxpr of one number, or one tile, a variable, its calls opened.
+
+    Args:
+        jaxpr, consts: what to run; numbers in it and constants are NumPy numbers.
+        args: its arguments, in whatever form ``equation`` takes.
+        equation: ``(operation, arguments) -> result``.
+    """
+    known: dict[int, _Value] = {}
+
+    def read(var: Atom) -> _Value:
+        return cast(_Value, number(var)) if is_literal(var) else known[id(var)]
+
+    numbers = (cast(_Value, np.asarray(const).reshape(())) for const in consts)
+    known.update(zip(map(id, jaxpr.constvars), numbers, strict=True))
+    known.update(zip(map(id, jaxpr.invars), args, strict=True))
+    for eqn in needed(jaxpr):
+        ins = [read(var) for var in eqn.invars]
+        if eqn.primitive.name in INLINED:
+            outs = interpret(*callee(eqn), ins, equation)
+        else:
+            outs = [equation(eqn, ins)]
+        known.update(zip(map(id, eqn.outvars), outs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
 
 
 def name_of(eqn: JaxprEqn) -> str:

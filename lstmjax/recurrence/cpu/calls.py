@@ -205,67 +205,79 @@ Mapped = tuple[bool, ...]
 """Which arguments have a first axis of calls; if any has, all results have it."""
 
 
-@functools.lru_cache(maxsize=256)
-def _partitioned(kernel: Kernel, mapped: Mapped) -> Callable[..., tuple[Array, ...]]:
+@dataclasses.dataclass(frozen=True)
+class _Calls:
     """Calls one after the other, whose rows, or who themselves, may be spread over devices.
 
     Gradients of weights are summed over rows. Whatever else is spread, over time say, is brought
     together first.
     """
-    many = any(mapped)
 
-    def run(*args: Array) -> tuple[Array, ...]:
+    kernel: Kernel
+    mapped: Mapped
+
+    def run(self, *args: Array) -> tuple[Array, ...]:
+        """All of them."""
+
         def one(some: list[Array | None]) -> tuple[Array, ...]:
             full = [b if a is None else a for a, b in zip(some, args, strict=True)]
-            return tuple(_kernel.bind(*full, kernel=kernel))
+            return tuple(_kernel.bind(*full, kernel=self.kernel))
 
-        if not many:
+        if not any(self.mapped):
             return one(list(args))
-        return lax.map(one, [a if m else None for a, m in zip(args, mapped, strict=True)])
+        return lax.map(one, [a if m else None for a, m in zip(args, self.mapped, strict=True)])
 
-    call = custom_partitioning(run)
-
-    def spread(mesh: Mesh, calls: Any, rows: Any) -> tuple[tuple[NamedSharding, ...], ...]:
-        def sharding(operand: Operand, is_mapped: bool) -> NamedSharding:
-            axes = [rows if n == "B" else None for n in operand.shape]
-            return NamedSharding(mesh, PartitionSpec(*[calls] * is_mapped, *axes))
-
-        given = tuple(map(sharding, kernel.arguments, mapped))
-        return given, tuple(sharding(a, many) for a in kernel.results)
-
-    def axes_of(shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, Any]:
-        """Along which axes of the mesh calls and rows are spread."""
+    def axes(self, shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, Any]:
+        """Along which axes of the mesh calls and rows are spread, from those of the arguments."""
 
         def axis(a: jax.ShapeDtypeStruct, place: int) -> Any:
             spec = a.sharding.spec if isinstance(a.sharding, NamedSharding) else ()
             return spec[place] if place < len(spec) else None
 
-        calls = axis(shapes[mapped.index(True)], 0) if many else None
-        return calls, axis(shapes[0], 1 + mapped[0])
+        calls = axis(shapes[self.mapped.index(True)], 0) if any(self.mapped) else None
+        return calls, axis(shapes[0], 1 + self.mapped[0])
+
+    def spread(self, mesh: Mesh, calls: Any, rows: Any) -> tuple[tuple[NamedSharding, ...], ...]:
+        """Arguments and results along such axes."""
+
+        def sharding(operand: Operand, is_mapped: bool) -> NamedSharding:
+            axes = [rows if n == "B" else None for n in operand.shape]
+            return NamedSharding(mesh, PartitionSpec(*[calls] * is_mapped, *axes))
+
+        given = tuple(map(sharding, self.kernel.arguments, self.mapped))
+        return given, tuple(sharding(a, any(self.mapped)) for a in self.kernel.results)
 
     def partition(
-        mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
+        self, mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
     ) -> tuple[Mesh, Callable[..., tuple[Array, ...]], Any, Any]:
-        calls, rows = axes_of(shapes)
+        """What each device runs, and on which part."""
+        calls, rows = self.axes(shapes)
 
         def lower(*args: Array) -> tuple[Array, ...]:
-            outs = run(*args)
+            outs = self.run(*args)
             if rows is None:
                 return outs
-            named = zip(kernel.results, outs, strict=True)
+            named = zip(self.kernel.results, outs, strict=True)
             return tuple(a if what.rows else lax.psum(a, rows) for what, a in named)
 
-        given, found = spread(mesh, calls, rows)
+        given, found = self.spread(mesh, calls, rows)
         return mesh, lower, found, given
 
     def infer(
-        mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
+        self, mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
     ) -> tuple[NamedSharding, ...]:
-        return spread(mesh, *axes_of(shapes))[1]
+        """How results are spread where arguments are so."""
+        return self.spread(mesh, *self.axes(shapes))[1]
 
+
+@functools.lru_cache(maxsize=256)
+def _partitioned(kernel: Kernel, mapped: Mapped) -> Callable[..., tuple[Array, ...]]:
+    """`_Calls` as an operation that XLA may spread."""
+    calls = _Calls(kernel, mapped)
+    call = custom_partitioning(calls.run)
     call.def_partition(
-        partition=partition,
-        infer_sharding_from_operands=infer,
+        partition=calls.partition,
+        infer_sharding_from_operands=calls.infer,
         sharding_rule=_sharding_rule(kernel, mapped),
     )
     return call

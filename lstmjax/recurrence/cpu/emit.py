@@ -22,7 +22,7 @@ from lstmjax.traced import (
     Program,
     aval_of,
     callee,
-    is_literal,
+    interpret,
     needed,
 )
 
@@ -114,21 +114,7 @@ class Vectors:
         self, jaxpr: Jaxpr, consts: Iterable[object], args: Iterable[Value]
     ) -> list[Value]:
         """The outputs of a jaxpr."""
-        known: dict[int, Value] = {}
-
-        def read(var: Atom) -> Value:
-            return np.asarray(var.val, aval_of(var).dtype) if is_literal(var) else known[id(var)]
-
-        known.update(zip(map(id, jaxpr.constvars), map(_number, consts), strict=True))
-        known.update(zip(map(id, jaxpr.invars), args, strict=True))
-        for eqn in needed(jaxpr):
-            ins = [read(var) for var in eqn.invars]
-            if eqn.primitive.name in INLINED:
-                outs = self.evaluate(*callee(eqn), ins)
-            else:
-                outs = [self.equation(eqn, ins)]
-            known.update(zip(map(id, eqn.outvars), outs, strict=True))
-        return [read(var) for var in jaxpr.outvars]
+        return interpret(jaxpr, consts, args, self.equation)
 
     def equation(self, eqn: JaxprEqn, ins: Sequence[Value]) -> Value:
         """The result of one element-wise operation, not of a call."""

@@ -1,7 +1,7 @@
 """What the kernels compute, in plain JAX: for programs that leave this process."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -154,50 +154,12 @@ def _back(layout: Layout, given: dict[str, Array]) -> dict[str, Array]:
         _in_order(layout, given[f"d_out {k}"]) if there else None
         for k, there in enumerate((*job.d_outs, *[False] * (1 + layout.states - len(job.d_outs))))
     ]
-    dense = [
-        None
-        if b.recurrent is None
-        else _dense(layout, _columns(layout, given["recurrent"], b.recurrent))
-        for b in blocks
-    ]
-
-    def one(loop: tuple[Carry, PyTree, Carry], now: PyTree) -> tuple[PyTree, PyTree]:
-        (d_carry, sums, d_start), (carry, pre, d_outs, over) = loop, now
-        rest = _rest(layout, given, over)
-        leaves = zip(jax.tree.leaves(d_carry), d_outs, strict=True)
-        given_d = [a if b is None else a + b for a, b in leaves]
-        d_new = jax.tree.unflatten(jax.tree.structure(d_carry), given_d)
-        valid = over.get("mask")
-        args = StepArguments(jnp.split(pre, len(blocks), -1), carry, *rest)
-        d = step.backward.run("first", *args, d_new, valid=valid)
-
-        def clear(a: Array) -> Array:
-            return a if valid is None else jnp.where(valid[:, None], a, 0)
-
-        d_pre = [clear(a) for a in d.pre]
-        d_seen = sum(
-            (_dot(a, w.T) for a, w in zip(d_pre, dense, strict=True) if w is not None),
-            jnp.zeros_like(carry.h),
-        )
-        if step.recur_back is not None:
-            d_seen = clear(step.recur_back.run("first", carry.h, rest[-1], d_seen))
-        d_old = d.carry if valid is None else select_rows(valid, d.carry, d_carry)
-        d_old = d_old._replace(h=d_old.h + d_seen)
-        if job.resets:
-            zeros = jax.tree.map(jnp.zeros_like, d_old)
-            d_start = jax.tree.map(jnp.add, d_start, select_rows(over["resets"], d_old, zeros))
-            d_old = select_rows(over["resets"], zeros, d_old)
-        sums = jax.tree.map(lambda a, b: a + b.reshape(a.shape), sums, (d.units, d.others))
-        d_inputs = jax.tree.map(clear, d.inputs)
-        return (d_old, sums, d_start), (d_pre, d_inputs)
-
-    over = _over_time(layout, given)
+    over, shapes = _over_time(layout, given), step.shapes
     d_final = _carry(layout, given, "d_final")
-    shapes = step.shapes
     sums = jax.tree.map(lambda a: jnp.zeros(a.shape, x.dtype), (shapes.units, shapes.others))
     begin = d_final, sums, jax.tree.map(jnp.zeros_like, d_final)
     (d_initial, sums, d_start), (d_pre, d_inputs) = lax.scan(
-        one, begin, (carry, pre, d_outs, over), reverse=True
+        _step_back(layout, given), begin, (carry, pre, d_outs, over), reverse=True
     )
     seen, recur = h, step.recur
     if recur is not None:
@@ -209,6 +171,50 @@ def _back(layout: Layout, given: dict[str, Array]) -> dict[str, Array]:
     found |= {f"d input {n}": _in_order(layout, a) for n, a in d_inputs.items()}
     found |= _named("d initial", jax.tree.leaves(d_initial))
     return found | _named("d start", jax.tree.leaves(d_start))
+
+
+_Loop = tuple[Carry, PyTree, Carry]
+"""The gradients so far: of the carry, of what the step's parameters are, of the start."""
+
+
+def _step_back(
+    layout: Layout, given: dict[str, Array]
+) -> Callable[[_Loop, PyTree], tuple[_Loop, PyTree]]:
+    """One step: ``(loop, (carry, pre, d outs, over time)) -> (loop, (d pre, d inputs))``."""
+    step, blocks = layout.job.step, _blocks(layout)
+    numbers = [block.recurrent for block in blocks]
+    dense = [
+        None if n is None else _dense(layout, _columns(layout, given["recurrent"], n))
+        for n in numbers
+    ]
+
+    def one(loop: _Loop, now: PyTree) -> tuple[_Loop, PyTree]:
+        (d_carry, sums, d_start), (carry, pre, d_outs, over) = loop, now
+        rest, valid = _rest(layout, given, over), over.get("mask")
+        leaves = zip(jax.tree.leaves(d_carry), d_outs, strict=True)
+        given_d = [a if b is None else a + b for a, b in leaves]
+        d_new = jax.tree.unflatten(jax.tree.structure(d_carry), given_d)
+        args = StepArguments(jnp.split(pre, len(blocks), -1), carry, *rest)
+        d = step.backward.run("first", *args, d_new, valid=valid)
+
+        def clear(a: Array) -> Array:
+            return a if valid is None else jnp.where(valid[:, None], a, 0)
+
+        d_pre = [clear(a) for a in d.pre]
+        products = [_dot(a, w.T) for a, w in zip(d_pre, dense, strict=True) if w is not None]
+        d_seen = sum(products, jnp.zeros_like(carry.h))
+        if step.recur_back is not None:
+            d_seen = clear(step.recur_back.run("first", carry.h, rest[-1], d_seen))
+        d_old = d.carry if valid is None else select_rows(valid, d.carry, d_carry)
+        d_old = d_old._replace(h=d_old.h + d_seen)
+        if layout.job.resets:
+            zeros = jax.tree.map(jnp.zeros_like, d_old)
+            d_start = jax.tree.map(jnp.add, d_start, select_rows(over["resets"], d_old, zeros))
+            d_old = select_rows(over["resets"], zeros, d_old)
+        sums = jax.tree.map(lambda a, b: a + b.reshape(a.shape), sums, (d.units, d.others))
+        return (d_old, sums, d_start), (d_pre, jax.tree.map(clear, d.inputs))
+
+    return one
 
 
 def _weight_gradients(

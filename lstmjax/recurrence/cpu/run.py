@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import PyTreeDef
 from jaxtyping import PyTree
@@ -16,6 +15,7 @@ from lstmjax.recurrence.cpu.plan import Job, Layout
 from lstmjax.recurrence.derivatives import or_zeros, with_derivative
 from lstmjax.recurrence.derived.engine import Derived
 from lstmjax.recurrence.engine import How, Inputs, Outputs
+from lstmjax.recurrence.layout import grouped
 from lstmjax.recurrence.step import Step
 from lstmjax.traced import vary_alike
 
@@ -128,22 +128,10 @@ def _weights(layout: Layout, params: Params) -> dict[str, Array]:
     cell, shapes = layout.job.cell, layout.job.step.shapes
     found = {"kernel": params["kernel"]}
     if cell.recurrent:
-        found["recurrent"] = _grouped(layout, params["recurrent_kernel"])
+        found["recurrent"] = grouped(cell, params["recurrent_kernel"], layout.width)
     if cell.biased:
         found["bias"] = params["bias"]
     if cell.recurrent_bias_gates:
         found["recurrent_bias"] = params["recurrent_bias"]
     found |= {f"unit {name}": params["units"][name] for name in shapes.units}
     return found | {f"param {n}": params["step"][n].reshape(-1) for n in shapes.others}
-
-
-def _grouped(layout: Layout, recurrent: Array) -> Array:
-    """The recurrent kernel as ``(width, blocks H)``: of each unit, the rows of its group."""
-    cell, width = layout.job.cell, layout.width
-    block, gates = recurrent.shape[0], len(cell.recurrent)
-    if block == width:
-        return recurrent
-    heads = width // block
-    blocks = recurrent.reshape(1, block, gates, cell.heads, block)
-    own = jnp.arange(heads)[:, None] == (jnp.arange(cell.heads) % heads)[None]
-    return jnp.where(own.reshape(heads, 1, 1, -1, 1), blocks, 0).reshape(width, -1)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.typing import DTypeLike
 
-from lstmjax.traced import INLINED, Atom, Program, aval_of, callee, is_literal, needed
+from lstmjax.traced import INLINED, Program, aval_of, callee, interpret, needed
 
 Value = Array | np.ndarray
 """A tile, or the number that all elements of a tile would have."""
@@ -56,7 +56,13 @@ class Emission:
     def __call__(self, *tiles: Array) -> list[Array]:
         """Run on tiles of one shape, whatever the shapes that the program was traced with."""
         shape, closed = tiles[0].shape, self.program.closed
-        outs = _evaluate(closed.jaxpr, closed.consts, list(tiles), shape)
+
+        def equation(eqn: JaxprEqn, ins: list[Value]) -> Value:
+            numbers = all(np.shape(value) == () for value in ins)
+            return _fold(eqn, ins) if numbers else _emit(eqn, ins, shape)
+
+        given: list[Value] = list(tiles)
+        outs = interpret(closed.jaxpr, closed.consts, given, equation)
         return [_full(out, shape) for out in outs]
 
 
@@ -78,28 +84,6 @@ def _refusals(jaxpr: Jaxpr, consts: Iterable[Value], sums: bool) -> Iterator[str
 
 
 # --- Emission ------------------------------------------------------------------------------------
-
-
-def _evaluate(
-    jaxpr: Jaxpr, consts: Iterable[Value], args: list[Value], shape: tuple[int, ...]
-) -> list[Value]:
-    known: dict[int, Value] = {}
-
-    def read(var: Atom) -> Value:
-        return np.asarray(var.val, aval_of(var).dtype) if is_literal(var) else known[id(var)]
-
-    known.update(zip(map(id, jaxpr.constvars), map(_number, consts), strict=True))
-    known.update(zip(map(id, jaxpr.invars), args, strict=True))
-    for eqn in needed(jaxpr):
-        ins = [read(var) for var in eqn.invars]
-        if eqn.primitive.name in INLINED:
-            outs = _evaluate(*callee(eqn), ins, shape)
-        elif all(np.shape(value) == () for value in ins):
-            outs = [_fold(eqn, ins)]
-        else:
-            outs = [_emit(eqn, ins, shape)]
-        known.update(zip(map(id, eqn.outvars), outs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
 
 
 def _fold(eqn: JaxprEqn, ins: list[Value]) -> Value:
