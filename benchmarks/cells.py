@@ -32,7 +32,7 @@ from benchmarks.harness import LEAST, ROOT
 from benchmarks.report import BEGIN, END, device_name, machine, merge, versions
 from lstmjax import cells
 from lstmjax.cells import LSTM, Cell
-from lstmjax.recurrence import PallasGPU, PallasTPU, Workload, choose_engine, unroll
+from lstmjax.recurrence import Derived, PallasGPU, PallasTPU, Scan, Workload, choose_engine, unroll
 
 FOLDER, PAGE = ROOT / "benchmarks" / "results" / "cells", ROOT / "docs" / "modify_the_cell.md"
 COMPILED = FOLDER / "compiled.json"
@@ -92,8 +92,10 @@ def engines_of(cell: Cell, sizes: Sizes) -> dict[str, dict[str, str]]:
         engine, reason = choose_engine(cell, work._replace(platform=platform))
         found[platform] = {"engine": engine.name, "reason": reason}
     hopper = PallasGPU(attached=False)
-    refusal = hopper.refusal(cell, work._replace(platform="gpu"))
-    name = hopper.name if refusal is None else found["cpu"]["engine"]
+    gpu = work._replace(platform="gpu")
+    refusal = hopper.refusal(cell, gpu)
+    everywhere = next(e.name for e in (Derived(), Scan()) if e.refusal(cell, gpu) is None)
+    name = hopper.name if refusal is None else everywhere
     return found | {"hopper": {"engine": name, "reason": refusal or "the first choice"}}
 
 

@@ -224,7 +224,7 @@ SIMPLE |= {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("units", "dtype"),
     [(1, "float64"), (24, "float64"), (100, "float32")],
@@ -329,7 +329,7 @@ def steps(*kinds):
     return {name: step.forward for name, step in found.items()} | backward
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("units", "dense"), [(7, True), (16, False), (100, True)])
 def test_steps_and_their_derivatives(units, dense):
     own = [Mixing(units)] if units % 4 == 0 else []

@@ -292,7 +292,7 @@ def case_of(name):
     )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cell_of_the_library(name):
     case = case_of(name)
@@ -340,7 +340,7 @@ CASES = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_all_gradients(name):
     case = CASES[name]
@@ -586,7 +586,7 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_transformed(name):
     def run(engine):
@@ -926,7 +926,7 @@ HIDDEN, FEATURES, BATCHES = (1, 2, 5, 13, 16, 17, 33, 64), (0, 1, 15, 16, 33), (
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="no such memory")
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("number", range(60 if LONG else 18))
 def test_nothing_beside_the_operands_is_touched(number):
     rng = np.random.default_rng(number)
