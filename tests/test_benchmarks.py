@@ -242,9 +242,9 @@ def test_cells_get_into_the_table(tmp_path):
     compiled = {"LSTM": {"v5e": "2,471", "hopper": "1 / 2"}}
     cells.write_page(found | facts, compiled, page)
     rows = re.findall(r"^\| `.*", page.read_text(), re.MULTILINE)
-    said = "`derived` | 1.00 | `pallas_tpu` | 2,471 | `pallas_gpu` | 1 / 2"
+    said = "`cpu` | 1.00 | `pallas_tpu` | 2,471 | `pallas_gpu` | 1 / 2"
     assert rows[0] == f"| `LSTM` | {cells.lines_of(LSTM)} | {said} |"
-    assert rows[1].startswith(f"| `SRU` ¹ | {cells.lines_of(SRU)} | `derived` | ")
+    assert rows[1].startswith(f"| `SRU` ¹ | {cells.lines_of(SRU)} | `cpu` | ")
     assert len(rows) == 3
     reasons = {row["cell"]: row["engines"]["tpu"]["reason"] for row in found["rows"]}
     assert "LRU overrides transition" in reasons["LRU"]
