@@ -5,7 +5,7 @@ ARGS ?=
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb tutorial test test-slow test-random long fuzz test-aot test-newest bench lint format lock clean
+.PHONY: help demo imdb notebooks test test-slow test-random long fuzz test-aot test-newest bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -38,9 +38,9 @@ long: .venv/ready-test  ## what takes hours: every crash, failing disks, long ru
 fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 
-tutorial: .venv/ready  ## execute docs/tutorial.ipynb anew: three minutes
+notebooks: .venv/ready  ## execute the notebooks of docs/ anew: ARGS="tutorial comparing" those
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
-	$(RUN) tests/tutorial.py
+	$(RUN) tests/notebooks.py $(ARGS)
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
