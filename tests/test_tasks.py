@@ -368,3 +368,11 @@ def test_a_model_answers_in_the_shape_of_the_labels(name):
     with jax.numpy_dtype_promotion("standard"):
         losses, scores = jax.eval_shape(answer)
     assert losses.shape == scores.shape == batch.labels.shape
+
+
+def test_a_file_may_stand_in_brackets(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("text,label\n" + "".join(f"word{n},{n % 2}\n" for n in range(20)))
+    task = load_task(f"text(file={str(file)!r}, test_share=0.5)")
+    assert (task.file, task.embeddings, task.test_share) == (file, None, 0.5)
+    assert task.class_names == ("0", "1")

@@ -1,7 +1,10 @@
 """From ``adding``, ``adding(length=400)`` or ``path/to/file.py:MyTask`` to a task."""
 
 import ast
+import dataclasses
 import inspect
+import pathlib
+import typing
 
 from lstmjax.cells.loading import run_file
 from lstmjax.errors import UserError, first_line
@@ -50,6 +53,10 @@ def load_task(spec: str) -> Task:
     name, bracket, _ = spec.partition("(")
     kind = _task_class(name.strip())
     fields = _fields(spec) if bracket else {}
+    for field in dataclasses.fields(kind):
+        value = fields.get(field.name)
+        if isinstance(value, str) and pathlib.Path in (field.type, *typing.get_args(field.type)):
+            fields[field.name] = pathlib.Path(value)
     try:
         return kind(**fields)
     except TypeError as error:
