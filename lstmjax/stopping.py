@@ -61,6 +61,7 @@ class _Program:
     stop: Stop | None = None  # of the `saving` that is entered
     advice = ""  # how to go on, once that can be told
     folders: set[pathlib.Path] = set()  # to be removed on the way out
+    waiting: Callable[[], object] = staticmethod(lambda: None)  # called while one waits
 
 
 def exit_on_signals() -> None:
@@ -181,3 +182,14 @@ def wait_for(future: "Future[ResultT]") -> ResultT:
                 raise
             if _Program.stop:
                 raise Stopping from None
+            _Program.waiting()
+
+
+@contextlib.contextmanager
+def while_waiting(tell: Callable[[], object]) -> Iterator[None]:
+    """In this block `wait_for` calls ``tell`` ten times a second."""
+    before, _Program.waiting = _Program.waiting, tell
+    try:
+        yield
+    finally:
+        _Program.waiting = before

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import math
+import pathlib
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from jaxtyping import PyTree
 from lstmjax import stopping
 from lstmjax.data import Batch, Source
 from lstmjax.errors import UserError
+from lstmjax.progress import Programs, StepBar
 from lstmjax.training.checkpoint import Checkpoints, Position, copied
 from lstmjax.training.devices import place, replicated, sharded
 from lstmjax.training.processes import Agreement, any_told, meet
@@ -38,9 +40,16 @@ class Interrupted(Exception):
         signal: number of the signal that said so.
     """
 
-    def __init__(self, signal: int) -> None:
-        super().__init__(f"stopped by signal {signal}")
-        self.signal = signal
+    def __init__(self, number: int, saved: pathlib.Path | None = None) -> None:
+        told = f"stopped by {signal.Signals(number).name}"
+        if saved is not None:
+            told += f"; saved in {saved}. To go on, do the same with resume=True"
+        super().__init__(told)
+        self.signal = number
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: there is nothing to be traced."""
+        return [str(self)]
 
 
 def on_device(
@@ -135,7 +144,7 @@ def fit(
                 if any_told(stop):
                     checkpoints.wait()
                     meet()
-                    raise Interrupted(stop.signal or signal.SIGTERM)
+                    raise Interrupted(stop.signal or signal.SIGTERM, run.path)
                 record = _record(at, int(state.step), len(train), score)
                 for name, batches in evaluations.items():
                     sums = evaluate(steps, state.params, batches, mesh, name, stop)
@@ -148,9 +157,9 @@ def fit(
                 if patience and at.epoch - best >= patience:
                     break
             checkpoints.wait()
-    except stopping.Stopping as told:  # while it compiled an evaluation, or the start
+    except stopping.Stopping as told:  # while it evaluated, or compiled the start
         checkpoints.wait()
-        raise Interrupted(stop.signal) from told
+        raise Interrupted(stop.signal, run.path) from told
     finally:
         checkpoints.close()
     return state, [dict(record) for record in at.history]
@@ -205,25 +214,24 @@ def evaluate(
     """Sums over every row of ``batches``, each row once.
 
     Raises:
-        Interrupted, Stopping: a signal arrived.
+        Stopping: a signal arrived.
     """
-    from tqdm import tqdm
-
     pending: collections.deque[Sums] = collections.deque()
     total = Sums()
     where = steps.evaluation_rows or mesh
     whole = (filled(batch, where) for batch in batches.in_order())
-    placed = on_device(whole, where, steps.prepare_evaluate)
-    bar = tqdm(placed, f"  {name}", len(batches), leave=False, unit="batch")
-    with bar:
-        for batch in bar:
-            if stop is not None:
-                _raise_if(stop)
+    with StepBar(f"  {name}", len(batches), steps.programs, leave=False) as bar:
+        for batch in on_device(whole, where, steps.prepare_evaluate):
+            if stop:
+                raise stopping.Stopping
             pending.append(steps.evaluate(params, batch))
+            done = 0
             while pending and pending[0].loss.is_ready():
-                total = _add(total, _on_host(pending.popleft()))
-    for sums in pending:
-        total = _add(total, _on_host(sums))
+                total, done = _add(total, _on_host(pending.popleft())), done + 1
+            bar.advance(done)
+        for sums in pending:
+            total = _add(total, _on_host(sums))
+            bar.advance(1)
     return total
 
 
@@ -270,7 +278,8 @@ class _Trainer:
     def train(self, state: TrainState, at: Position, epochs: int) -> tuple[TrainState, Position]:
         """Train from ``at`` to the epoch's end, or to the step at which a signal was noticed."""
         batches = len(self._batches)
-        meter = _Meter(self._run, at, batches, epochs, self._checkpoints, self._score)
+        programs = self._steps.programs
+        meter = _Meter(self._run, at, batches, epochs, self._checkpoints, self._score, programs)
         pending: collections.deque[tuple[int, Sums, TrainState | None]] = collections.deque()
         first, done, started = int(state.step) - at.batch, at.batch, time.perf_counter()
 
@@ -284,6 +293,7 @@ class _Trainer:
                 meter.account(first + batch, sums, batch == len(self._batches))
                 if copy is not None:
                     self._checkpoints.save_later(copy, position(batch), skip=True)
+            meter.show()
 
         def prepare(batch: Batch) -> None:
             look_back()  # tracing takes a while
@@ -320,20 +330,13 @@ class _Meter:
         epochs: int,
         checkpoints: Checkpoints,
         score: str,
+        programs: Callable[[], Programs],
     ) -> None:
-        from tqdm import tqdm
-
         self._score = score
         self.total, self.since = at.sums, at.since
         self._run, self._epoch, self._checkpoints = run, at.epoch + 1, checkpoints
-        self._tokens_before, self._started = at.sums.tokens, time.perf_counter()
-        self._bar = tqdm(
-            desc=f"epoch {self._epoch}/{epochs}",
-            total=batches,
-            initial=at.batch,
-            unit="step",
-            dynamic_ncols=True,
-        )
+        self._steps, self._shown = at.batch, (at.batch, np.sum(at.sums.tokens))
+        self._bar = StepBar(f"epoch {self._epoch}/{epochs}", batches, programs, initial=at.batch)
 
     def __enter__(self) -> "_Meter":
         return self
@@ -361,18 +364,21 @@ class _Meter:
                 f"{kept}. Lower --learning-rate, or set --clip-norm 1"
             )
         self.total, self.since = _add(self.total, sums), _add(self.since, sums)
-        seconds = time.perf_counter() - self._started
-        rate = np.sum(self.total.tokens - self._tokens_before) / seconds
-        loss = np.nanmean(self.total.loss / self.total.rows)
-        score = np.nanmean(self.total.correct / self.total.rows)
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f} {_SHORT.get(self._score, self._score)} {score:.3f} "
-            f"{rate / 1e3:.0f}k tok/s",
-            refresh=False,
-        )
-        self._bar.update()
+        self._steps += 1
         if step % LOG_EVERY == 0 or last:
             self._log(step)
+
+    def show(self) -> None:
+        """Let the bar have what was taken in since the last time."""
+        steps, tokens = self._steps - self._shown[0], np.sum(self.total.tokens) - self._shown[1]
+        if not steps:
+            self._bar.advance(0)
+            return
+        loss = np.nanmean(self.total.loss / self.total.rows)
+        score = np.nanmean(self.total.correct / self.total.rows)
+        name = _SHORT.get(self._score, self._score)
+        self._bar.advance(steps, tokens, f"loss {loss:.3f} {name} {score:.3f}")
+        self._shown = self._steps, np.sum(self.total.tokens)
 
     def _log(self, step: int) -> None:
         found = means("", self.since, self._score, f"at step {step}")
@@ -429,8 +435,3 @@ def _on_host(sums: Sums) -> Sums:
 
 def _add(total: Sums, more: Sums) -> Sums:
     return Sums(*(a + b for a, b in zip(total, more, strict=True)))
-
-
-def _raise_if(stop: stopping.Stop) -> None:
-    if stop:
-        raise Interrupted(stop.signal)

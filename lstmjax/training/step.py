@@ -23,6 +23,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from lstmjax import stopping
 from lstmjax.data import Batch
+from lstmjax.progress import Programs
 from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.noise import Keys, as_keys
 from lstmjax.recurrence.refs import Index
@@ -171,6 +172,7 @@ class Steps(NamedTuple):
         train_rows: how the arrays of a training batch lie on the devices; None: the loop's mesh.
         evaluation_rows: the same of an evaluation batch.
         states: the same of parameters and keys.
+        programs: how many have been compiled for shapes of batches, for both functions.
     """
 
     init: Callable[[], TrainState]
@@ -182,6 +184,7 @@ class Steps(NamedTuple):
     train_rows: Sharding | None = None
     evaluation_rows: Sharding | None = None
     states: Sharding | None = None
+    programs: Callable[[], Programs] = Programs
 
 
 def make_steps(
@@ -233,7 +236,12 @@ def make_steps(
         NamedSharding(mesh, lay.train),
         NamedSharding(mesh, lay.evaluation),
         NamedSharding(mesh, lay.state),
+        lambda: _sum_of(train_calls.programs, evaluate_calls.programs),
     )
+
+
+def _sum_of(*programs: Programs) -> Programs:
+    return Programs(*map(sum, zip(*programs, strict=True)))
 
 
 class _Layout(NamedTuple):
@@ -385,6 +393,11 @@ class _Calls:
             return
         if sum(not made.done() for made in self._made.values()) < self._cores:
             self._make(batch)
+
+    @property
+    def programs(self) -> Programs:
+        """Compilations so far."""
+        return Programs(len(self._made), sum(made.done() for made in self._made.values()))
 
     def _make(self, batch: Batch) -> None:
         # Traced here, under the caller's settings of JAX, which are a thread's own.
