@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from benchmarks.cells import every_cell
 from lstmjax import cells
 from lstmjax.cells import GRU, LSTM, SLSTM, Carry, Cell, MinGRU, PeepholeLSTM, VariationalLSTM
 from lstmjax.recurrence import CPU, Derived, Scan, Workload, choose_engine, unroll
+from lstmjax.recurrence.cpu import calls as cpu_calls
 from lstmjax.recurrence.cpu import engine as cpu_engine
 from lstmjax.recurrence.cpu import machine as cpu_machine
 from lstmjax.recurrence.cpu.calls import Kernel
@@ -657,6 +659,43 @@ def test_several_threads():
             compare(case, got, expected(case))
 
 
+SHARED = {
+    "masked": Case(GRU(33), batch=70, flags=("mask", "resets"), reverse=True, states=True),
+    "heads": Case(SLSTM(32, heads=2), batch=37, flags=("lengths",)),
+    "by row": Case(LayerNorm(20), batch=33, flags=("empty",)),
+    "noise and inputs": Case(Everything(17), batch=34),
+}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("name", SHARED)
+def test_threads_share_the_rows(name, monkeypatch):
+    """Values bit by bit as of one thread; sums over rows have another order."""
+    case = SHARED[name]
+    alone = solve("cpu", case)
+    monkeypatch.setattr(cpu_calls, "_LEAST", 1)
+    monkeypatch.setattr(cpu_calls, "_cores", lambda: 3 * jax.local_device_count())
+    made = Kernel(job(case.cell, case), False, Machine.host())
+    assert made.workers([jax.ShapeDtypeStruct((7, case.batch, 2), "float32")]) == min(
+        3, case.batch // 16
+    )
+    together = solve("cpu", case)
+    jax.tree.map(np.testing.assert_array_equal, together[0], alone[0])
+    compare(case, together, alone, DULL)
+    jax.tree.map(np.testing.assert_array_equal, solve("cpu", case), together)
+
+
+@pytest.mark.parametrize(
+    ("cores", "steps", "batch", "workers"),
+    [(16, 500, 64, 4), (2, 500, 64, 2), (1, 500, 64, 1), (16, 500, 31, 1), (16, 1, 64, 1)],
+)
+def test_as_many_workers_as_there_are_cores_and_rows(cores, steps, batch, workers, monkeypatch):
+    monkeypatch.setattr(cpu_calls, "_cores", lambda: cores * jax.local_device_count())
+    case = Case(LSTM(100), features=32)
+    made = Kernel(job(case.cell, case), False, Machine.host())
+    assert made.workers([jax.ShapeDtypeStruct((steps, batch, 32), "float32")]) == workers
+
+
 # --- Spread over devices -------------------------------------------------------------------------
 
 SPREAD = Case(PeepholeLSTM(5), batch=4, steps=6, flags=("mask", "resets"))
@@ -893,8 +932,60 @@ def guarded(a, front):
     return copy
 
 
-def call_guarded(kernel, steps, batch, rng):
-    """Call machine code; `True` if arguments are as they were and results are numbers."""
+class Schedule(ctypes.Structure):
+    """XLA_FFI_ThreadPool_Schedule_Args."""
+
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_void_p) for name in ("extension", "context", "task", "data")),
+    ]
+
+
+class Threads:
+    """XLA's interface, as far as threads go.
+
+    Attributes:
+        come: when: ``"now"`` in a thread of their own, ``"here"`` in that which asks for them,
+            ``"late"`` after the function has returned, or ``"never"``, which is an error.
+        asked: how many were asked for.
+    """
+
+    def __init__(self, come):
+        self.come, self.asked, self.threads, self.errors = come, 0, [], []
+        functions = {64: self.destroy, 136: self.schedule}
+        kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+        self.made = {at: kind(f) for at, f in functions.items()}
+        self.api = (ctypes.c_void_p * 24)()
+        for at, made in self.made.items():
+            self.api[at // 8] = ctypes.cast(made, ctypes.c_void_p).value
+
+    def schedule(self, place):
+        args = Schedule.from_address(place)
+        assert (args.struct_size, args.context) == (ctypes.sizeof(Schedule), 7)
+        self.asked += 1
+        if self.come == "never":
+            return 11
+        run = functools.partial(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(args.task), args.data)
+        if self.come == "here":
+            run()
+        else:
+            self.threads.append(threading.Thread(target=run))
+            if self.come == "now":
+                self.threads[-1].start()
+
+    def destroy(self, place):
+        self.errors.append((ctypes.c_size_t * 3).from_address(place)[2])
+
+    def end(self):
+        for thread in self.threads:
+            if self.come == "late":
+                thread.start()
+            thread.join()
+        assert self.errors == [11] * (self.asked if self.come == "never" else 0)
+
+
+def call_guarded(kernel, steps, batch, rng, workers=1, come="now"):
+    """Call machine code: arguments stay as they were, results are numbers; gives the results."""
     front, dtype = bool(rng.integers(2)), kernel.job.dtype
 
     def argument(operand):
@@ -910,16 +1001,20 @@ def call_guarded(kernel, steps, batch, rng):
         guarded(np.full(a.sizes(steps, batch), np.nan, dtype).view(a.dtype(dtype)), front)
         for a in kernel.results
     ]
-    results.append(guarded(np.full(memory, np.nan, dtype), front))
+    results.append(guarded(np.full((workers, memory), np.nan, dtype), front))
     code = load_object(compile_text(text, kernel.machine), ["kernel"])["kernel"]
     sides = buffers(arguments), buffers(results)
-    frame = Frame(ctypes.sizeof(Frame), None, None, None, 3, *sides)
+    threads = Threads(come)
+    frame = Frame(ctypes.sizeof(Frame), None, ctypes.addressof(threads.api), 7, 3, *sides)
     assert ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(code)(ctypes.addressof(frame)) is None
+    threads.end()
+    assert threads.asked == workers - 1
     for a, b, operand in zip(arguments, given, kernel.arguments, strict=True):
         np.testing.assert_array_equal(a, b, operand.name)
     for a, operand in zip(results[:-1], kernel.results, strict=True):
         if operand.name not in ("rows", "kept", "pre"):
             assert np.all(np.isfinite(a)), operand.name
+    return [np.array(a) for a in results[:-1]]
 
 
 HIDDEN, FEATURES, BATCHES = (1, 2, 5, 13, 16, 17, 33, 64), (0, 1, 15, 16, 33), (1, 7, 63, 65, 130)
@@ -959,7 +1054,32 @@ def test_nothing_beside_the_operands_is_touched(number):
             Kernel(made._replace(saving=True), False, machine),
             Kernel(made._replace(**back), True, machine),
         ):
-            call_guarded(kernel, case.steps, case.batch, rng)
+            workers, come = int(rng.integers(1, 5)), pick(("now", "here", "late", "never"))
+            call_guarded(kernel, case.steps, case.batch, rng, workers, come)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="no such memory")
+@pytest.mark.parametrize("back", [False, True])
+def test_workers_find_the_same_whoever_they_are(back):
+    """Bit by bit where threads come now, late or never; one alone sums weights otherwise."""
+    case = Case(GRU(20), flags=("mask", "resets"))
+    made = job(case.cell, case, saving=True)
+    kernel = Kernel(made._replace(wanted=("start", "x")) if back else made, back, Machine.host())
+    found = {}
+    ways = [(1, "never"), *((3, come) for come in ("now", "here", "late", "never"))]
+    for workers, come in ways:
+        rng = np.random.default_rng(3)
+        found[workers, come] = call_guarded(kernel, 5, 37, rng, workers, come)
+    first = found[3, "never"]
+    for way, others in found.items():
+        for a, b, operand in zip(others, first, kernel.results, strict=True):
+            if operand.kind == "bits":  # parts are never written
+                continue
+            if way[0] == 3 or operand.rows:
+                np.testing.assert_array_equal(a, b, f"{way} {operand.name}")
+            else:
+                terms = recurrence_terms(37, 5, 4, 5, 2, gradient=True)
+                assert_close(a, b, reduction=terms, what=f"{way} {operand.name}")
 
 
 UNREAD = """
@@ -996,12 +1116,12 @@ def called(kernel, arguments, results):
     return jax.block_until_ready(jax.ffi.ffi_call(kernel.target.name, results)(*arguments))
 
 
-def operands(kernel, steps, batch):
+def operands(kernel, steps, batch, workers=1):
     """What a kernel takes, and the shapes of what it gives."""
     dtype = kernel.job.dtype
     arguments = [jnp.zeros(a.sizes(steps, batch), a.dtype(dtype)) for a in kernel.arguments]
     results = [jax.ShapeDtypeStruct(a.sizes(steps, batch), a.dtype(dtype)) for a in kernel.results]
-    return arguments, [*results, jax.ShapeDtypeStruct((kernel.emitted()[1],), dtype)]
+    return arguments, [*results, jax.ShapeDtypeStruct((workers, kernel.emitted()[1]), dtype)]
 
 
 def some_kernel(back):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import llvmlite.ir as ir
 
-from lstmjax.recurrence.cpu.builder import I32, I64, NULL, Known
+from lstmjax.recurrence.cpu.builder import I32, I64, Known
 from lstmjax.recurrence.cpu.kernel import Kernel, Units
 from lstmjax.recurrence.cpu.plan import CHUNK, ROWS, Kind, Layout
 from lstmjax.recurrence.cpu.products import Strides
@@ -14,8 +14,8 @@ from lstmjax.recurrence.layout import up
 
 def emit_backward(module: ir.Module, name: str, layout: Layout) -> int:
     """Emit the function; returns how much memory it needs, in numbers."""
-    kernel = _Backward(module, name, layout, layout.backward_arguments(), layout.backward_results())
-    kernel.emit()
+    kernel = _Backward(module, layout, layout.backward_arguments(), layout.backward_results())
+    kernel.emit(name)
     return kernel.memory
 
 
@@ -49,17 +49,14 @@ class _Backward(Kernel):
             "d row": (1 + layout.states) * layout.padded * layout.by_row,
         }
 
-    def emit(self) -> None:
+    def work(self) -> None:
         e, layout = self.e, self.layout
         self.parameters = self.constants()
         self._prepare()
         self.slots = self._number()
         if self.job.masked:
             self.slot_of = e.room(I64, ROWS)
-        blocks, most = self.row_blocks()
-        with e.loop(blocks) as block:
-            row0 = e.mul(block, most)
-            rows = e.minimum(e.sub(self.batch, row0), most)
+        for row0, rows in self.row_blocks():
             first, last = self.active_steps(row0, rows)
             with e.loop(rows) as r:
                 if "start" in self.job.wanted:
@@ -102,8 +99,10 @@ class _Backward(Kernel):
                 self._unsee_rows(first, row0, (later[0], later[1]))
                 with e.loop(rows) as r:
                     self._finish(first, row0, r, Units(0, layout.vectors, None, True))
+
+    def end(self) -> None:
+        self._add_up()
         self._unpack()
-        e.b.ret(NULL)
 
     # Before and after the loops
 
@@ -182,6 +181,21 @@ class _Backward(Kernel):
         place = self.e.room(I64)
         self.e.b.store(I64(0), place)
         return place
+
+    def _add_up(self) -> None:
+        """All workers' sums, in their order, to those of the first."""
+        e, layout = self.e, self.layout
+        sums = {
+            "d weights": layout.weight_rows * layout.columns,
+            "d constants": layout.constant_places[1],
+        }
+        for name, count in sums.items():
+            if count:
+                place = self.reads[name]
+                with e.loop(self.workers, start=1) as worker, e.loop(count, step=e.lanes) as k:
+                    so_far = e.at(place, k)
+                    more = e.load(e.at(so_far, e.mul(worker, self.memory)))
+                    e.store(e.b.fadd(e.load(so_far), more), so_far)
 
     def _unpack(self) -> None:
         """Gradients in the order of the parameters."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
@@ -31,14 +32,29 @@ from lstmjax.traced import Program, vary_alike
 
 
 class Target(NamedTuple):
-    """A function that XLA knows by name; its last result is so many numbers of memory."""
+    """A function that XLA knows by name; its last result is memory, so many numbers a worker."""
 
     name: str
     memory: int
 
 
+_FEWEST = 16
+"""Rows of a worker: fewer are multiplied no faster."""
+
+_LEAST = 10**7
+"""Multiplications of a worker: a fifth of a millisecond."""
+
 _LOCK = threading.Lock()
 _TARGETS: dict[str, Target] = {}
+
+
+@functools.cache
+def _cores() -> int:
+    """Those that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
 
 
 @functools.cache
@@ -151,10 +167,23 @@ class Kernel:
 
     def shapes(self, args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
         """Of the results."""
-        first, batch = args[0].shape[:2]
-        steps = first - 1 if self.back else first
+        steps, batch = self._sizes(args)
         dtype = self.job.dtype
         return [jax.ShapeDtypeStruct(a.sizes(steps, batch), a.dtype(dtype)) for a in self.results]
+
+    def workers(self, args: Sequence[Any]) -> int:
+        """Among how many to share the rows: one for each core that no other device has, each with
+        `_FEWEST` rows or more and work that is worth a thread's coming."""
+        steps, batch = self._sizes(args)
+        layout = self.layout
+        depth = max(layout.depth(kind) for kind in layout.kinds)
+        work = steps * batch * layout.numbers * depth
+        most = min(_cores() // jax.local_device_count("cpu"), batch // _FEWEST, work // _LEAST)
+        return max(1, most)
+
+    def _sizes(self, args: Sequence[Any]) -> tuple[int, int]:
+        first, batch = args[0].shape[:2]
+        return first - self.back, batch
 
 
 _kernel = Primitive("lstmjax_cpu_kernel")
@@ -169,7 +198,7 @@ def _abstract(*args: jax.core.ShapedArray, kernel: Kernel) -> list[jax.core.Shap
 
 
 def _call(*args: Array, kernel: Kernel) -> list[Array]:
-    own = jax.ShapeDtypeStruct((kernel.target.memory,), kernel.job.dtype)
+    own = jax.ShapeDtypeStruct((kernel.workers(args), kernel.target.memory), kernel.job.dtype)
     return list(jax.ffi.ffi_call(kernel.target.name, [*kernel.shapes(args), own])(*args))[:-1]
 
 

@@ -24,8 +24,8 @@ class CPU(Engine):
 
     The function multiplies, steps and, on the way back, adds up the gradients of the weights while
     the numbers are in the core's caches. It is compiled in a second or two for a cell and the
-    number of features; steps and rows are read when it runs. It runs in the thread that calls it:
-    several cores are used as several devices, as `lstmjax.training.devices` sets them up.
+    number of features; steps and rows are read when it runs. Cores that are no devices of their own
+    share its rows, as threads of XLA's.
 
     The gradient keeps, for each step, the carry and the pre-activations. Steps in which no row of
     a block of 64 counts are skipped. All other derivatives are those of the derived engine; a

@@ -9,8 +9,8 @@ from lstmjax.recurrence.cpu.plan import ROWS, Kind, Layout
 
 def emit_forward(module: ir.Module, name: str, layout: Layout) -> int:
     """Emit the function; returns how much memory it needs, in numbers."""
-    kernel = _Forward(module, name, layout, layout.forward_arguments(), layout.forward_results())
-    kernel.emit()
+    kernel = _Forward(module, layout, layout.forward_arguments(), layout.forward_results())
+    kernel.emit(name)
     return kernel.memory
 
 
@@ -33,16 +33,13 @@ class _Forward(Kernel):
             "row": room,
         }
 
-    def emit(self) -> None:
+    def work(self) -> None:
         e, group = self.e, self.layout.smallest_group
         self.pack_forward("weights", group)
         self.parameters = self.constants()
-        blocks, most = self.row_blocks()
-        with e.loop(blocks) as block:
-            row0 = e.mul(block, most)
-            rows = e.minimum(e.sub(self.batch, row0), most)
+        for row0, rows in self.row_blocks():
             first, last = self.active_steps(row0, rows)
-            self._begin(first, row0, rows)
+            self._begin_rows(first, row0, rows)
             for begin, end in ((0, first), (last, self.steps)):
                 if self.job.masked:
                     with e.loop(end, start=begin) as s, e.loop(rows) as r:
@@ -54,8 +51,7 @@ class _Forward(Kernel):
                     self._step(s, row0, rows, valid, units)
                 if self.layout.by_row:
                     self._step_by_row(s, row0, rows)
-            self._end(last, row0, rows)
-        e.b.ret(ir.Constant(ir.PointerType(), None))
+            self._end_rows(last, row0, rows)
 
     # Where things are
 
@@ -92,7 +88,7 @@ class _Forward(Kernel):
 
     # Before the steps, and after them
 
-    def _begin(self, first: Known, row0: Known, rows: Known) -> None:
+    def _begin_rows(self, first: Known, row0: Known, rows: Known) -> None:
         with self.e.loop(rows) as r:
             self._put("initial", self._carry(first, row0, r), self.e.add(row0, r))
 
@@ -112,7 +108,7 @@ class _Forward(Kernel):
         for operand in self.layout.outputs():
             self.zero(self.place(operand.name, s, row, self.layout.units), self.layout.units)
 
-    def _end(self, last: Known, row0: Known, rows: Known) -> None:
+    def _end_rows(self, last: Known, row0: Known, rows: Known) -> None:
         e, units = self.e, self.layout.units
         with e.loop(rows) as r:
             for k, source in enumerate(self._carry(last, row0, r)):

@@ -1,23 +1,18 @@
-"""What both kernels are made of: arguments from XLA, memory, packed weights, products, flags."""
+"""What both kernels are made of: workers, their memory, packed weights, products, flags."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import llvmlite.ir as ir
 
-from lstmjax.recurrence.cpu.builder import I8, I32, I64, NULL, PTR, Builder, Known
+from lstmjax.recurrence.cpu.builder import I8, I64, PTR, Builder, Known
 from lstmjax.recurrence.cpu.emit import Vectors
+from lstmjax.recurrence.cpu.entry import Buffers, emit_entry, function, read_call
 from lstmjax.recurrence.cpu.plan import ROWS, Block, Kind, Layout, Operand
 from lstmjax.recurrence.cpu.products import Products, Strides
 from lstmjax.recurrence.cpu.rows import Read, Rows, Write, row_jaxpr
 from lstmjax.recurrence.layout import up
 from lstmjax.traced import Program
-
-# Where XLA's C interface has its fields, in bytes (xla/ffi/api/c_api.h).
-_EXTENSION, _API, _ARGUMENTS, _RESULTS = 8, 16, (56, 72), (96, 112)
-_DTYPE, _DATA, _RANK, _DIMS = 16, 24, 32, 40
-_CREATE_ERROR, _INTERNAL = 48, 13
-_TYPES = {"bool": 1, "int32": 4, "int64": 5, "float32": 11, "float64": 12}
 
 
 class Units(NamedTuple):
@@ -53,94 +48,91 @@ class Constant(NamedTuple):
 
 
 class Kernel:
-    """A function ``name(XLA_FFI_CallFrame*) -> XLA_FFI_Error*`` at its beginning.
+    """What one worker does, and what is left to do when all have done theirs.
+
+    Each has its own rows, and memory of its own.
 
     Attributes:
-        e: what emits it.
-        memory: numbers that it needs room for.
-        steps, batch: T and B.
+        e: what emits the function at hand.
+        steps, batch, workers: T, B and how many workers there are.
+        worker: which one it is.
         reads: addresses of arguments, results and rooms of its memory, by name.
+        memory: numbers that each needs room for.
     """
+
+    e: Builder
+    steps: Known
+    batch: Known
+    workers: Known
+    worker: Known
+    memory: int
 
     def __init__(
         self,
         module: ir.Module,
-        name: str,
         layout: Layout,
         arguments: Sequence[Operand],
         results: Sequence[Operand],
     ) -> None:
-        self.layout, self.job = layout, layout.job
-        function = ir.Function(module, ir.FunctionType(PTR, [PTR]), name)
-        self.e = Builder(layout.machine, layout.job.dtype, function)
-        self.vectors = Vectors(self.e)
+        self.module, self.layout, self.job = module, layout, layout.job
+        self.arguments, self.results = arguments, results
         self.products = Products(module, layout.machine, layout.job.dtype)
-        self._frame = function.args[0]
-        _answer_metadata(self.e, self._frame)
-        places, self.memory = _places(self.rooms())
-        self.steps: Known = -1
-        self.batch: Known = -1
         self.reads: dict[str, ir.Value] = {}
-        self._receive(_ARGUMENTS, arguments)
-        self._receive(_RESULTS, [*results, Operand("memory", (self.memory,))])
-        own = self.reads["memory"]
-        self.reads |= {name: self.e.at(own, place) for name, place in places.items()}
+
+    def emit(self, name: str) -> None:
+        """Emit the function that XLA calls."""
+        work = self._begin(function(self.module, "work", PTR, I64))
+        self._places, self.memory = _places(self.rooms())
+        memory = Operand("memory", ("W", self.memory))
+        self._buffers = Buffers(self.job.dtype, self.arguments, [*self.results, memory])
+        self._receive(work.args[0], work.args[1])
+        self.work()
+        self.e.b.ret_void()
+        end = self._begin(function(self.module, "end", PTR))
+        self._receive(end.args[0], I64(0))
+        self.end()
+        self.e.b.ret_void()
+        kind = ir.FunctionType(PTR, [PTR])
+        self._begin(ir.Function(self.module, kind, name))
+        emit_entry(self.module, self.e, self._buffers, work, end)
+
+    def _begin(self, function: ir.Function) -> ir.Function:
+        self.e = Builder(self.layout.machine, self.job.dtype, function)
+        self.vectors = Vectors(self.e)
+        return function
+
+    def _receive(self, frame: ir.Value, worker: ir.Value) -> None:
+        call = read_call(self.e, frame, self._buffers)
+        self.steps, self.batch, self.workers, self.worker = *call[:3], worker
+        own = self.e.at(call.places["memory"], self.e.mul(worker, self.memory))
+        rooms = {name: self.e.at(own, place) for name, place in self._places.items()}
+        self.reads = {**call.places, **rooms}
+
+    def work(self) -> None:
+        """Emit what a worker does."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Emit what is left to do; `worker` is the first one."""
 
     def rooms(self) -> dict[str, int]:
         """What it needs memory for, in numbers, by name."""
         raise NotImplementedError
 
-    # What XLA hands over
-
-    def _receive(self, where: tuple[int, int], operands: Sequence[Operand]) -> None:
-        """Addresses of operands, once all that is known of them has been checked."""
-        e, (count, list_) = self.e, where
-        right_count = e.equal(e.field(self._frame, count, I64), len(operands))
-        self._require(right_count, "another number of operands")
-        pointers = e.field(self._frame, list_)
-        for number, operand in enumerate(operands):
-            buffer = e.field(pointers, 8 * number)
-            kind = _TYPES[operand.dtype(self.job.dtype)]
-            right_kind = e.b.icmp_signed("==", e.field(buffer, _DTYPE, I32), I32(kind))
-            right_rank = e.equal(e.field(buffer, _RANK, I64), len(operand.shape))
-            right = e.b.and_(right_kind, right_rank)
-            self._require(right, f"{operand.name} of another type or rank")
-            dims = e.field(buffer, _DIMS)
-            sizes = [e.field(dims, 8 * k, I64) for k in range(len(operand.shape))]
-            if isinstance(self.steps, int):  # the first says how many steps and rows there are
-                first, self.batch = sizes[:2]
-                self.steps = e.sub(first, 1) if operand.shape[0] == "T+1" else first
-            over = {"T": self.steps, "T+1": e.add(self.steps, 1), "B": self.batch}
-            right = ir.Constant(ir.IntType(1), 1)
-            for size, want in zip(sizes, operand.shape, strict=True):
-                right = e.b.and_(
-                    right, e.equal(size, over[want] if isinstance(want, str) else want)
-                )
-            self._require(right, f"{operand.name} of another shape")
-            self.reads[operand.name] = e.field(buffer, _DATA)
-
-    def _require(self, condition: ir.Value, found: str) -> None:
-        """Return an error, before anything is touched, unless the condition holds."""
-        e, text = self.e, f"lstmjax's CPU kernel was called with {found}".encode() + b"\0"
-        with e.b.if_then(e.b.not_(condition), likely=False):
-            kind = ir.ArrayType(I8, len(text))
-            message = ir.GlobalVariable(e.module, kind, e.module.get_unique_name("message"))
-            message.initializer = ir.Constant(kind, bytearray(text))
-            message.global_constant, message.linkage = True, "internal"
-            room = e.room(I64, 4)
-            for k, value in enumerate((I64(32), NULL, message, I32(_INTERNAL))):
-                e.b.store(value, e.byte(room, 8 * k))
-            create = ir.FunctionType(PTR, [PTR]).as_pointer()
-            create = e.field(e.field(self._frame, _API), _CREATE_ERROR, create)
-            e.b.ret(e.b.call(create, [room]))
-
     # Places of rows
 
-    def row_blocks(self) -> tuple[Known, Known]:
-        """How many blocks of at most `ROWS` rows, and rows of each but the last."""
+    def row_blocks(self) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """The worker's blocks of at most `ROWS` rows: the first row, and how many there are."""
         e = self.e
-        blocks = e.div(e.add(self.batch, ROWS - 1), ROWS)
-        return blocks, e.div(e.add(self.batch, e.sub(blocks, 1)), e.maximum(blocks, 1))
+        each = e.div(
+            e.add(self.batch, e.sub(e.mul(self.workers, ROWS), 1)), e.mul(self.workers, ROWS)
+        )
+        blocks = e.mul(each, self.workers)
+        most = e.div(e.sub(e.add(self.batch, blocks), 1), e.maximum(blocks, 1))
+        with e.loop(each) as k:
+            block = e.add(e.mul(k, self.workers), self.worker)
+            row0 = e.whole(e.minimum(e.mul(block, most), self.batch))
+            yield row0, e.whole(e.minimum(e.sub(self.batch, row0), most))
 
     def _line(self, s: Known, row: Known, in_time: bool) -> Known:
         e = self.e
@@ -420,17 +412,3 @@ def _places(rooms: Mapping[str, int]) -> tuple[dict[str, int], int]:
             places[name] = size
             size += up(numbers, 16)
     return places, max(size, 1)
-
-
-def _answer_metadata(e: Builder, frame: ir.Value) -> None:
-    """XLA asks each function once for the version of the interface that it was made for."""
-    extension = e.field(frame, _EXTENSION)
-    asked = e.b.icmp_unsigned("!=", extension, NULL)
-    with e.b.if_then(asked, likely=False):
-        is_metadata = e.b.icmp_signed("==", e.field(extension, 8, I32), I32(1))
-        with e.b.if_then(is_metadata):
-            data = e.field(extension, 24)
-            # Version 0.1 is the oldest that any JAX takes; no field used here is newer.
-            for offset, value in ((24, I32(0)), (28, I32(1)), (32, I32(0)), (40, I64(0))):
-                e.b.store(value, e.byte(data, offset))
-            e.b.ret(NULL)

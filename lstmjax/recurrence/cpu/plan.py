@@ -58,7 +58,8 @@ class Job(NamedTuple):
 
 
 class Operand(NamedTuple):
-    """An argument or a result of a kernel; sizes may be ``"T"``, ``"T+1"`` or ``"B"``.
+    """An argument or a result of a kernel; sizes may be ``"T"``, ``"T+1"``, ``"B"``, or of its
+    memory ``"W"``, the number of workers.
 
     What the forward kernel keeps for the backward one counts as bits, not as numbers: parts of it
     are never written, and whoever looks for numbers that are none must not find some there.
