@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -32,7 +33,6 @@ from lstmjax.cells import GRU, LSTM, SLSTM, Carry, Cell, MinGRU, PeepholeLSTM, V
 from lstmjax.recurrence import CPU, Derived, Scan, Workload, choose_engine, unroll
 from lstmjax.recurrence.cpu import calls as cpu_calls
 from lstmjax.recurrence.cpu import engine as cpu_engine
-from lstmjax.recurrence.cpu import machine as cpu_machine
 from lstmjax.recurrence.cpu.calls import Kernel
 from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
 from lstmjax.recurrence.cpu.plan import Job, Layout
@@ -1236,17 +1236,24 @@ def refuse(*_, **__):
     raise OSError("no executable memory")
 
 
-@pytest.mark.parametrize("missing", ["llvmlite", "memory"])
+@pytest.mark.parametrize("missing", ["llvmlite", "memory", "interface"])
 def test_where_no_function_can_be_made_another_engine_runs(missing, monkeypatch):
     if missing == "llvmlite":
-        monkeypatch.setitem(sys.modules, "lstmjax.recurrence.cpu.machine", None)
+        monkeypatch.setitem(sys.modules, "lstmjax.recurrence.cpu.calls", None)
         reason = 'llvmlite is not installed (pip install "lstmjax[cpu]")'
-    else:
-        monkeypatch.setattr(cpu_machine, "check_machine", refuse)
+    elif missing == "memory":
+        monkeypatch.setattr(cpu_calls, "load_object", refuse)
         reason = "this system does not let it make functions: no executable memory"
+    else:
+        other = functools.partial(cpu_calls.check_calls, (1, 0))
+        monkeypatch.setattr(cpu_calls, "check_calls", other)
+        reason = "this system does not let it make functions: .*API version.*1.*"
     cpu_engine._missing.cache_clear()
     try:
-        assert choose_engine(LSTM(5), WORK) == (Derived(), f"no cpu: {reason}")
+        engine, why = choose_engine(LSTM(5), WORK)
+        assert engine == Derived()
+        pattern = reason if missing == "interface" else re.escape(reason)
+        assert re.fullmatch(f"no cpu: {pattern}", why, re.DOTALL), why
         case = Case(LSTM(11 + len(missing)), flags=("mask",))  # of a size that was not traced yet
         with pytest.raises(ValueError, match="'cpu' cannot run"):
             solve("cpu", case)

@@ -22,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lstmjax.memory import keep_freed_memory
 from lstmjax.recurrence.cpu.backward import emit_backward
+from lstmjax.recurrence.cpu.builder import PTR, Builder
+from lstmjax.recurrence.cpu.entry import emit_nothing
 from lstmjax.recurrence.cpu.forward import emit_forward
 from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
 from lstmjax.recurrence.cpu.objects import kept_object
@@ -84,6 +86,28 @@ def _told(program: Program | None) -> object:
     return str(closed.jaxpr), told, program.sums
 
 
+def check_calls(version: tuple[int, int] | None = None) -> None:
+    """Make a function that does nothing, and ask XLA whether it would call it.
+
+    Args:
+        version: of XLA's interface, in place of that which is known here.
+
+    Raises:
+        OSError, RuntimeError: memory may not be made executable, say, or the interface is another.
+    """
+    module, machine = ir.Module("lstmjax"), Machine.host()
+    check = ir.Function(module, ir.FunctionType(PTR, [PTR]), "check")
+    emit_nothing(Builder(machine, "float32", check), *[version] * (version is not None))
+    _register(compile_text(str(module), machine), "check", lambda at: f"lstmjax_cpu_check_{at}")
+
+
+def _register(code: bytes, function: str, name: Callable[[int], str]) -> None:
+    """Load an object, and tell XLA by which name to call a function of it."""
+    address = load_object(code, [function])[function]
+    jax.devices("cpu")  # else a refusal is seen only with the first program
+    jax.ffi.register_ffi_target(name(address), jax.ffi.pycapsule(address), platform="cpu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """One of the two kernels of a job.
@@ -127,9 +151,7 @@ class Kernel:
             if name not in _TARGETS:
                 found = kept_object(name, self._make)
                 memory, code = int.from_bytes(found[:8], "little"), found[8:]
-                address = load_object(code, ["kernel"])["kernel"]
-                jax.devices("cpu")  # else a refusal is seen only with the first program
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
+                _register(code, "kernel", lambda at: name)
                 _keep_memory()
                 _TARGETS[name] = Target(name, memory)
         return _TARGETS[name]

@@ -91,11 +91,11 @@ def _not_emitted(step: Step) -> str | None:
 def _missing() -> str | None:
     """Why no function can be made here at all."""
     try:
-        from lstmjax.recurrence.cpu.machine import check_machine
+        from lstmjax.recurrence.cpu.calls import check_calls
     except ImportError:
         return 'llvmlite is not installed (pip install "lstmjax[cpu]")'
     try:
-        check_machine()
+        check_calls()
     except (OSError, RuntimeError) as error:
         return f"this system does not let it make functions: {error}"
     return None

@@ -101,7 +101,17 @@ def _sides(buffers: Buffers) -> list[tuple[tuple[int, int], Sequence[Operand]]]:
 # --- What is checked -----------------------------------------------------------------------------
 
 
-def _answer_metadata(e: Builder, frame: ir.Value) -> None:
+_VERSION = (0, 1)
+"""Of the interface: the oldest that any JAX takes; no field used here is newer."""
+
+
+def emit_nothing(e: Builder, version: tuple[int, int] = _VERSION) -> None:
+    """A function that XLA may call, and that does nothing."""
+    _answer_metadata(e, e.function.args[0], version)
+    e.b.ret(NULL)
+
+
+def _answer_metadata(e: Builder, frame: ir.Value, version: tuple[int, int] = _VERSION) -> None:
     """XLA asks each function once for the version of the interface that it was made for."""
     extension = e.field(frame, _EXTENSION)
     asked = e.b.icmp_unsigned("!=", extension, NULL)
@@ -109,8 +119,8 @@ def _answer_metadata(e: Builder, frame: ir.Value) -> None:
         is_metadata = e.b.icmp_signed("==", e.field(extension, 8, I32), I32(1))
         with e.b.if_then(is_metadata):
             data = e.field(extension, 24)
-            # Version 0.1 is the oldest that any JAX takes; no field used here is newer.
-            for offset, value in ((24, I32(0)), (28, I32(1)), (32, I32(0)), (40, I64(0))):
+            major, minor = map(I32, version)
+            for offset, value in ((24, major), (28, minor), (32, I32(0)), (40, I64(0))):
                 e.b.store(value, e.byte(data, offset))
             e.b.ret(NULL)
 

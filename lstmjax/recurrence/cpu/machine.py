@@ -1,6 +1,5 @@
 """What the CPU is, and machine code for it."""
 
-import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -103,18 +102,3 @@ def load_object(code: bytes, names: Sequence[str]) -> dict[str, int]:
     linked = library.link(jit, f"lstmjax{len(_LOADED)}")
     _LOADED.append((jit, linked))
     return {name: linked[name] for name in names}
-
-
-def check_machine() -> None:
-    """Make a function and call it.
-
-    Raises:
-        OSError, RuntimeError: memory may not be made executable, say.
-    """
-    module = ir.Module("check")
-    whole = ir.IntType(32)
-    function = ir.Function(module, ir.FunctionType(whole, []), "check")
-    ir.IRBuilder(function.append_basic_block()).ret(whole(7))
-    address = load_object(compile_module(module, Machine.host()), ["check"])["check"]
-    if ctypes.CFUNCTYPE(ctypes.c_int32)(address)() != 7:
-        raise RuntimeError("a function gave something else than it should")
