@@ -25,3 +25,4 @@ CHECKS: tuple[Check, ...] = (
     Check("compiled", structure.compiled, ("contract", "pure")),
     Check("reference", behaviour.reference),
 )
+"""One after the other, each with those that must not have failed before it."""

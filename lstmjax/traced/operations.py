@@ -111,7 +111,8 @@ def interpret(
     """The outputs of a jaxpr of one number, or one tile, a variable, its calls opened.
 
     Args:
-        jaxpr, consts: what to run; numbers in it and constants are NumPy numbers.
+        jaxpr: what to run; numbers in it are NumPy numbers.
+        consts: its constants, likewise.
         args: its arguments, in whatever form ``equation`` takes.
         equation: ``(operation, arguments) -> result``.
     """

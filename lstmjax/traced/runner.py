@@ -37,7 +37,9 @@ Layout = Literal["first", "last"]
 """Where the rows are in every array that has them."""
 
 try:  # JAX' own way to say which line an operation was written on; not for the public
-    from jax._src.source_info_util import user_context
+    from jax._src import source_info_util
+
+    user_context = source_info_util.user_context
 except ImportError:
 
     def user_context(*_: object) -> contextlib.AbstractContextManager[None]:  # type: ignore[no-redef]
