@@ -32,8 +32,10 @@ class Recurrent(Layer):
         engine: by name or as a value; None lets `lstmjax.recurrence.choose_engine` decide.
         dtype: inputs, carries and parameters are cast to it; None takes them as they are.
         param_dtype: the parameters are drawn in it.
-        use_bias, kernel_init, recurrent_init, activation: hyper-parameters of the cell in place of
-            its own; None leaves that.
+        use_bias: a hyper-parameter of the cell in place of its own; None leaves that.
+        kernel_init: likewise.
+        recurrent_init: likewise.
+        activation: likewise.
         return_carry: whether a call returns the final carry, too.
         rngs: draws the parameters.
 
