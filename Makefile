@@ -5,7 +5,7 @@ ARGS ?=
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb notebooks test test-slow test-random long fuzz test-aot test-newest bench lint format lock clean
+.PHONY: help demo imdb notebooks test test-slow test-random long fuzz test-aot test-newest docs bench lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -39,8 +39,11 @@ fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 case
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)
 
 notebooks: .venv/ready  ## execute the notebooks of docs/ anew: ARGS="tutorial comparing" those
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[docs]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[notebooks]'
 	$(RUN) tests/notebooks.py $(ARGS)
+
+docs: .venv-docs/ready  ## the site, build/site/index.html; a dead link, or a warning, is an error
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build $(ARGS)
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
@@ -63,7 +66,8 @@ format: .venv/ready-lint  ## let ruff put right what it can
 
 lock: .venv/ready  ## pin what is installed; host names never enter the file
 	$(RUN) -m pip install --quiet uv
-	.venv/bin/uv pip compile pyproject.toml --extra cpu --extra test --extra lint --python-version 3.11 --quiet \
+	.venv/bin/uv pip compile pyproject.toml --extra cpu --extra train --extra imdb --extra test --extra lint \
+		--python-version 3.11 --quiet \
 		--no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements.lock
 
 .venv/bin/python:
@@ -71,23 +75,30 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	$(PYTHON) -m venv .venv
 
 .venv/ready: pyproject.toml requirements.lock | .venv/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[cpu]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[cpu,train,imdb]'
 	touch $@
 
 .venv/ready-test: .venv/ready
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[cpu,test]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[cpu,train,imdb,test]'
 	touch $@
 
 # By itself: where the compilers are installed, JAX looks for their devices.
 .venv-aot/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[test,aot]'
+	.venv-aot/bin/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[train,imdb,test,aot]'
+	touch $@
+
+# By itself, and without the package: the reference is made from its sources, JAX need not be there.
+.venv-docs/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
 	touch $@
 
 # No pins: whatever is newest. What is pinned in .venv is the lowest JAX that there may be.
 .venv-newest/ready: pyproject.toml
 	$(NEWEST) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,aot]'
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,imdb,test,aot]'
 	touch $@
 
 .venv/ready-bench: .venv/ready
@@ -99,4 +110,4 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-newest build *.egg-info
+	rm -rf .venv .venv-aot .venv-newest .venv-docs build *.egg-info

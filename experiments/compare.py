@@ -1,32 +1,9 @@
 """Compare cells on tasks, with the same seeds and the same budget, and say what was shown.
 
-    python experiments/compare.py --cells LSTM my_cell.py:MyCell GRU --tasks adding parity
-    python experiments/compare.py --cells LSTM GRU --tasks "adding(length=400)" --seeds 12 \\
-        --learning-rates 1e-3 3e-3 1e-2 --match parameters
-
-Each cell gets on each task the learning rate that is best on validation data; all is reported on
-test data. The first cell is compared with every other one, seed by seed: a difference counts as
-shown if the sign-flip test and the interval say so (lstmjax/statistics.py).
-
-Finished runs are never repeated: more seeds, cells or tasks only add to what is there. Killed, the
-same command goes on; several processes may work in one --dir.
+``lstmjax compare`` from a checkout: lstmjax/commands/compare.py has the program.
 """
 
-if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
-    from lstmjax.stopping import exit_on_signals
-
-    exit_on_signals()
-
-from lstmjax import stopping
-from lstmjax.training.command import run_command
-from lstmjax.workbench.compare import Comparing, compare
-
-
-def main(config: Comparing) -> None:
-    """Run the experiment."""
-    stopping.advise("go on: the same command again")
-    compare(config)
-
-
 if __name__ == "__main__":
-    run_command({"default": Comparing()}, main, __doc__)
+    from lstmjax.commands import run
+
+    run("compare")

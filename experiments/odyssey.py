@@ -1,51 +1,9 @@
 """Which parts of the LSTM matter? The ablations of "LSTM: A Search Space Odyssey".
 
-    python experiments/odyssey.py
-    python experiments/odyssey.py --tasks "adding(length=200)" --seeds 20
-
-Greff et al. 2017 (arXiv:1503.04069) take one part of the vanilla LSTM away, or change it: no input
-gate (NIG), forget gate (NFG), output gate (NOG), input activation (NIAF), output activation (NOAF),
-peepholes (NP); input and forget gate coupled (CIFG); full gate recurrence (FGR). Each is compared
-here with the vanilla LSTM, which has peepholes, on four tasks with ten seeds.
-
-This is experiments/compare.py with other defaults, so it goes on where it was, and more seeds or
-tasks only add to what is there. docs/odyssey.md has the result and what the paper found.
+``lstmjax odyssey`` from a checkout: lstmjax/commands/odyssey.py has the program.
 """
 
-if __name__ == "__main__":  # first: importing takes seconds, and a signal is to end that, too
-    from lstmjax.stopping import exit_on_signals
-
-    exit_on_signals()
-
-import pathlib
-
-from lstmjax import stopping
-from lstmjax.training.command import run_command
-from lstmjax.workbench.compare import Comparing, compare
-
-ODYSSEY = Comparing(
-    cells=("PeepholeLSTM", "NIG", "NFG", "NOG", "NIAF", "NOAF", "NP", "CIFG", "FGR"),
-    tasks=(
-        "adding(length=40,updates=50)",
-        "selective-copy(length=20,copied=4,updates=50)",
-        "digits",
-        "characters(size=100000)",
-    ),
-    seeds=10,
-    learning_rates=(3e-3, 1e-2),
-    hidden_size=32,
-    batch_size=32,
-    epochs=10,
-    at_once=10,
-    dir=pathlib.Path("runs/odyssey"),
-)
-
-
-def main(config: Comparing) -> None:
-    """Run the experiment."""
-    stopping.advise("go on: the same command again")
-    compare(config)
-
-
 if __name__ == "__main__":
-    run_command({"default": ODYSSEY}, main, __doc__)
+    from lstmjax.commands import run
+
+    run("odyssey")

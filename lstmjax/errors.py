@@ -1,10 +1,11 @@
 """Errors that a person can put right: one clear line, with the line of their own program."""
 
+import contextlib
 import errno
 import os
 import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(k) + os.sep for k in ("stdlib", "purelib", "platlib")})
@@ -16,7 +17,7 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can put right.
 
     The message is one line: what is wrong, with the value in it, and what to do about it.
-    The experiments print it as ``error: <message>`` and exit with `status`.
+    The commands print it as ``error: <message>`` and exit with `status`.
     """
 
     status = 2
@@ -36,6 +37,30 @@ class PeerError(UserError):
     """Another process of this run, or its device, is gone: start all again. EX_TEMPFAIL."""
 
     status = 75
+
+
+class MissingExtraError(UserError, ImportError):
+    """A package is not installed that only some of the library needs."""
+
+
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Import in this block what ``pip install 'lstmjax[name]'`` installs.
+
+    Raises:
+        MissingExtraError: it is not installed.
+
+    Example:
+        >>> with extra("interop"):
+        ...     import nonesuch
+        Traceback (most recent call last):
+        lstmjax.errors.MissingExtraError: nonesuch is missing: pip install 'lstmjax[interop]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "a package").partition(".")[0]
+        raise MissingExtraError(f"{package} is missing: pip install 'lstmjax[{name}]'") from error
 
 
 def first_line(error: BaseException) -> str:

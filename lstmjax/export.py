@@ -26,7 +26,7 @@ from jaxtyping import Int, PyTree
 
 from lstmjax import files
 from lstmjax.data.vocabulary import FIRST_WORD, START, UNKNOWN
-from lstmjax.errors import StorageError, UserError, first_line, reason
+from lstmjax.errors import StorageError, UserError, extra, first_line, reason
 from lstmjax.layers import Recurrent
 from lstmjax.models import Classifier
 from lstmjax.trained import VOCABULARY, TrainedModel, build, probabilities
@@ -130,6 +130,9 @@ def save_exported(
         UserError: it cannot be exported.
         StorageError: it cannot be written.
     """
+    with extra("train"):
+        import flatbuffers  # noqa: F401  # JAX writes with it
+
     path, config = pathlib.Path(folder), model.config
     programs = {"classify": export_classifier(model, platforms)}
     no_stream = _no_stream(model)

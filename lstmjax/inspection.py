@@ -26,7 +26,7 @@ from jaxtyping import Float, PyTree
 from lstmjax import files
 from lstmjax.cells.base import Carry, Cell, Params, arguments
 from lstmjax.data.vocabulary import PAD, UNKNOWN
-from lstmjax.errors import StorageError, UserError, printable, reason
+from lstmjax.errors import StorageError, UserError, extra, printable, reason
 from lstmjax.layers import Bidirectional, Recurrent
 from lstmjax.layers.base import Options
 from lstmjax.layers.stack import stages
@@ -317,7 +317,8 @@ def _contributions(
 
 def draw(found: Look, title: str) -> bytes:
     """The picture, as PNG: contributions above, then a row for each panel, words from left."""
-    import matplotlib.figure
+    with extra("train"):
+        import matplotlib.figure
 
     count, steps = len(found.panels), len(next(iter(found.panels.values())))
     few = len(found.words) <= SHOWN_WORDS

@@ -43,7 +43,7 @@ from jaxtyping import PyTree
 
 from lstmjax import files
 from lstmjax.cells import GRU, LSTM, Cell, Params, ResetFirstGRU
-from lstmjax.errors import UserError, first_line
+from lstmjax.errors import UserError, extra, first_line
 from lstmjax.layers import Bidirectional, Layer, Recurrent, Stack
 from lstmjax.models import Classifier, ClassifierConfig, named_parameters, set_parameters
 
@@ -472,7 +472,8 @@ def write_keras(
         WeightsError: there is no such layer, or an array has another shape.
         OSError: it cannot be written.
     """
-    import h5py
+    with extra("interop"):
+        import h5py
 
     known = {layer.name: layer for layer in read_keras(model)}
     with _opened_keras(model) as (members, weights):
@@ -504,10 +505,8 @@ class _opened_keras:
         self._path = pathlib.Path(path)
 
     def __enter__(self) -> tuple[dict[str, bytes], Any]:
-        try:
+        with extra("interop"):
             import h5py
-        except ImportError as error:
-            raise WeightsError(".keras files need h5py: pip install h5py") from error
         try:
             content = files.read_bytes(self._path, MAX_BYTES)
             with zipfile.ZipFile(io.BytesIO(content)) as packed:
@@ -838,8 +837,9 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         OSError: it cannot be read.
         WeightsError: it is no such file.
     """
-    import safetensors
-    import safetensors.numpy
+    with extra("interop"):
+        import safetensors
+        import safetensors.numpy
 
     content = files.read_bytes(pathlib.Path(path), MAX_BYTES)
     try:
@@ -856,7 +856,8 @@ def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, object]) ->
     Raises:
         OSError: it cannot be written.
     """
-    import safetensors.numpy
+    with extra("interop"):
+        import safetensors.numpy
 
     whole = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
     files.publish(pathlib.Path(path), safetensors.numpy.save(whole))

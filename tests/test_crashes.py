@@ -51,7 +51,7 @@ LEFT = {
 
 GO_ON = """
 import functools, sys
-from experiments import imdb
+from lstmjax.commands import imdb
 from lstmjax.training.command import run_command
 from lstmjax.training import report
 imdb.load_demo = functools.cache(imdb.load_demo)

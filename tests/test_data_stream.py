@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import imdb
+from lstmjax.commands import imdb
 from lstmjax.data import Batches, StreamedBatches, load_demo, write_rows
 from lstmjax.errors import UserError
 from lstmjax.training.command import run_command

@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 import jax
 import pytest
 
-from experiments import cumsum, imdb, train
+from lstmjax.commands import cumsum, imdb, train
 from lstmjax.recurrence import CPU, ENGINES, Derived
 from lstmjax.training.command import as_user_error, run_command
 from lstmjax.training.devices import usable_cores
@@ -100,7 +100,7 @@ def test_replicas_are_as_their_single_runs(run, capsys):
 def test_the_command_line_knows_every_engine(error_of):
     assert get_args(get_type_hints(imdb.Config)["engine"]) == ("auto", *ENGINES)
     line = error_of(imdb, "--data", "demo", "--engine", "pallas_tpu", "--accelerator", "cpu")
-    assert "engine 'pallas_tpu' cannot run LSTM(hidden_size=100): it needs a TPU" in line
+    assert "engine 'pallas_tpu' cannot run LSTM(100): it needs a TPU" in line
 
 
 def test_an_engine_that_cannot_run_the_cell_is_refused(error_of, tmp_path):
@@ -120,7 +120,7 @@ def test_an_engine_that_cannot_run_the_cell_is_refused(error_of, tmp_path):
     )
     options = ("--data", "demo", "--cell", tmp_path / "mine.py:Mine", "--engine", "derived")
     line = error_of(imdb, *options, *SMALL)
-    assert "engine 'derived' cannot run Mine(hidden_size=4): Mine carries state.n" in line
+    assert "engine 'derived' cannot run Mine(4): Mine carries state.n" in line
     assert "leave out --engine" in line
 
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import export as command
 from lstmjax import load_run
+from lstmjax.commands import export as command
 from lstmjax.errors import UserError
 from lstmjax.export import PLATFORMS, export_classifier, export_stream, save_exported
 from tests.tolerances import assert_close

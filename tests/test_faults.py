@@ -187,7 +187,7 @@ def test_of_many_that_start_at_once_each_gets_a_folder_of_its_own(tmp_path):
 
 FAIL = """
 import contextlib, ctypes, functools, io, json, os, sys
-from experiments import imdb
+from lstmjax.commands import imdb
 from lstmjax.training.command import run_command
 imdb.load_demo = functools.cache(imdb.load_demo)
 reset = ctypes.CDLL(None).faults_reset
@@ -345,7 +345,7 @@ def test_another_environment_is_announced(tmp_path, capsys):
 
 FLIP = """
 import contextlib, functools, io, json, pathlib, random, shutil, sys
-from experiments import imdb
+from lstmjax.commands import imdb
 from lstmjax.training.command import run_command
 imdb.load_demo = functools.cache(imdb.load_demo)
 whole, count, flags = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import look as command
 from lstmjax import (
     GRU,
     LSTM,
@@ -23,6 +22,7 @@ from lstmjax import (
     load_run,
 )
 from lstmjax.cells import Cell
+from lstmjax.commands import inspect as command
 from lstmjax.errors import UserError
 from lstmjax.inspection import (
     START_WORD,

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import imdb, predict
 from lstmjax import load_run
 from lstmjax.cells import CellSpec, load_cell
 from lstmjax.cells.loading import same_program
+from lstmjax.commands import imdb, predict
 from lstmjax.data import load_demo
 from lstmjax.errors import UserError
 from lstmjax.export import save_exported

@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 
-from experiments import imdb
+from lstmjax.commands import imdb
 from lstmjax.models import ClassifierConfig
 
 CELL_FILE = """

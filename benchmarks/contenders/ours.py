@@ -16,10 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from benchmarks import problems
 from benchmarks.contenders import Job, training_job
 from benchmarks.problems import Case
-from experiments import cumsum as cumsum_experiment
-from experiments import imdb as imdb_experiment
 from lstmjax import training
 from lstmjax.cells import LSTM, Carry
+from lstmjax.commands import cumsum as cumsum_experiment
+from lstmjax.commands import imdb as imdb_experiment
 from lstmjax.data import Batch
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.precision import Precision

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, extra
 from lstmjax.precision import Precision
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ class Config:
 
 def main() -> None:
     """Parse the command line, compile, print; a `UserError` is one line and exit status 2."""
-    import tyro
-
-    config = tyro.cli(Config, description=__doc__)
     try:
+        with extra("aot"):
+            import tyro
+
+        config = tyro.cli(Config, description=__doc__)
         raise SystemExit(_on_hopper(config) if config.target == "hopper" else _on_tpu(config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -96,7 +96,7 @@ def described_mesh(target: Target, devices: int) -> Mesh:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compiling for a TPU needs the package libtpu: "
-            "pip install -e '.[aot]', or jax[tpu] in the version of jax"
+            "pip install 'lstmjax[aot]', or jax[tpu] in the version of jax"
         )
     name, settings = _SLICES[target]
     try:

@@ -4,17 +4,16 @@ import inspect
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
-from tqdm import tqdm
 
 from lstmjax.cells.base import Cell, where_defined
 from lstmjax.check import facts
 from lstmjax.check.checks import CHECKS
 from lstmjax.check.report import Failure, Report, Result, Status
 from lstmjax.check.subject import Check, Reference, Subject, told
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, extra
 
 __all__ = ["CHECKS", "Report", "Result", "check_cell"]
 
@@ -62,10 +61,9 @@ def check_cell(
         )
     subject = Subject(cell, reference)
     results: dict[str, Result] = {}
-    bar = tqdm(CHECKS, desc="checks", disable=not progress, leave=False)
+    checks = _with_bar(CHECKS) if progress else CHECKS
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        for check in bar:
-            bar.set_postfix_str(check.name)
+        for check in checks:
             results[check.name] = _result(check, subject, skip, results)
     known: dict[str, str] = {}
     if "failed" not in (results["contract"].status, results["pure"].status):
@@ -76,6 +74,16 @@ def check_cell(
         known |= facts.compile_targets(_spec(cell), targets)
     seconds = time.perf_counter() - begun
     return Report(repr(cell), where_defined(cell), tuple(results.values()), known, seconds)
+
+
+def _with_bar(checks: Sequence[Check]) -> Iterator[Check]:
+    with extra("train"):
+        from tqdm import tqdm
+
+    bar = tqdm(checks, desc="checks", leave=False)
+    for check in bar:
+        bar.set_postfix_str(check.name)
+        yield check
 
 
 def _built(cell: Cell | type[Cell], hidden_size: int) -> Cell:

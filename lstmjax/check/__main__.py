@@ -4,13 +4,10 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Annotated
-
-import tyro
 
 from lstmjax.cells.loading import find_cell
 from lstmjax.check import check_cell
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Config:
     nothing to check.
     """
 
-    cell: Annotated[str, tyro.conf.Positional]
+    cell: str
     """file.py:MyCell, or the name of a cell of the library."""
     hidden: int = 8
     """Units H."""
@@ -36,10 +33,13 @@ class Config:
     """Write the report to this file as well."""
 
 
-def main() -> None:
-    """Parse the command line, check, print."""
-    config = tyro.cli(Config, prog="python -m lstmjax.check")
+def main(prog: str = "python -m lstmjax.check") -> None:
+    """Parse the command line, check, print; ``prog`` is what it is called in the help."""
     try:
+        with extra("train"):
+            import tyro
+
+        config = tyro.cli(Config, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
         if config.hidden < 1:
             raise UserError(f"--hidden must be at least 1, got {config.hidden}")
         cell = find_cell(config.cell, config.hidden)

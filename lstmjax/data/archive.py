@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, extra
 
 ORIGINAL_NAME = "aclImdb_v1.tar.gz"
 ORIGINAL_BYTES = 84_125_825
@@ -124,7 +124,8 @@ def _regular(path: Path) -> Path:
 
 
 def _count_reviews(path: Path, progress: bool) -> Counter[str]:
-    from tqdm import tqdm
+    with extra("imdb"):
+        from tqdm import tqdm
 
     seen: set[str] = set()
     counts: Counter[str] = Counter()

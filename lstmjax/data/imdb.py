@@ -23,7 +23,7 @@ from lstmjax.cache import cache_folder, home
 from lstmjax.data import archive as archives
 from lstmjax.data.keras_index import keras_order
 from lstmjax.data.vocabulary import FIRST_WORD, UNKNOWN, Dataset, Vocabulary, check_limits
-from lstmjax.errors import DISK_FAILS, StorageError, UserError
+from lstmjax.errors import DISK_FAILS, StorageError, UserError, extra
 
 URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 _NAME = "imdb_reviews/plain_text:1.0.0"
@@ -219,11 +219,12 @@ def _check_host(seconds: float = 20.0) -> None:
 
 def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
     """Let the TFDS builder prepare IMDB in ``root`` as ArrayRecord."""
-    import requests
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
-    from tensorflow_datasets.core.download.util import DownloadError
-    from tensorflow_datasets.core.utils import tqdm_utils
+    with extra("imdb"):
+        import requests
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+        from tensorflow_datasets.core.download.util import DownloadError
+        from tensorflow_datasets.core.utils import tqdm_utils
 
     builder = tfds.builder(_NAME, data_dir=root)
     make_manager = builder._make_download_manager
@@ -257,8 +258,9 @@ def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
 
 
 def _read_texts(root: Path, split: str, progress: bool) -> tuple[list[str], np.ndarray]:
-    import tensorflow_datasets as tfds
-    from tqdm import tqdm
+    with extra("imdb"):
+        import tensorflow_datasets as tfds
+        from tqdm import tqdm
 
     texts: list[str] = []
     labels: list[int] = []
@@ -288,7 +290,8 @@ def _check_rows(split: str, rows: int) -> None:
 
 
 def _encode(root: Path, progress: bool) -> tuple[dict[str, _Encoded], Vocabulary]:
-    from tqdm import tqdm
+    with extra("imdb"):
+        from tqdm import tqdm
 
     def bar(rows: list[str], what: str) -> Iterable[str]:
         return tqdm(rows, desc=what, unit=" reviews", disable=not progress)

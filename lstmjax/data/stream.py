@@ -17,7 +17,7 @@ from jaxtyping import Int, Int32
 from lstmjax import files
 from lstmjax.data.batches import Batch, Batches
 from lstmjax.data.vocabulary import UNKNOWN
-from lstmjax.errors import UserError, first_line
+from lstmjax.errors import UserError, extra, first_line
 
 _INDEX = "rows.npz"
 
@@ -47,7 +47,8 @@ def write_rows(
         ...     batch.ids.tolist(), batch.labels.tolist()
         ([[1, 7, 0, 0], [1, 0, 0, 0]], [1, 0])
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
+    with extra("imdb"):
+        from array_record.python.array_record_module import ArrayRecordWriter
 
     if folder.exists():
         raise UserError(f"{folder} exists: name another folder, or delete it")
@@ -117,7 +118,8 @@ class StreamedBatches(Batches):
 
     @functools.cached_property
     def _source(self) -> _Source:
-        import grain
+        with extra("imdb"):
+            import grain
 
         paths = sorted(map(str, self._folder.glob("rows-*.array_record")))
         source = grain.sources.ArrayRecordDataSource(paths)
@@ -135,7 +137,8 @@ class StreamedBatches(Batches):
         return self._digest(self._lengths, self._labels, np.array([*sizes, self._top_words or 0]))
 
     def _batches(self, plan: Int[np.ndarray, "batches batch"]) -> Iterator[Batch]:
-        import grain
+        with extra("imdb"):
+            import grain
 
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
         return iter(grain.MapDataset.source(plan).map(self._batch).to_iter_dataset(options))

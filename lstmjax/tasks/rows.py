@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, generator_of
-from lstmjax.errors import UserError, first_line
+from lstmjax.errors import UserError, extra, first_line
 from lstmjax.files import Json
 from lstmjax.models import SequenceConfig
 from lstmjax.tasks.base import Divided, Recipe, Split
@@ -188,12 +188,8 @@ class Digits(Rows):
         Raises:
             UserError: scikit-learn is not there.
         """
-        try:
+        with extra("tasks"):
             from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise UserError(
-                "the digits come with scikit-learn: .venv/bin/pip install -e '.[tasks]'"
-            ) from error
         found = load_digits()
         pixels = (found.data / 16).astype(np.float32)[:, :, None]
         return Sequences(list(pixels), found.target.astype(np.int32))
@@ -222,12 +218,8 @@ class Mnist1d(Rows):
         Raises:
             UserError: the package is not there.
         """
-        try:
+        with extra("tasks"):
             from mnist1d.data import get_dataset_args, make_dataset
-        except ImportError as error:
-            raise UserError(
-                "this task needs the package mnist1d: .venv/bin/pip install -e '.[tasks]'"
-            ) from error
         states = np.random.get_state(), random.getstate()  # noqa: NPY002
         try:  # it seeds the generators that all share
             found = make_dataset(get_dataset_args())

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-import tyro
 from flax import nnx
 
 from lstmjax import files
@@ -28,7 +27,7 @@ from lstmjax.data.vocabulary import (
     Vocabulary,
     check_limits,
 )
-from lstmjax.errors import UserError, first_line, reason
+from lstmjax.errors import UserError, extra, first_line, reason
 from lstmjax.files import Json
 from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.tasks.base import Divided, Recipe, Split
@@ -36,6 +35,9 @@ from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.tasks.rows import describe, split_rows
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
 from lstmjax.training.step import OptimizerConfig
+
+with extra("train"):
+    import tyro
 
 MAX_BYTES = 2**31
 

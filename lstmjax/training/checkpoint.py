@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from lstmjax import files
-from lstmjax.errors import StorageError, UserError, first_line, os_error, reason
+from lstmjax.errors import StorageError, UserError, extra, first_line, os_error, reason
 from lstmjax.training.devices import place
 from lstmjax.training.processes import arrays_from_first, from_first, is_first
 from lstmjax.training.report import Record
@@ -115,7 +115,8 @@ class Checkpoints:
 
     @functools.cached_property
     def _orbax(self) -> ModuleType:
-        import orbax.checkpoint  # slow to import: not before something is saved or read
+        with extra("train"):
+            import orbax.checkpoint  # slow to import: not before something is saved or read
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # it reports each save at length
         sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import jax
 
 from lstmjax import stopping
-from lstmjax.errors import PeerError, StorageError, UserError, first_line, printable, reason
+from lstmjax.errors import PeerError, StorageError, UserError, extra, first_line, printable, reason
 from lstmjax.memory import keep_freed_memory
 from lstmjax.training.compilation import keep_compiled
 from lstmjax.training.loop import Interrupted
@@ -70,7 +70,8 @@ def _parse(
     chooser: str,
     default: str,
 ) -> ConfigT:
-    import tyro
+    with extra("train"):
+        import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     choices = recipes if isinstance(recipes, Mapping) else None

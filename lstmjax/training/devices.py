@@ -22,8 +22,8 @@ BATCH = "batch"
 _INSTALL = {
     "auto": "unset JAX_PLATFORMS",
     "cpu": "unset JAX_PLATFORMS",
-    "gpu": ".venv/bin/pip install -e '.[gpu]' on a machine with an NVIDIA GPU",
-    "tpu": ".venv/bin/pip install -e '.[tpu]' on a machine with a TPU",
+    "gpu": "pip install 'lstmjax[gpu]' on a machine with an NVIDIA GPU",
+    "tpu": "pip install 'lstmjax[tpu]' on a machine with a TPU",
 }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import html
 import importlib
 import importlib.metadata
 import json
@@ -23,10 +24,11 @@ from jaxtyping import PyTree
 from lstmjax import files
 from lstmjax.cells import CellSpec
 from lstmjax.cells.loading import CELL, same_program
-from lstmjax.errors import DISK_FAILS, StorageError, UserError, printable, reason
+from lstmjax.errors import DISK_FAILS, StorageError, UserError, extra, printable, reason
 from lstmjax.files import Json
 from lstmjax.interop import read_safetensors, write_safetensors
 from lstmjax.models import named_parameters
+from lstmjax.shown import html_picture
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
 from lstmjax.training.trackers import Trackers, Viewer, check_viewers
@@ -330,6 +332,29 @@ class RunFolder:
         self._trackers.close()
         self._lock.release()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path}{self._stand()})"
+
+    def _stand(self) -> str:
+        """How far the run has come, and what it measured last."""
+        with contextlib.suppress(UserError):
+            config, epochs = self.config(), [r for r in self.records() if r["kind"] == "epoch"]
+            if not epochs:
+                return ": no epoch has ended"
+            name, last = [*epochs[-1].items()][-1]
+            known = [a for a in (last if isinstance(last, list) else [last]) if a is not None]
+            figure = f", {name} {np.mean(np.array(known, float)):.4g}" if known else ""
+            return f": epoch {epochs[-1]['epoch']} of {config.get('epochs', '?')}{figure}"
+        return ""
+
+    def _repr_html_(self) -> str:
+        """The same, and the curves, once they are drawn."""
+        picture = self.path / "curves.png"
+        shown = html.escape(repr(self))
+        if picture.is_file():
+            shown += f"<br>{html_picture(picture.read_bytes())}"
+        return shown
+
     def __enter__(self) -> "RunFolder":
         return self
 
@@ -507,7 +532,8 @@ def draw_curves(
         steps: records with ``step``, ``loss`` and other metrics.
         epochs: records with ``step`` and ``<split>_<metric>``, ``validation_loss`` say.
     """
-    import matplotlib.figure
+    with extra("train"):
+        import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lstmjax import files
+from lstmjax.errors import extra
 
 
 class Classes(NamedTuple):
@@ -92,7 +93,8 @@ def draw_confusion(
         confusion: counts.
         names: of the classes.
     """
-    import matplotlib.figure
+    with extra("train"):
+        import matplotlib.figure
 
     size = min(12.0, 3 + 0.5 * len(names))
     figure = matplotlib.figure.Figure(figsize=(size + 0.8, size), layout="constrained")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lstmjax import files, statistics
+from lstmjax.errors import extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,8 @@ def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
         path: PNG file to write.
         reports: what was found.
     """
-    import matplotlib.figure
+    with extra("train"):
+        import matplotlib.figure
 
     most = max(len(report.entries) for report in reports)
     width = max(4.0, 1.1 * most) * len(reports)
