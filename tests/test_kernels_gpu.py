@@ -247,6 +247,11 @@ def test_it_is_the_first_choice_on_a_gpu_that_it_runs_on(monkeypatch):
     assert choose_engine(LSTM(5), WORK) == (Derived(), reason)
 
 
+def test_one_may_ask_for_a_gpu_where_there_is_none():
+    reason = "no pallas_gpu: it needs a Hopper GPU (compute capability 9.0), and there is none here"
+    assert choose_engine(LSTM(5), WORK) == (Derived(), reason)
+
+
 def test_a_backend_that_has_changed_is_refused_by_name(monkeypatch):
     """As from JAX 0.11 to 0.12; the next engine runs instead."""
 

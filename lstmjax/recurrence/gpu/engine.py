@@ -105,7 +105,8 @@ class PallasGPU(Engine):
             if work.platform != "gpu":
                 return f"it runs on GPUs, not on {work.platform}"
             if (found := _compute_capability()) != "9.0":
-                return f"it needs a Hopper GPU (compute capability 9.0), not {found}"
+                instead = f"not {found}" if found else "and there is none here"
+                return f"it needs a Hopper GPU (compute capability 9.0), {instead}"
         if work.dtype != "float32":
             return f"it computes in float32, the inputs are {work.dtype}"
         if reason := odd_carry(cell) or no_kernel(cell, work) or refusal(step_of(cell, work)):
@@ -170,8 +171,12 @@ def _attached() -> jax.Device:
     return jax.local_devices(backend="gpu")[0]
 
 
-def _compute_capability() -> str:
-    device = _attached()
+def _compute_capability() -> str | None:
+    """Of the GPU that is here; None without one."""
+    try:
+        device = _attached()
+    except RuntimeError:
+        return None
     return str(getattr(device, "compute_capability", device.device_kind))
 
 
