@@ -88,10 +88,9 @@ if TYPE_CHECKING:
         Scan,
         Workload,
         choose_engine,
-        length_mask,
-        unroll,
     )
     from lstmjax.recurrence.noise import row_keys
+    from lstmjax.recurrence.unroll import length_mask, unroll  # mypy: else it is the module
     from lstmjax.trained import ModelConfig, TrainedModel, load_run
 
     __version__: str

@@ -21,6 +21,7 @@ from lstmjax.layers.stack import stages
 from lstmjax.precision import PrecisionLike
 from lstmjax.recurrence import Engine
 from lstmjax.recurrence.noise import Keys
+from lstmjax.shown import Shown, Table, fields_as_call
 
 
 class Stage(NamedTuple):
@@ -75,8 +76,21 @@ class ClassifierConfig:
     conv_pool: int = 2
     """Steps that its max pooling makes one."""
 
+    __repr__ = fields_as_call
 
-class Classifier(nnx.Module):
+
+class _Model(Shown, nnx.Module):
+    """What the models below share: they print as their call, and how many parameters they have."""
+
+    def _made_of(self) -> dict[str, object]:
+        layer = vars(self)["recurrent"]
+        return {**layer._made_of(), **vars(layer)}
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}: {count_parameters(self):,} parameters"
+
+
+class Classifier(_Model):
     """Token ids to one logit a row: embedding, optional convolution, recurrence, pooling, head.
 
     Args:
@@ -162,7 +176,8 @@ class Classifier(nnx.Module):
             mask: marks valid steps; None is all.
             keys: one a row, one for all, or `Keys`: switch dropout and the cell's noise on.
             inputs: the cell's ``step_inputs`` by name, ``(B, T, width)``.
-            rngs, deterministic: the same as Flax has it, as in `lstmjax.layers.Layer`.
+            rngs: in place of ``keys``, as Flax has it.
+            deterministic: likewise; both as in `lstmjax.layers.Layer`.
 
         Raises:
             ValueError: an id out of range; under `jax.jit` nobody can see that, and the logits of
@@ -232,14 +247,17 @@ class Classifier(nnx.Module):
         yield Stage("dense", self.head, _logits(self.head(x)))
 
 
-class Tagger(nnx.Module):
+class Tagger(_Model):
     """Features to one logit a step: a recurrence and a dense layer shared by all steps.
 
     Args:
         cell: the recurrence.
         input_size: features D.
         num_outputs: logits a step: 1, or one a class.
-        precision, engine, dtype, param_dtype: as in `Classifier`.
+        precision: as in `Classifier`.
+        engine: likewise.
+        dtype: likewise.
+        param_dtype: likewise.
         rngs: draws the parameters.
 
     Example:
@@ -293,7 +311,8 @@ class Tagger(nnx.Module):
             mask: marks valid steps; None is all.
             keys: one a row, one for all, or `Keys`: switch the cell's noise on.
             inputs: the cell's ``step_inputs`` by name, ``(B, T, width)``.
-            rngs, deterministic: the same as Flax has it, as in `lstmjax.layers.Layer`.
+            rngs: in place of ``keys``, as Flax has it.
+            deterministic: likewise; both as in `lstmjax.layers.Layer`.
         """
         found = keys_of_call(keys, rngs, deterministic, x.shape[0])
         *_, last = self._stages(x, mask, found, inputs)
@@ -331,8 +350,10 @@ class SequenceConfig:
     dropout_after: float = 0.0
     """Dropout between the recurrence and the head."""
 
+    __repr__ = fields_as_call
 
-class SequenceModel(nnx.Module):
+
+class SequenceModel(_Model):
     """Tokens or features to outputs of every step, or of the sequence: recurrence and head.
 
     Args:
@@ -342,7 +363,8 @@ class SequenceModel(nnx.Module):
         features: D, if there are no tokens.
         per_step: an output at every step; else one of the last state.
         num_outputs: of each: 1, or one a class.
-        precision, engine: as in `Classifier`.
+        precision: as in `Classifier`.
+        engine: likewise.
         rngs: draws the parameters.
 
     Raises:
@@ -388,6 +410,12 @@ class SequenceModel(nnx.Module):
         )
         size = self.recurrent.output_size
         self.head = dense(size, num_outputs, precision=precision, rngs=rngs)
+
+    def _made_of(self) -> dict[str, object]:
+        made = super()._made_of()
+        if self.embedding is None:
+            return {**made, "features": made["input_size"]}
+        return {**made, "tokens": self.embedding.num_embeddings}
 
     def initial_carry(self, rows: int) -> PyTree:
         """The state of every layer before the first step, to be given as ``carry``."""
@@ -541,7 +569,7 @@ def _name(path: tuple[object, ...]) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
 
 
-def summary(model: nnx.Module, *inputs: PyTree) -> str:
+def summary(model: nnx.Module, *inputs: PyTree) -> Table:
     """A table of layer, output shape and parameters, of any model.
 
     For `Classifier` and `Tagger` it goes step by step; for a model of one's own its rows are the
@@ -575,11 +603,7 @@ def summary(model: nnx.Module, *inputs: PyTree) -> str:
     table = [("layer", "output shape", "parameters")]
     for (name, count), shape in zip(names, shapes, strict=True):
         table.append((name, str(shape), f"{count:,}"))
-    table.append(("total", "", f"{count_parameters(model):,}"))
-    wide = [max(len(row[column]) for row in table) for column in range(3)]
-    lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}" for a, b, c in table]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    return Table.of(table, ("total", "", f"{count_parameters(model):,}"))
 
 
 def _calls(model: nnx.Module, *args: PyTree) -> list[Stage]:

@@ -22,6 +22,7 @@ Example:
 import bisect
 import dataclasses
 import functools
+import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -84,6 +85,12 @@ class Comparison:
         """Two decimals; of small numbers as many as show two figures."""
         size = max(abs(self.mean), self.deviation) or 1.0
         return f".{max(2, 1 - math.floor(math.log10(size)))}f"
+
+    def __repr__(self) -> str:
+        return f"Comparison({self})"
+
+    def _repr_html_(self) -> str:
+        return html.escape(str(self))
 
     def __str__(self) -> str:
         """One sentence, or two where nothing was shown."""

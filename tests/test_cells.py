@@ -41,7 +41,7 @@ def test_a_cell_may_be_decorated_as_a_dataclass():
     class Plain(LSTM):
         leak: float = 0.1
 
-    assert repr(Decorated(5, leak=0.3)) == "Decorated(hidden_size=5, leak=0.3)"
+    assert repr(Decorated(5, leak=0.3)) == "Decorated(5, leak=0.3)"
     assert Decorated(5) == Decorated(5) != Decorated(5, leak=0.3)
     for cell in (Decorated(5), Plain(5)):
         for name in ("leak", "hidden_size", "no such"):

@@ -91,7 +91,7 @@ def test_what_depends_on_a_failed_check_is_not_run():
 def test_a_report_is_read_by_people_and_by_machines():
     report = check_cell(broken_cells.UnusedGate, skip=all_but("used"), **QUICK)
     lines = str(report).splitlines()
-    assert lines[0].startswith("UnusedGate(hidden_size=8) (broken_cells.py:")
+    assert lines[0].startswith("UnusedGate(8) (broken_cells.py:")
     assert max(map(len, lines)) < 240
     k = next(k for k, line in enumerate(lines) if "FAILED" in line)
     assert lines[k].split(maxsplit=2)[1:] == ["used", "nothing depends on gate 'r'"]

@@ -627,7 +627,7 @@ def test_layers_take_all_of_the_weights_or_none():
     for weights, message in (
         (good[:1], "weights of 1 layers for a stack of 2"),
         (draw("LSTM", 2, True), "layer 0: weights of both directions for a Recurrent"),
-        ([good[0], short], r"layer 1: bias is \[3\], LSTM\(hidden_size=4\) needs \[16\]"),
+        ([good[0], short], r"layer 1: bias is \[3\], LSTM\(4\) needs \[16\]"),
         (
             [good[0], {**good[1], "units": 1 * good[1]["bias"]}],
             "layer 1: units is .* needs missing",

@@ -1,5 +1,6 @@
-"""What an editor and mypy know of a user's own cell, the package being installed (`py.typed`)."""
+"""What an editor and mypy know of the package and of a user's own cell (`py.typed`)."""
 
+import inspect
 import pathlib
 import re
 from typing import NamedTuple
@@ -8,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array
 
+import lstmjax
 from lstmjax.cells import LSTM, Cell
 from lstmjax.errors import ContractError
+from lstmjax.layers import Bidirectional, Recurrent, Stack
 from lstmjax.recurrence import unroll
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import sigmoid
 
+from lstmjax import unroll
 from lstmjax.cells import Carry, Cell, Params
 from lstmjax.cells.base import Named, NoState, Parts
 from lstmjax.precision import Dot
@@ -97,6 +102,18 @@ class Short(Cell):
         reveal_type(pre.f)  # Array
         state.d  # error: "State" has no attribute "d"
         return pre.f, state
+
+
+def over_time(x: Array, key: Array, flag: bool) -> None:
+    cell = Mine(8)
+    params = cell.init(key, 3)
+    hs, final = unroll(cell, params, x)
+    reveal_type(hs)  # Array
+    reveal_type(final.h)  # Array
+    hs, final, states = unroll(cell, params, x, return_states=True)
+    a, b, c = unroll(cell, params, x)  # error: Need more than 2 values to unpack (3 expected)
+    one_of_both = unroll(cell, params, x, return_states=flag)
+    reveal_type(one_of_both[0])  # Array
 
 
 Mine(8, leak=0.1)
@@ -180,6 +197,37 @@ def test_gates_by_a_type_and_others_by_name_are_refused():
         class Plain(Cell):
             class Gates:
                 f: Array
+
+
+CALLABLE = [name for name in lstmjax.__all__ if callable(getattr(lstmjax, name))]
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+def test_the_signature_of_every_public_name_is_complete(name):
+    public = getattr(lstmjax, name)
+    signature = inspect.signature(public)
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not parameter.empty, parameter
+        # A model's inputs, of which there are as many as it takes, are all that has no names.
+        assert parameter.name == "inputs" or parameter.kind not in (
+            parameter.VAR_KEYWORD,
+            parameter.VAR_POSITIONAL,
+        ), parameter
+    assert inspect.isclass(public) or signature.return_annotation is not signature.empty
+    assert inspect.getdoc(public)
+
+
+def test_the_signature_of_a_layer_names_what_it_hands_on():
+    theirs = inspect.signature(Recurrent).parameters
+    for layer in (Bidirectional, Stack):
+        ours = inspect.signature(layer).parameters
+        missing = {*theirs} - {*ours} - {"reverse"}
+        assert not missing
+        assert ours["precision"] == theirs["precision"]
+    assert "reverse" in inspect.signature(Stack).parameters
+    assert "reverse" not in inspect.signature(Bidirectional).parameters
+    made = Stack(LSTM(3), 2, rngs=nnx.Rngs(0))
+    assert [*inspect.signature(made).parameters][:3] == ["x", "initial", "lengths"]
 
 
 def test_it_is_marked_as_typed():

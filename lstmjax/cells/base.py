@@ -38,6 +38,7 @@ from jaxtyping import Float, PRNGKeyArray
 from lstmjax.cells.noise import Noise
 from lstmjax.errors import ContractError
 from lstmjax.precision import Dot, Precision, make_dot
+from lstmjax.shown import fields_as_call
 from lstmjax.traced import Size
 
 Initializer = Callable[..., Array]
@@ -145,31 +146,35 @@ class Cell:
     declarations.
 
     Declarations, each with a default; any of them may be a property:
-        gates: names of the blocks of the pre-activation, in the order they are stored.
-        Gates: in place of ``gates``, for whoever annotates ``pre``: a `typing.NamedTuple` of them.
-        State: a `typing.NamedTuple` of the arrays carried beside the hidden state.
-        bias_init: initial bias of a gate, a number or an initializer; 0 for gates not named.
-        unit_params: per-unit parameters (peepholes, say), name -> number or initializer;
-            ``step`` sees them as ``params.<name>``, shape ``(1, H)``.
-        step_params: parameters of any shape, name -> (shape, number or initializer), with ``"H"``
-            for the number of units and ``"D"`` for that of features; ``step`` sees them as
-            ``params.<name>``.
-        step_inputs: arrays of each step that no product sees, name -> numbers a row, ``"H"`` for
-            one a unit, ``"D"`` for as many as features; ``step`` takes them as ``inputs.<name>``.
-            One named ``x`` is the input itself, unless it is given.
-        noise: random arrays, name -> `Noise`; ``step`` takes them as ``noise.<name>``, ``(B, H)``.
-        uses_h: ``step`` takes h_{t-1} as a further argument, ``h (B, H)``.
-        parts_apart: ``step`` gets ``pre.x.<gate>`` and ``pre.h.<gate>`` instead of their sum;
-            the recurrent part then has a bias of its own, ``recurrent_bias``.
-        recurrent_gates: the gates that h_{t-1} has a product for; None is all, () saves it.
-        bias_gates: the gates that have a bias; None is all.
-        heads: blocks of a block-diagonal recurrent kernel; must divide ``hidden_size``.
-        output_size: numbers a row of h; as many as units by default.
 
-    Hyper-parameters of every cell, by keyword:
+    - ``gates``: names of the blocks of the pre-activation, in the order they are stored.
+    - ``Gates``: in place of ``gates``, for whoever annotates ``pre``: a `typing.NamedTuple` of
+      them.
+    - ``State``: a `typing.NamedTuple` of the arrays carried beside the hidden state.
+    - ``bias_init``: initial bias of a gate, a number or an initializer; 0 for gates not named.
+    - ``unit_params``: per-unit parameters (peepholes, say), name -> number or initializer;
+      ``step`` sees them as ``params.<name>``, shape ``(1, H)``.
+    - ``step_params``: parameters of any shape, name -> (shape, number or initializer), with
+      ``"H"`` for the number of units and ``"D"`` for that of features; ``step`` sees them as
+      ``params.<name>``.
+    - ``step_inputs``: arrays of each step that no product sees, name -> numbers a row, ``"H"`` for
+      one a unit, ``"D"`` for as many as features; ``step`` takes them as ``inputs.<name>``. One
+      named ``x`` is the input itself, unless it is given.
+    - ``noise``: random arrays, name -> `Noise`; ``step`` takes them as ``noise.<name>``,
+      ``(B, H)``.
+    - ``uses_h``: ``step`` takes h_{t-1} as a further argument, ``h (B, H)``.
+    - ``parts_apart``: ``step`` gets ``pre.x.<gate>`` and ``pre.h.<gate>`` instead of their sum;
+      the recurrent part then has a bias of its own, ``recurrent_bias``.
+    - ``recurrent_gates``: the gates that h_{t-1} has a product for; None is all, () saves it.
+    - ``bias_gates``: the gates that have a bias; None is all.
+    - ``heads``: blocks of a block-diagonal recurrent kernel; must divide ``hidden_size``.
+    - ``output_size``: numbers a row of h; as many as units by default.
+
+    Args:
+        hidden_size: number of units H.
         use_bias: False is ``bias_gates = ()``.
-        kernel_init, recurrent_init: initializers of the input kernel, and of the recurrent one,
-            for which it is called gate by gate and head by head.
+        kernel_init: initializer of the input kernel.
+        recurrent_init: that of the recurrent kernel, called gate by gate and head by head.
 
     Example:
         >>> class Leaky(Cell):
@@ -179,7 +184,7 @@ class Cell:
         ...     def step(self, pre, state, params, h):
         ...         return (1 - self.leak) * h + self.leak * jnp.tanh(pre.a), state
         >>> Leaky(8, leak=0.1)
-        Leaky(hidden_size=8, leak=0.1)
+        Leaky(8, leak=0.1)
     """
 
     hidden_size: int
@@ -244,9 +249,7 @@ class Cell:
                 ) from None
 
     def __repr__(self) -> str:
-        named = [(f, getattr(self, f.name)) for f in dataclasses.fields(self)]
-        shown = [f"{f.name}={getattr(v, '__name__', repr(v))}" for f, v in named if v != f.default]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return fields_as_call(self)
 
     def __reduce__(self) -> tuple[Callable[..., "Cell"], tuple[object, ...]]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -260,13 +263,14 @@ class Cell:
         It is traced once, with the shapes below, and what was traced is what every engine runs.
         Under `jax.vmap` and inside `jax.shard_map`, ``B`` is what a caller there sees.
 
-        Args:
-            pre: named blocks ``pre.<gate>``, each ``(B, H)``.
-            state: the cell's ``State`` of the previous step, arrays ``(B, H)``.
-            params: per-unit parameters ``params.<name>``, each ``(1, H)``, and ``step_params``.
-            h: the previous hidden state, where the cell declares ``uses_h``.
-            inputs: by keyword, where the cell declares ``step_inputs``, each ``(B, width)``.
-            noise: by keyword, where the cell declares ``noise``, each ``(B, H)``.
+        It takes, in this order,
+
+        - ``pre``: named blocks ``pre.<gate>``, each ``(B, H)``;
+        - ``state``: the cell's ``State`` of the previous step, arrays ``(B, H)``;
+        - ``params``: per-unit parameters ``params.<name>``, each ``(1, H)``, and ``step_params``;
+        - ``h``: the previous hidden state, where the cell declares ``uses_h``;
+        - ``inputs``: by keyword, where it declares ``step_inputs``, each ``(B, width)``;
+        - ``noise``: by keyword, where it declares ``noise``, each ``(B, H)``.
         """
         raise NotImplementedError(f"{type(self).__name__} has no step(pre, state, params)")
 

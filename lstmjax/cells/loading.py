@@ -93,9 +93,9 @@ def load_cell(spec: str, hidden_size: int) -> Cell:
 
     Example:
         >>> load_cell("LSTM", hidden_size=100)
-        LSTM(hidden_size=100)
+        LSTM(100)
         >>> load_cell("PhasedLSTM(leak=0.01)", hidden_size=100)
-        PhasedLSTM(hidden_size=100, leak=0.01)
+        PhasedLSTM(100, leak=0.01)
     """
     cell = find_cell(spec, hidden_size)
     check_contract(cell)

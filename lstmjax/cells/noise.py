@@ -9,6 +9,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from lstmjax.shown import fields_as_call
+
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
@@ -35,6 +37,8 @@ class Noise:
     every: Literal["step", "sequence"] = "step"
     width: int | None = None
 
+    __repr__ = fields_as_call
+
 
 def dropped(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     """What dropout multiplies with: 0 with probability ``rate``, else ``1 / (1 - rate)``; 1 in
@@ -49,6 +53,7 @@ def dropped(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate)
 
+    draw.__name__ = f"dropped({rate})"  # what `Noise` prints
     return Noise(draw, 1.0, every)
 
 
@@ -65,6 +70,7 @@ def kept(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.random.bernoulli(key, rate, shape).astype(dtype)
 
+    draw.__name__ = f"kept({rate})"
     return Noise(draw, rate, every)
 
 

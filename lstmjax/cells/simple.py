@@ -17,7 +17,7 @@ class SimpleRNN(Cell):
 
     Example:
         >>> SimpleRNN(8, activation=jax.nn.relu)
-        SimpleRNN(hidden_size=8, activation=relu)
+        SimpleRNN(8, activation=relu)
     """
 
     activation: Activation = tanh

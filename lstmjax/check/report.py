@@ -1,7 +1,10 @@
 """What a check found, for a person and for a machine."""
 
 import dataclasses
+import html
 from typing import Literal
+
+from lstmjax.shown import html_table
 
 Status = Literal["ok", "failed", "not run"]
 
@@ -77,6 +80,29 @@ class Report:
         """As plain numbers and strings."""
         return dataclasses.asdict(self) | {"ok": self.ok}
 
+    @property
+    def verdict(self) -> str:
+        """What came of it, in a line."""
+        if self.failed:
+            count = len(self.failed)
+            found = f"{count} check{'s' * (count > 1)} failed: {', '.join(self.failed)}"
+        else:
+            found = f"all {sum(r.status == 'ok' for r in self.results)} checks passed"
+        return f"{found} ({self.seconds:.0f} s)"
+
+    def __repr__(self) -> str:
+        return f"Report({self.cell}: {self.verdict})"
+
+    def _repr_html_(self) -> str:
+        """The table of a notebook."""
+        rows = [["", "check", "found", "cause", "remedy"]]
+        rows += [[r.status, r.name, r.told, r.cause, r.remedy] for r in self.results]
+        rows += [["", name, text, "", ""] for name, text in self.facts.items()]
+        used = [n for n in range(5) if n < 3 or any(row[n] for row in rows[1:])]
+        table = html_table([[row[n] for n in used] for row in rows])
+        title, verdict = html.escape(f"{self.cell}{self.where}"), html.escape(self.verdict)
+        return f"<p>{title}</p>{table}<p>{verdict}</p>"
+
     def __str__(self) -> str:
         """Failures with cause and remedy where they happened, then the facts, then the verdict."""
         wide = max(len(name) for name in (*(r.name for r in self.results), *self.facts, "remedy"))
@@ -87,9 +113,4 @@ class Report:
             more = (("cause", r.cause), ("remedy", r.remedy))
             lines += [f"{'':8}  {what:>{wide}}: {text}" for what, text in more if text]
         lines += [f"{'':8}  {name:<{wide}}  {text}" for name, text in self.facts.items()]
-        count = len(self.failed)
-        if count:
-            verdict = f"{count} check{'s' * (count > 1)} failed: {', '.join(self.failed)}"
-        else:
-            verdict = f"all {sum(r.status == 'ok' for r in self.results)} checks passed"
-        return "\n".join([*lines, f"{verdict} ({self.seconds:.0f} s)"])
+        return "\n".join([*lines, self.verdict])

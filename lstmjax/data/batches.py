@@ -83,6 +83,9 @@ class Batches:
 
     vocabulary: Vocabulary | None = None  # of the data set; rows on disk come without
 
+    def __repr__(self) -> str:
+        return told_of(self)
+
     def __init__(
         self,
         dataset: Dataset | Sequences,
@@ -273,6 +276,19 @@ class Source(Protocol):
         ...
 
 
+def told_of(source: Source) -> str:
+    """A source in a line.
+
+    >>> from lstmjax.data import load_demo
+    >>> Batches(load_demo("test"), 64, boundaries=(64, 128, 500))
+    Batches(16 an epoch, of 64 x 64, 64 x 128, 64 x 500)
+    """
+    shapes = [f"{rows} x {steps}" for rows, steps in source.shapes]
+    if len(shapes) > 4:
+        shapes = [*shapes[:2], "...", shapes[-1]]
+    return f"{type(source).__name__}({len(source)} an epoch, of {', '.join(shapes)})"
+
+
 class SideBySide:
     """The batches of several seeds at once, each array with the seeds as its first axis.
 
@@ -289,6 +305,9 @@ class SideBySide:
 
     def __init__(self, one: Source) -> None:
         self.one, self.padding = one, one.padding
+
+    def __repr__(self) -> str:
+        return f"SideBySide({self.one!r})"
 
     def __len__(self) -> int:
         return len(self.one)

@@ -95,6 +95,10 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {word: id for id, word in enumerate(self.words, FIRST_WORD)}
 
+    def __repr__(self) -> str:
+        first = [*map(repr, self.words[:5]), *["..."] * (len(self.words) > 5)]
+        return f"Vocabulary({len(self.words):,} words: {', '.join(first)})"
+
     def __len__(self) -> int:
         return len(self.words)
 

@@ -17,6 +17,7 @@ from lstmjax.precision import PrecisionLike
 from lstmjax.recurrence import Engine, length_mask
 from lstmjax.recurrence.noise import Keys
 from lstmjax.recurrence.unroll import Padding
+from lstmjax.shown import Shown
 from lstmjax.traced import Size
 
 Carries: TypeAlias = PyTree
@@ -69,7 +70,7 @@ class Unrolled(NamedTuple):
     states: PyTree
 
 
-class Layer(nnx.Module):
+class Layer(Shown, nnx.Module):
     """Base of all layers that run over time: `Recurrent`, `Bidirectional`, `Stack`.
 
     Attributes:

@@ -15,6 +15,7 @@ from lstmjax.layers.keys import fold_keys
 from lstmjax.layers.recurrent import Recurrent
 from lstmjax.recurrence.engine import platform
 from lstmjax.recurrence.noise import Keys
+from lstmjax.shown import InitSignature
 from lstmjax.traced import Size
 
 Merge = Literal["concat", "sum", "mean"] | Callable[[Array, Array], Array]
@@ -89,6 +90,12 @@ class Bidirectional(Layer):
                 f'merge="{merge}" needs outputs of one size, these are {sizes[0]} and {sizes[1]}; '
                 'merge="concat" takes any'
             )
+
+    __signature__ = InitSignature(Recurrent, without=("reverse",))
+
+    def _made_of(self) -> dict[str, object]:
+        both = (self.forward.cell, self.backward.cell)
+        return {**vars(self.forward), "cell": both[0] if both[0] == both[1] else both}
 
     @property
     def output_size(self) -> int:

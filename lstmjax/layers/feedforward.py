@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from lstmjax.layers.base import cleared
 from lstmjax.precision import DotGeneral, PrecisionLike, as_precision
+from lstmjax.shown import Shown
 
 
-class ConvPool(nnx.Module):
+class ConvPool(Shown, nnx.Module):
     """Convolution over time, ReLU, max pooling: a front end that shortens the sequence.
 
     The convolution pads with zeros ("same"); masked inputs count as zeros, and a pooled step is
@@ -50,6 +51,11 @@ class ConvPool(nnx.Module):
         )
         self.dtype = dtype
         self.pool = pool
+
+    def _made_of(self) -> dict[str, object]:
+        conv = self.conv
+        sizes = {"input_size": conv.in_features, "filters": conv.out_features}
+        return {**sizes, "width": conv.kernel_size[0], "param_dtype": conv.param_dtype}
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None

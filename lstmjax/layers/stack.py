@@ -14,6 +14,7 @@ from lstmjax.layers.bidirectional import Bidirectional, Merge, OneOrBoth
 from lstmjax.layers.keys import check_rates, dropout, fold_keys
 from lstmjax.layers.recurrent import Recurrent
 from lstmjax.recurrence.noise import Keys
+from lstmjax.shown import InitSignature
 from lstmjax.traced import Size
 
 
@@ -93,6 +94,21 @@ class Stack(Layer):
                 rngs=rngs,
             )
             self.norms = nnx.List(norm(size) for size in normed)
+
+    __signature__ = InitSignature(Recurrent)
+
+    def _made_of(self) -> dict[str, object]:
+        first = self.layers[0]
+        made = [{**layer._made_of(), **vars(layer)} for layer in self.layers]
+        cells = [one["cell"] for one in made]
+        alike = all(cell == cells[0] for cell in cells)
+        several = alike and len(cells) > 1
+        return {
+            **made[0],
+            "cell": cells[0] if alike else cells,
+            "num_layers": len(cells) if several else None,
+            "bidirectional": isinstance(first, Bidirectional),
+        }
 
     @property
     def output_size(self) -> int:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,69 @@ from lstmjax.recurrence.noise import Keys, as_keys, noises
 from lstmjax.traced import Size, vary_alike
 
 Padding = Literal["left", "right"]
+
+
+@overload
+def unroll(
+    cell: Cell,
+    params: Params,
+    x: Float[Array | np.ndarray, "*B T D"],
+    initial: Carry | None = None,
+    *,
+    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
+    padding: Padding = "right",
+    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    keys: Keys | Array | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    return_states: Literal[False] = False,
+    precision: PrecisionLike = "float32",
+    engine: str | Engine | None = None,
+) -> tuple[Array, Carry[Any]]: ...
+
+
+@overload
+def unroll(
+    cell: Cell,
+    params: Params,
+    x: Float[Array | np.ndarray, "*B T D"],
+    initial: Carry | None = None,
+    *,
+    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
+    padding: Padding = "right",
+    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    keys: Keys | Array | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    return_states: Literal[True],
+    precision: PrecisionLike = "float32",
+    engine: str | Engine | None = None,
+) -> tuple[Array, Carry[Any], Any]: ...
+
+
+@overload
+def unroll(
+    cell: Cell,
+    params: Params,
+    x: Float[Array | np.ndarray, "*B T D"],
+    initial: Carry | None = None,
+    *,
+    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
+    padding: Padding = "right",
+    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
+    inputs: Mapping[str, Array] | None = None,
+    keys: Keys | Array | None = None,
+    reverse: bool = False,
+    time_major: bool = False,
+    return_states: bool,
+    precision: PrecisionLike = "float32",
+    engine: str | Engine | None = None,
+) -> tuple[Array, Carry[Any]] | tuple[Array, Carry[Any], Any]: ...
 
 
 def unroll(

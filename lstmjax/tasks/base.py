@@ -245,6 +245,10 @@ class Fresh:
             raise UserError(f"batches of {batch_size} rows, {count} of them: give at least 1")
         self.task, self.batch_size, self._count, self._split = task, batch_size, count, split
 
+    def __repr__(self) -> str:
+        of = f"{self.task!r}, {self.batch_size}, count={self._count}, split={self._split!r}"
+        return f"Fresh({of})"
+
     def __len__(self) -> int:
         return self._count
 

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import html
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from lstmjax.cells import CellSpec, load_cell, source_digest
 from lstmjax.errors import UserError
 from lstmjax.models import count_parameters
 from lstmjax.precision import Precision
+from lstmjax.shown import html_table
 from lstmjax.tasks import Metric
 from lstmjax.training import Accelerator
 from lstmjax.training.command import require_positive, require_seed
@@ -128,6 +130,23 @@ class Report(NamedTuple):
     verdicts: list[statistics.Comparison]
     replaced: list[tuple[str, int]]
 
+    def __str__(self) -> str:
+        """The table, and a sentence a comparison, as Markdown."""
+        return markdown(self)
+
+    def __repr__(self) -> str:
+        means = {name: summarized([*self.values(name).values()]).mean for name in self.entries}
+        figures = ", ".join(f"{name} {mean:.4g}" for name, mean in means.items())
+        found = "; ".join(f"{v.a} against {v.b}: {v.verdict}" for v in self.verdicts)
+        return f"Report({self.task}, {self.metric.name}: {figures}{found and f'; {found}'})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        head, *sentences = _sentences(self)
+        told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
+        table = html_table(_table(self))
+        return f"<h4>{html.escape(head)}</h4>{table}<ul>{told}</ul>"
+
     def values(self, name: str) -> dict[int, float]:
         """The metric of a cell by seed, in points where it is a share; chance where it diverged."""
         scale = 100.0 if self.metric.percent else 1.0
@@ -135,7 +154,14 @@ class Report(NamedTuple):
         return {s: scale * (self.chance if math.isnan(v) else v) for s, v in found.items()}
 
 
-def compare(config: Comparing) -> list[Report]:
+class Reports(list[Report]):
+    """One a task."""
+
+    def _repr_html_(self) -> str:
+        return "".join(report._repr_html_() for report in self)
+
+
+def compare(config: Comparing) -> Reports:
     """Run what is missing, and report.
 
     Raises:
@@ -145,7 +171,7 @@ def compare(config: Comparing) -> list[Report]:
     units = units_of(config)
     wanted = range(config.seed, config.seed + config.seeds)
     run_all(units, wanted, config.at_once)
-    reports = [report_of(config, task, units, wanted) for task in config.tasks]
+    reports = Reports(report_of(config, task, units, wanted) for task in config.tasks)
     leave(config, reports)
     return reports
 
@@ -444,29 +470,40 @@ def leave(config: Comparing, reports: Sequence[Report]) -> None:
 
 def markdown(report: Report) -> str:
     """One task's table, and a sentence a comparison."""
+    head, *sentences = _sentences(report)
+    columns, *rows = _table(report)
+    lines = [
+        f"### {head}",
+        "",
+        _line(columns),
+        _line(["---"] * len(columns)),
+        *map(_line, rows),
+        "",
+        *(f"- {sentence}" for sentence in sentences),
+    ]
+    return "\n".join(lines)
+
+
+def _sentences(report: Report) -> Iterator[str]:
+    """What was measured; then one of each comparison, and what is to be known beside."""
     metric = report.metric
     head = f"{metric.name}{' (%)' if metric.percent else ''}"
     better = "higher" if metric.higher_is_better else "lower"
-    table = [_columns(report, name) for name in report.entries]
-    lines = [
-        f"### {report.task}: {head}, {better} is better; chance {metric.text(report.chance)}",
-        "",
-        _line([*table[0]]),
-        _line(["---"] * len(table[0])),
-        *(_line([*columns.values()]) for columns in table),
-        "",
-        *(f"- {verdict}" for verdict in report.verdicts),
-    ]
+    yield f"{report.task}: {head}, {better} is better; chance {metric.text(report.chance)}"
+    yield from map(str, report.verdicts)
     if report.replaced:
         which = ", ".join(f"{name} seed {seed}" for name, seed in report.replaced)
-        lines.append(f"- Diverged, and counted as chance: {which}.")
+        yield f"Diverged, and counted as chance: {which}."
     rates = sorted({rate for entry in report.entries.values() for rate in entry.tried})
     if len(rates) > 1:
         tried = ", ".join(f"{rate:g}" for rate in rates)
-        lines.append(
-            f"- Learning rates were chosen on validation data, of {tried}.{_edges(report, rates)}"
-        )
-    return "\n".join(lines)
+        yield f"Learning rates were chosen on validation data, of {tried}.{_edges(report, rates)}"
+
+
+def _table(report: Report) -> list[list[str]]:
+    """The heading, and a line a cell."""
+    found = [_columns(report, name) for name in report.entries]
+    return [[*found[0]], *([*columns.values()] for columns in found)]
 
 
 def _columns(report: Report, name: str) -> dict[str, str]:
