@@ -2,10 +2,11 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
+PINS ?= -c requirements.lock
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb notebooks test test-slow test-random long fuzz test-aot test-newest docs bench lint format lock clean
+.PHONY: help demo imdb notebooks test test-slow test-random long fuzz test-aot test-newest docs bench wheel test-wheel lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -64,6 +65,24 @@ format: .venv/ready-lint  ## let ruff put right what it can
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
+# From the files that git knows, copied: what else lies here does not get in.
+wheel: .venv/ready  ## wheel and sdist, in dist/
+	rm -rf dist build/source && mkdir -p build/source
+	git ls-files -z | tar --null -T - -cf - | tar -xf - -C build/source
+	$(RUN) -m pip install --quiet --disable-pip-version-check build
+	$(RUN) -m build --outdir dist build/source >build/wheel.log || { cat build/wheel.log; exit 1; }
+	@ls dist/*
+
+# The tests come from the sdist, without the package beside them.
+test-wheel: wheel  ## the wheel in an environment of its own, outside the checkout: three minutes
+	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/venv
+	tar -xzf dist/*.tar.gz -C build/wheel --strip-components 1 && rm -rf build/wheel/lstmjax*
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) "$$(ls dist/*.whl)[all,test]"
+	cd build/wheel && LSTMJAX_TEST_DIST=$(CURDIR)/dist venv/bin/python -m pytest -n auto --maxprocesses 8 \
+		-m "not alone and not slow" tests/test_package.py tests/test_commands.py tests/test_imports.py \
+		tests/test_docs.py tests/test_cells.py tests/test_contract.py tests/test_layers.py $(ARGS)
+	build/wheel/venv/bin/lstmjax cumsum --updates 100 --run-dir build/wheel/run
+
 lock: .venv/ready  ## pin what is installed; host names never enter the file
 	$(RUN) -m pip install --quiet uv
 	.venv/bin/uv pip compile pyproject.toml --extra cpu --extra train --extra imdb --extra test --extra lint \
@@ -110,4 +129,4 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	touch $@
 
 clean:
-	rm -rf .venv .venv-aot .venv-newest .venv-docs build *.egg-info
+	rm -rf .venv .venv-aot .venv-newest .venv-docs build dist *.egg-info

@@ -45,7 +45,7 @@ def test_every_name_can_be_imported(name):
 
 
 def test_names_for_the_editor_are_those_that_are_there():
-    tree = ast.parse((ROOT / "lstmjax" / "__init__.py").read_text())
+    tree = ast.parse(pathlib.Path(lstmjax.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     named = {
         (node.module, alias.name)

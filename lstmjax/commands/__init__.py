@@ -42,8 +42,9 @@ def main() -> None:
 
         print(__version__)
     else:
-        near = difflib.get_close_matches(name, COMMANDS, 1, cutoff=0)
-        _refuse(UserError(f"no command {name!r}: did you mean {near[0]!r}? lstmjax --help"))
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        other = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"
+        _refuse(UserError(f"no command {name!r}: {other}"))
 
 
 def run(name: str) -> None:
