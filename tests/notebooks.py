@@ -22,7 +22,7 @@ def cells(page, kind):
 
 
 def program(page):
-    """The code of all cells as one program; a cell that is to be a file becomes code that writes it."""
+    """The code of all cells as one; a cell that is to be a file becomes code that writes it."""
     return "\n".join(_code(cell["source"]) for cell in cells(page, "code"))
 
 
