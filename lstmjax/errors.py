@@ -7,6 +7,14 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 
+__all__ = [
+    "ContractError",
+    "MissingExtraError",
+    "PeerError",
+    "StorageError",
+    "UserError",
+]
+
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(k) + os.sep for k in ("stdlib", "purelib", "platlib")})
 DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.ESTALE)

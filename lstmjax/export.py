@@ -31,6 +31,14 @@ from lstmjax.layers import Recurrent
 from lstmjax.models import Classifier
 from lstmjax.trained import VOCABULARY, TrainedModel, build, probabilities
 
+__all__ = [
+    "PLATFORMS",
+    "Program",
+    "export_classifier",
+    "export_stream",
+    "save_exported",
+]
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What a program can be exported for; all of them by default."""
 

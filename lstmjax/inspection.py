@@ -35,6 +35,17 @@ from lstmjax.recurrence import length_mask
 from lstmjax.traced import INLINED, AsTraced, Value, bind_as_traced, callee, trace
 from lstmjax.trained import Text, TrainedModel
 
+__all__ = [
+    "Look",
+    "as_html",
+    "draw",
+    "gate_activations",
+    "in_color",
+    "in_words",
+    "look",
+    "write",
+]
+
 START_WORD = "<start>"
 SHOWN_WORDS = 80
 """Longer texts are drawn without the words below the picture."""

@@ -47,6 +47,27 @@ from lstmjax.errors import UserError, extra, first_line
 from lstmjax.layers import Bidirectional, Layer, Recurrent, Stack
 from lstmjax.models import Classifier, ClassifierConfig, named_parameters, set_parameters
 
+__all__ = [
+    "Entry",
+    "KerasLayer",
+    "Weights",
+    "WeightsError",
+    "classifier_from_keras",
+    "from_flax",
+    "from_keras",
+    "from_pytorch",
+    "read_keras",
+    "read_safetensors",
+    "set_weights",
+    "to_keras",
+    "to_linen",
+    "to_nnx",
+    "to_pytorch",
+    "weights_of",
+    "write_keras",
+    "write_safetensors",
+]
+
 Entry: TypeAlias = Params | tuple[Params, Params]
 """Of one layer, or of both its directions, forward and backward."""
 Weights: TypeAlias = list[Entry]
@@ -769,6 +790,16 @@ def to_nnx(weights: Weights, *, optimized: bool = True) -> list[dict[str, PyTree
     Raises:
         WeightsError: the cell is neither LSTM nor GRU, has no bias, or is a GRU whose candidate
             has a recurrent bias, for which `nnx.GRUCell` has no place.
+
+    Example:
+        >>> layer = Recurrent(LSTM(5), 3, rngs=nnx.Rngs(0))
+        >>> rnn = nnx.RNN(nnx.OptimizedLSTMCell(3, 5, rngs=nnx.Rngs(1)))
+        >>> state = nnx.state(rnn, nnx.Param)
+        >>> nnx.replace_by_pure_dict(state, to_nnx(weights_of(layer))[0])
+        >>> nnx.update(rnn, state)
+        >>> x = jnp.ones((2, 4, 3))
+        >>> bool(jnp.allclose(rnn(x), layer(x)[0], atol=1e-5))
+        True
     """
     return [_nested(entry, _to_fused if optimized else _to_gates, "_") for entry in weights]
 

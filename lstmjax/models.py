@@ -23,6 +23,19 @@ from lstmjax.recurrence import Engine
 from lstmjax.recurrence.noise import Keys
 from lstmjax.shown import Shown, Table, fields_as_call
 
+__all__ = [
+    "Classifier",
+    "ClassifierConfig",
+    "SequenceConfig",
+    "SequenceModel",
+    "Stage",
+    "Tagger",
+    "count_parameters",
+    "named_parameters",
+    "set_parameters",
+    "summary",
+]
+
 
 class Stage(NamedTuple):
     """One step of a forward pass.
@@ -511,7 +524,12 @@ def _check_config(cell: Cell, config: ClassifierConfig | SequenceConfig) -> None
 
 
 def count_parameters(model: nnx.Module) -> int:
-    """Number of trainable numbers in a model or layer."""
+    """Number of trainable numbers in a model or layer.
+
+    Example:
+        >>> count_parameters(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+        8
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 

@@ -31,6 +31,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+__all__ = [
+    "ALPHA",
+    "POWER",
+    "Comparison",
+    "Verdict",
+    "bca_interval",
+    "compare",
+    "detectable_difference",
+    "fewest_seeds",
+    "holm",
+    "probability_of_better",
+    "seeds_needed",
+    "sign_flip_test",
+]
+
 ALPHA = 0.05
 """Of the tests; the intervals are of 1 - `ALPHA`."""
 POWER = 0.8
@@ -39,6 +54,7 @@ _EXACT_PAIRS = 16
 _RESAMPLES = 9_999
 
 Verdict = Literal["better", "worse", "not shown", "too few seeds"]
+"""Of a cell beside the baseline."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +294,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def probability_of_better(differences: ArrayLike, higher_is_better: bool = True) -> float:
-    """P(A > B): the share of seeds in which A is better; a tie counts half."""
+    """P(A > B): the share of seeds in which A is better; a tie counts half.
+
+    Example:
+        >>> probability_of_better([0.3, 0.1, -0.2, 0.0])
+        0.625
+    """
     signs = np.sign(np.asarray(differences, np.float64))
     return float(np.mean((1 + signs if higher_is_better else 1 - signs) / 2))
 
@@ -303,6 +324,10 @@ def detectable_difference(deviation: float, seeds: int, comparisons: int = 1) ->
         deviation: standard deviation of the differences.
         seeds: how many pairs; `fewest_seeds` at least.
         comparisons: how many are made together.
+
+    Example:
+        >>> round(detectable_difference(deviation=1.0, seeds=8), 1)
+        1.2
     """
     return deviation * _detectable(seeds, comparisons)
 

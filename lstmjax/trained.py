@@ -36,6 +36,12 @@ from lstmjax.recurrence import Engine, length_mask
 from lstmjax.training.repeat import filled
 from lstmjax.training.report import CELL, PARAMS, RunFolder, as_dict
 
+__all__ = [
+    "ModelConfig",
+    "TrainedModel",
+    "load_run",
+]
+
 MODEL = "model.json"
 VOCABULARY = "vocabulary.txt"
 TOKENIZER = "tokenizer.py"

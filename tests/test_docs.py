@@ -110,13 +110,8 @@ def before_guide(names, **_):
 
 
 def before_trained_models(request, tmp_path, **_):
-    """A run, exported, and one that can go word by word."""
-    from lstmjax.commands import export
-    from tests.trained_run import train
-
+    """A run where the page has one."""
     shutil.copytree(request.getfixturevalue("trained_run"), tmp_path / "runs" / "x")
-    forward = train(tmp_path / "forward")
-    export.main(export.Config(forward, tmp_path / "exported"))
 
 
 def after_readme(names):

@@ -37,6 +37,14 @@ from lstmjax.recurrence.layout import groups_of, up
 from lstmjax.recurrence.step import step_of
 from lstmjax.training.devices import BATCH
 
+__all__ = [
+    "CellReport",
+    "Compiled",
+    "Kernel",
+    "compile_cell",
+    "compile_for_hopper",
+]
+
 HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048

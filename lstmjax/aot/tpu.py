@@ -25,7 +25,14 @@ from lstmjax.recurrence.engine import Engine
 from lstmjax.recurrence.tpu.plan import tpu_device
 from lstmjax.training.devices import BATCH
 
+__all__ = [
+    "Compiled",
+    "Target",
+    "compile_cell",
+]
+
 Target = Literal["v4", "v5e", "v5p", "v6e", "tpu7x"]
+"""Generations of TPUs that can be compiled for."""
 
 _SLICES: dict[Target, tuple[str, dict[str, str]]] = {
     "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),

@@ -226,6 +226,15 @@ def check_contract(cell: Cell) -> None:
     Only shapes and dtypes are computed, so this costs milliseconds. The carry that a step returns
     must have the structure, shapes and dtypes of `Cell.initial_carry`, and no row of a batch may
     depend on another.
+
+    Example:
+        >>> class Halved(Cell):
+        ...     gates = ("a",)
+        ...     def step(self, pre, state, params):
+        ...         return pre.a[:, ::2], state
+        >>> check_contract(Halved(4))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        lstmjax.errors.ContractError: ...
     """
     if isinstance(cell, type):
         raise ContractError(f"{cell.__name__} is the class; pass an instance, {cell.__name__}(100)")

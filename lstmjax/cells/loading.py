@@ -198,6 +198,10 @@ def cell_source(spec: str) -> dict[str, bytes]:
 
     So with those that they import; packages, and what is imported from elsewhere, are not among
     them. Of a built-in cell there is nothing.
+
+    Example:
+        >>> cell_source("LSTM")
+        {}
     """
     file = pathlib.Path(CellSpec.parse(spec).path)
     if not file.name:
@@ -222,7 +226,12 @@ def cell_source(spec: str) -> dict[str, bytes]:
 
 
 def source_digest(spec: str) -> str | None:
-    """SHA-256 of the file that ``spec`` names, None for a built-in cell."""
+    """SHA-256 of the file that ``spec`` names, None for a built-in cell.
+
+    Example:
+        >>> source_digest("LSTM") is None
+        True
+    """
     files = cell_source(spec)
     return hashlib.sha256(files[CELL]).hexdigest() if files else None
 

@@ -43,9 +43,10 @@ def write_rows(
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     folder = pathlib.Path(parent) / "train"
         ...     write_rows(folder, [(np.array([1, 7], np.int32), 1), (np.array([1], np.int32), 0)])
+        ...     lengths, labels = row_lengths(folder)
         ...     batch = next(StreamedBatches(folder, 2, boundaries=(4,)).in_order())
-        ...     batch.ids.tolist(), batch.labels.tolist()
-        ([[1, 7, 0, 0], [1, 0, 0, 0]], [1, 0])
+        ...     lengths.tolist(), batch.ids.tolist(), batch.labels.tolist()
+        ([2, 1], [[1, 7, 0, 0], [1, 0, 0, 0]], [1, 0])
     """
     with extra("imdb"):
         from array_record.python.array_record_module import ArrayRecordWriter

@@ -31,7 +31,12 @@ class Keys(NamedTuple):
 
 
 def row_keys(key: PRNGKeyArray, batch_size: int) -> RowKeys:
-    """One key for each row of the global batch, ``(batch_size,)``."""
+    """One key for each row of the global batch, ``(batch_size,)``.
+
+    Example:
+        >>> row_keys(jax.random.key(0), batch_size=4).shape
+        (4,)
+    """
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch_size))
 
 

@@ -21,6 +21,13 @@ class Scan(Engine):
     Attributes:
         recompute: the gradient keeps each step's carry and recomputes the rest, which costs less
             than reading every intermediate back; False is `jax.lax.scan` as it is.
+
+    Example:
+        >>> from lstmjax import GRU, unroll
+        >>> params = GRU(5).init(jax.random.key(0), input_size=3)
+        >>> hs, _ = unroll(GRU(5), params, jnp.ones((2, 4, 3)), engine=Scan(recompute=False))
+        >>> hs.shape
+        (2, 4, 5)
     """
 
     recompute: bool = True

@@ -33,6 +33,12 @@ class Characters(Task):
     carried, the gradient is cut there (truncated backpropagation through time). Every pass begins
     at another place, a function of (seed, pass). Evaluation reads each of ``streams`` stretches in
     one go, so the first characters of each lack what was before.
+
+    Example:
+        >>> batches = Characters(size=10_000, length=16).train(batch_size=4).epoch(0, 0)
+        >>> first, second = next(batches), next(batches)
+        >>> bool((first.labels[:, -1] == second.ids[:, 0]).all())
+        True
     """
 
     file: pathlib.Path | None = None

@@ -168,6 +168,10 @@ class Digits(Rows):
 
     The 1,797 digits of 8 x 8 pixels that scikit-learn brings along; grey values in [0, 1]. Split at
     random, once and for all.
+
+    Example:
+        >>> Digits(test_share=0.5).recipe.batch_size
+        32
     """
 
     source: ClassVar[str] = (
@@ -201,6 +205,10 @@ class Mnist1d(Rows):
 
     The 5,000 sequences that the package mnist1d makes up with its own settings. Split anew, at
     random, once and for all.
+
+    Example:
+        >>> Mnist1d(test_share=0.5).recipe.batch_size
+        64
     """
 
     source: ClassVar[str] = "Greydanus & Kobak 2020 (arXiv:2011.14439), package mnist1d"

@@ -206,6 +206,10 @@ class Imdb(Text):
 
     Maas et al.'s 25,000 training reviews, a share of them held out for validation, and 25,000 test
     reviews, read by TFDS.
+
+    Example:
+        >>> Imdb(top_words=5000).metric.name
+        'accuracy'
     """
 
     data_dir: pathlib.Path | None = None
@@ -232,7 +236,12 @@ class Imdb(Text):
 
 @dataclasses.dataclass(frozen=True)
 class Demo(Text):
-    """Does a made-up report of a journey by night train say good or bad of it? (Not IMDB.)"""
+    """Does a made-up report of a journey by night train say good or bad of it? (Not IMDB.)
+
+    Example:
+        >>> next(Demo(size=100).train(8).epoch(0, 0)).labels.shape
+        (8,)
+    """
 
     top_words: int = 1000
     """Ids below this have an embedding of their own; the rest is one unknown word."""

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from lstmjax.errors import UserError
 
 Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
+"""What a run is asked to use; auto is the best there is."""
 
 BATCH = "batch"
 """Name of the mesh axis over which the rows of a batch are spread."""

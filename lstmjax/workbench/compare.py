@@ -34,6 +34,15 @@ from lstmjax.workbench.plots import draw_comparison
 from lstmjax.workbench.rows import Row, finite, summarized
 from lstmjax.workbench.run import Diverged, cell_name, make_model, settings_of, train
 
+__all__ = [
+    "Comparing",
+    "Entry",
+    "Report",
+    "Reports",
+    "Unit",
+    "compare",
+]
+
 RESULT = "result.json"
 DIVERGED = "diverged.json"
 
