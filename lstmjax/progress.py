@@ -13,12 +13,20 @@ ENOUGH = 5
 """Steady steps from which an estimate is made."""
 
 
-def bar(*args: Any, **settings: Any) -> Any:
-    """`tqdm.auto.tqdm`, which takes the same arguments."""
+def load() -> Any:
+    """`tqdm.auto.tqdm`, without its warning where a notebook has no ipywidgets: it gets a line.
+
+    To be called before what else imports it.
+    """
     with extra("train"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a notebook without ipywidgets: it gets a line
+        warnings.simplefilter("ignore")
         from tqdm.auto import tqdm
-    return tqdm(*args, **settings)
+    return tqdm
+
+
+def bar(*args: Any, **settings: Any) -> Any:
+    """A bar of `tqdm.auto.tqdm`, which takes the same arguments."""
+    return load()(*args, **settings)
 
 
 class Programs(NamedTuple):

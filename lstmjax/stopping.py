@@ -111,8 +111,19 @@ def advise(how: str) -> None:
     _Program.advice = how
 
 
+def tell_saved() -> None:
+    """Print that all is saved, and the advice; a notebook has an exception that says so."""
+    if _Program.exits:
+        print(f"\nstopped and saved; {_Program.advice}")
+
+
 def say(text: str) -> None:
     """Write to standard error from wherever a signal is heard, if it can be written to."""
+    if not _Program.exits:  # a notebook's own stream; where it is being written to, nothing is said
+        with contextlib.suppress(OSError, RuntimeError, ValueError, AttributeError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        return
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 

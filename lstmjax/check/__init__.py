@@ -13,7 +13,8 @@ from lstmjax.check import facts
 from lstmjax.check.checks import CHECKS
 from lstmjax.check.report import Failure, Report, Result, Status
 from lstmjax.check.subject import Check, Reference, Subject, told
-from lstmjax.errors import UserError, extra
+from lstmjax.errors import UserError
+from lstmjax.progress import bar
 
 __all__ = ["CHECKS", "Report", "Result", "check_cell"]
 
@@ -77,12 +78,9 @@ def check_cell(
 
 
 def _with_bar(checks: Sequence[Check]) -> Iterator[Check]:
-    with extra("train"):
-        from tqdm import tqdm
-
-    bar = tqdm(checks, desc="checks", leave=False)
-    for check in bar:
-        bar.set_postfix_str(check.name)
+    shown = bar(checks, desc="checks", leave=False)
+    for check in shown:
+        shown.set_postfix_str(check.name)
         yield check
 
 

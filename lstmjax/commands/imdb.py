@@ -499,7 +499,7 @@ def learn(
         line = training.line_of_nan(cell)
         raise UserError(f"{error}; not finite at {line}" if line else str(error)) from error
     except training.Interrupted:
-        print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
+        stopping.tell_saved()
         raise
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from lstmjax.errors import UserError, extra
+from lstmjax.errors import UserError
 
 ORIGINAL_NAME = "aclImdb_v1.tar.gz"
 ORIGINAL_BYTES = 84_125_825
@@ -124,12 +124,9 @@ def _regular(path: Path) -> Path:
 
 
 def _count_reviews(path: Path, progress: bool) -> Counter[str]:
-    with extra("imdb"):
-        from tqdm import tqdm
-
     seen: set[str] = set()
     counts: Counter[str] = Counter()
-    for name, _ in tqdm(
+    for name, _ in bar(
         iter_archive(path), desc="Checking the archive", unit=" files", disable=not progress
     ):
         if folder := _folder(name):

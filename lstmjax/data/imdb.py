@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from lstmjax import files, stopping
+from lstmjax import progress as progress_bars
 from lstmjax.cache import cache_folder, home
 from lstmjax.data import archive as archives
 from lstmjax.data.keras_index import keras_order
@@ -219,6 +220,7 @@ def _check_host(seconds: float = 20.0) -> None:
 
 def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
     """Let the TFDS builder prepare IMDB in ``root`` as ArrayRecord."""
+    progress_bars.load()
     with extra("imdb"):
         import requests
         import tensorflow_datasets as tfds
@@ -258,16 +260,16 @@ def _run_tfds(root: Path, archive: Path | None, progress: bool) -> None:
 
 
 def _read_texts(root: Path, split: str, progress: bool) -> tuple[list[str], np.ndarray]:
+    progress_bars.load()
     with extra("imdb"):
         import tensorflow_datasets as tfds
-        from tqdm import tqdm
 
     texts: list[str] = []
     labels: list[int] = []
     try:
         source = tfds.builder(_NAME, data_dir=root).as_data_source(split)
         _check_rows(split, len(source))
-        with tqdm(
+        with progress_bars.bar(
             total=len(source), desc=f"Reading {split}", unit=" reviews", disable=not progress
         ) as bar:
             for start in range(0, len(source), 1000):
@@ -290,11 +292,8 @@ def _check_rows(split: str, rows: int) -> None:
 
 
 def _encode(root: Path, progress: bool) -> tuple[dict[str, _Encoded], Vocabulary]:
-    with extra("imdb"):
-        from tqdm import tqdm
-
     def bar(rows: list[str], what: str) -> Iterable[str]:
-        return tqdm(rows, desc=what, unit=" reviews", disable=not progress)
+        return progress_bars.bar(rows, desc=what, unit=" reviews", disable=not progress)
 
     read = {split: _read_texts(root, split, progress) for split in _SPLITS}
     vocabulary = Vocabulary.from_texts(bar(read["train"][0], "Counting words"))

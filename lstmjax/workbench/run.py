@@ -207,7 +207,7 @@ def learn(
         line = training.line_of_nan(cell)
         raise Diverged(f"{error}; not finite at {line}" if line else str(error)) from error
     except training.Interrupted:
-        print(f"\nstopped and saved; go on: the same command with --resume --run-dir {run.path}")
+        stopping.tell_saved()
         raise
     figures = {name: last[name] for name in (f"validation_{score}", "validation_loss")}
     for name, sums in found.items():
