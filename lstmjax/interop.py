@@ -9,14 +9,12 @@ directions a pair of them, forward and backward; those of a stack a list, an ent
 conversions copy, transpose, reorder and, where the other side has one bias in place of two, add:
 the outputs are equal to rounding.
 
-===========  =========================  ===================================================
-             gates in their order       differs from here
-===========  =========================  ===================================================
-PyTorch      LSTM i f g o, GRU r z n    kernels transposed; the LSTM has two biases
-Keras        LSTM i f c o, GRU z r h    GRU: z before r; both biases as the rows of one array
-Flax linen   one array a gate           GRU: of the recurrent biases that of n alone
-Flax NNX     the same, or i f g o       GRU: r z n, no recurrent bias
-===========  =========================  ===================================================
+| | gates in their order | differs from here |
+|---|---|---|
+| PyTorch | LSTM i f g o, GRU r z n | kernels transposed; the LSTM has two biases |
+| Keras | LSTM i f c o, GRU z r h | GRU: z before r; both biases as the rows of one array |
+| Flax linen | one array a gate | GRU: of the recurrent biases that of n alone |
+| Flax NNX | the same, or i f g o | GRU: r z n, no recurrent bias |
 
 Example::
 

@@ -61,6 +61,8 @@ class Markdown(griffe.Extension):
         """The text of a docstring, as Markdown."""
 
         def linked(found: re.Match[str]) -> str:
+            if not found[1]:
+                return found[0]  # a block of code
             name, _, member = found[1].removeprefix("lstmjax.").partition(".")
             place = self.places.get(name)
             if place is None or name == own or member:
@@ -71,4 +73,4 @@ class Markdown(griffe.Extension):
         text = " ".join(first.split()) + blank + rest  # lists of names show the first line
         text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)
         text = re.sub(r"::$", ":", text, flags=re.M)
-        return re.sub(r"(?<![`\[])`([\w.]+)`(?!`)", linked, text)
+        return re.sub(r"(?<![`\[])`([\w.]+)`(?!`)|:\n\n(?: {4}.*\n|\n)+", linked, text)
