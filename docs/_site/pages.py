@@ -4,6 +4,7 @@ Pages link to what lies outside as on a disk (``../benchmarks/...``), and files 
 into docs/ (``docs/data.md``). In the site both lie side by side.
 """
 
+import logging
 import pathlib
 import posixpath
 import re
@@ -15,6 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 RESULTS = "results.md"
+LOG = logging.getLogger("mkdocs.hooks")
 LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)")
 
 
@@ -44,3 +46,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return link[1] + posixpath.relpath(inside, folder or ".")
 
     return LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+    """Warn of lists that a reader of Markdown stricter than GitHub's takes for text."""
+    for paragraph in re.findall(r"<p>(.*?)</p>", html, re.S):
+        if found := re.search(r"\n *[-*|] .{,40}", paragraph):
+            LOG.warning("%s: no blank line before %r", page.file.src_uri, found[0].strip())
