@@ -43,8 +43,10 @@ notebooks: .venv/ready  ## execute the notebooks of docs/ anew: ARGS="tutorial c
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[notebooks]'
 	$(RUN) tests/notebooks.py $(ARGS)
 
+# Not with --quiet: warnings that are not shown are no errors either.
 docs: .venv-docs/ready  ## the site, build/site/index.html; a dead link, or a warning, is an error
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build $(ARGS)
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS) >build/site.log 2>&1 || { cat build/site.log; exit 1; }
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
