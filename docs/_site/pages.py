@@ -53,3 +53,10 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     for paragraph in re.findall(r"<p>(.*?)</p>", html, re.S):
         if found := re.search(r"\n *[-*|] .{,40}", paragraph):
             LOG.warning("%s: no blank line before %r", page.file.src_uri, found[0].strip())
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> None:
+    """Warn of what a browser would fetch from elsewhere: the site works without a network."""
+    for tag in re.findall(r"<(?:script|link|img|iframe)[^>]*>", output):
+        if re.search(r"(?:src|href)=.https?:", tag):
+            LOG.warning("%s fetches: %s", page.file.src_uri, tag)
