@@ -6,7 +6,7 @@ PINS ?= -c requirements.lock
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb notebooks test test-slow test-random long fuzz test-aot test-newest docs bench wheel test-wheel lint format lock clean
+.PHONY: help demo imdb notebooks test test-fast test-slow test-random long fuzz test-aot test-newest docs bench wheel test-wheel lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -16,6 +16,11 @@ demo: .venv/ready  ## train on the built-in corpus: no network beyond pip
 
 imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 	$(RUN) experiments/imdb.py $(ARGS)
+
+# Of each test a case: cells, contract, the scan beside the reference, layers, names and types.
+test-fast: .venv/ready-test  ## while one writes: a minute and a half
+	LSTMJAX_TEST_CASES=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone and not slow" tests/test_cells.py \
+		tests/test_contract.py tests/test_every_cell.py tests/test_layers.py tests/test_reprs.py tests/test_types.py $(ARGS)
 
 test: .venv/ready-test  ## the tests, but for those that are slow
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone and not slow" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
