@@ -58,7 +58,7 @@ class JANET(Cell):
 
     Example:
         >>> JANET(8, beta=0.0)
-        JANET(hidden_size=8, beta=0.0)
+        JANET(8, beta=0.0)
     """
 
     beta: float = 1.0
