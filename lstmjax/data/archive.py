@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from lstmjax.errors import UserError
+from lstmjax.progress import bar
 
 ORIGINAL_NAME = "aclImdb_v1.tar.gz"
 ORIGINAL_BYTES = 84_125_825
