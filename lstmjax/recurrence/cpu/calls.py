@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lstmjax.memory import keep_freed_memory
 from lstmjax.recurrence.cpu.backward import emit_backward
 from lstmjax.recurrence.cpu.builder import PTR, Builder
-from lstmjax.recurrence.cpu.entry import emit_nothing
+from lstmjax.recurrence.cpu.entry import VERSION, emit_nothing
 from lstmjax.recurrence.cpu.forward import emit_forward
 from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
 from lstmjax.recurrence.cpu.objects import kept_object
@@ -86,18 +86,18 @@ def _told(program: Program | None) -> object:
     return str(closed.jaxpr), told, program.sums
 
 
-def check_calls(version: tuple[int, int] | None = None) -> None:
+def check_calls(version: tuple[int, int] = VERSION) -> None:
     """Make a function that does nothing, and ask XLA whether it would call it.
 
     Args:
-        version: of XLA's interface, in place of that which is known here.
+        version: of XLA's interface.
 
     Raises:
         OSError, RuntimeError: memory may not be made executable, say, or the interface is another.
     """
     module, machine = ir.Module("lstmjax"), Machine.host()
     check = ir.Function(module, ir.FunctionType(PTR, [PTR]), "check")
-    emit_nothing(Builder(machine, "float32", check), *[version] * (version is not None))
+    emit_nothing(Builder(machine, "float32", check), version)
     _register(compile_text(str(module), machine), "check", lambda at: f"lstmjax_cpu_check_{at}")
 
 

@@ -101,17 +101,17 @@ def _sides(buffers: Buffers) -> list[tuple[tuple[int, int], Sequence[Operand]]]:
 # --- What is checked -----------------------------------------------------------------------------
 
 
-_VERSION = (0, 1)
+VERSION = (0, 1)
 """Of the interface: the oldest that any JAX takes; no field used here is newer."""
 
 
-def emit_nothing(e: Builder, version: tuple[int, int] = _VERSION) -> None:
+def emit_nothing(e: Builder, version: tuple[int, int]) -> None:
     """A function that XLA may call, and that does nothing."""
     _answer_metadata(e, e.function.args[0], version)
     e.b.ret(NULL)
 
 
-def _answer_metadata(e: Builder, frame: ir.Value, version: tuple[int, int] = _VERSION) -> None:
+def _answer_metadata(e: Builder, frame: ir.Value, version: tuple[int, int] = VERSION) -> None:
     """XLA asks each function once for the version of the interface that it was made for."""
     extension = e.field(frame, _EXTENSION)
     asked = e.b.icmp_unsigned("!=", extension, NULL)
