@@ -81,11 +81,11 @@ wheel: .venv/ready  ## wheel and sdist, in dist/
 	@ls dist/*
 
 # The tests come from the sdist, without the package beside them.
-test-wheel: wheel  ## the wheel in an environment of its own, outside the checkout: three minutes
+test-wheel: wheel  ## the wheel in an environment of its own, outside the checkout
 	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/venv
 	tar -xzf dist/*.tar.gz -C build/wheel --strip-components 1 && rm -rf build/wheel/lstmjax*
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) "$$(ls dist/*.whl)[all,test]"
-	cd build/wheel && LSTMJAX_TEST_DIST=$(CURDIR)/dist venv/bin/python -m pytest -n auto --maxprocesses 8 \
+	cd build/wheel && LSTMJAX_TEST_DIST=$(CURDIR)/dist LSTMJAX_TEST_CASES=1 venv/bin/python -m pytest -n auto --maxprocesses 8 \
 		-m "not alone and not slow" tests/test_package.py tests/test_commands.py tests/test_imports.py \
 		tests/test_docs.py tests/test_cells.py tests/test_contract.py tests/test_layers.py $(ARGS)
 	build/wheel/venv/bin/lstmjax cumsum --updates 100 --run-dir build/wheel/run
