@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -128,12 +129,23 @@ def after_guide(names):
         check_contract(cell)
 
 
+def after_trained_models(names):
+    """The exported programs agree on the text."""
+    ids = names["ids"]
+    whole = names["classify"](ids, np.array([ids.shape[1]], np.int32))
+    assert float(whole[0]) == pytest.approx(float(names["so_far"][0]), rel=1e-4)
+
+
 BEFORE = {
     "docs/data.md": before_data,
     "docs/modify_the_cell.md": before_guide,
     "docs/trained_models.md": before_trained_models,
 }
-AFTER = {"README.md": after_readme, "docs/modify_the_cell.md": after_guide}
+AFTER = {
+    "README.md": after_readme,
+    "docs/modify_the_cell.md": after_guide,
+    "docs/trained_models.md": after_trained_models,
+}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras'

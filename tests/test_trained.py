@@ -233,21 +233,6 @@ def test_lines_are_bounded():
         list(read_texts(io.BytesIO(b"a\n123456\n").readline, longest=5))
 
 
-def test_the_programs_of_the_page_run(trained_run, tmp_path, capsys):
-    """As a user has them: a run in runs/x, and what export.py has made of it in exported."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "x").symlink_to(trained_run)
-    save_exported(load_run(trained_run), tmp_path / "exported", ("cpu",))
-    page = (ROOT / "docs" / "trained_models.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(block, {})
-    printed = capsys.readouterr().out.split()
-    whole, stream = (float(text.strip("[]")) for text in printed[-2:])
-    assert whole == pytest.approx(stream, rel=1e-4)
-
-
 # -- the epoch that is kept -----------------------------------------------------------------------
 
 
