@@ -248,7 +248,7 @@ def commands():
         text = (ROOT / page).read_text().replace("\\\n", " ")
         for script, installed, rest in re.findall(own, text):
             options = re.findall(r"(?<![\w-])--([a-z][a-z-]*)", rest.partition("  #")[0])
-            task = re.search(r"--task ([a-z0-9-]+)", rest)
+            task = re.search(r"--task ([a-z0-9-]+)(?![\w.:-])", rest)  # of a file's own: none
             name = " ".join((script or installed).split())
             found.add(Command(name, frozenset(options) - {"help"}, task and task[1]))
     return sorted(found, key=str)
