@@ -20,7 +20,7 @@ from lstmjax.traced import NoRule
 
 @dataclasses.dataclass(frozen=True)
 class CPU(Engine):
-    """Runs element-wise cells on a CPU in one function, forward and backward.
+    """Runs cells that have a step on a CPU in one function, forward and backward.
 
     The function multiplies, steps and, on the way back, adds up the gradients of the weights while
     the numbers are in the core's caches. It is compiled in a second or two for a cell and the
