@@ -3,9 +3,9 @@
     lstmjax inspect --run runs/x "I loved it, though the end was weak."
 
 Prints the probability and the text, each word coloured by its contribution, and writes look.html
-and look.png: contributions above gates, states and output of a layer, over the words. The name is
-not ``inspect.py``: that would take the place of Python's own module of that name in every other
-program of this folder.
+and look.png: contributions above gates, states and output of a layer, over the words. Its file in
+``experiments/`` is ``look.py``: ``inspect.py`` would take the place of Python's own module of that
+name in every other program there.
 """
 
 import dataclasses
