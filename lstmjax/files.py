@@ -7,7 +7,6 @@ process that holds it, however that ends.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -15,6 +14,13 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, NoReturn, TypeAlias
+
+from lstmjax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where cells and layers run and are checked, but nothing is written
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 TEMPORARY = ".tmp"
@@ -63,6 +69,7 @@ def publish(path: pathlib.Path, content: bytes | Callable[[IO[bytes]], object]) 
 @contextlib.contextmanager
 def _only_writer(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """The file, open to write and locked; whoever waited for its lock may find it renamed."""
+    _require_locks()
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
         with file:
@@ -159,6 +166,7 @@ def sync_tree(folder: pathlib.Path) -> None:
 
 def make_folder(path: pathlib.Path) -> None:
     """Make a folder and those above it, and let their names outlive a power cut."""
+    _require_locks()
     missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for made in missing:
@@ -172,6 +180,11 @@ def remove_tree(path: pathlib.Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.rename(path, hidden)
     shutil.rmtree(hidden if hidden.exists() else path, ignore_errors=True)
+
+
+def _require_locks() -> None:
+    if fcntl is None:
+        raise UserError("runs and data are written on Linux and macOS only: on Windows, use WSL")
 
 
 def _flock(number: int, how: int) -> None:
@@ -212,7 +225,9 @@ class Lock:
         Raises:
             Busy: another process has it, and ``wait`` is false.
             OSError: the folder cannot be written.
+            UserError: this system has no such locks.
         """
+        _require_locks()
         while self._file is None:
             self._path.parent.mkdir(exist_ok=True)
             number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -33,7 +33,16 @@ from lstmjax.cells import (
 )
 from lstmjax.errors import ContractError
 from lstmjax.precision import as_precision
-from lstmjax.recurrence import Derived, PallasGPU, PallasTPU, Scan, Workload, length_mask, unroll
+from lstmjax.recurrence import (
+    CPU,
+    Derived,
+    PallasGPU,
+    PallasTPU,
+    Scan,
+    Workload,
+    length_mask,
+    unroll,
+)
 from lstmjax.recurrence.gpu.plain import plain_kernel
 from lstmjax.recurrence.noise import Keys, row_keys
 from tests.tolerances import assert_close, recurrence_terms
@@ -42,6 +51,7 @@ pytestmark = pytest.mark.sampled(2)
 
 B, T, D, H = 4, 7, 3, 6
 ENGINES = {
+    "cpu": CPU(),
     "derived": Derived(chunk=3),
     "chunks": Derived(chunk=3, save="chunks"),
     "pallas_tpu": PallasTPU(interpret=True),

@@ -7,6 +7,7 @@
 import ast
 import email
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import os
@@ -248,6 +249,42 @@ def test_the_core_needs_no_extra():
         [sys.executable, "-c", HIDE + PROGRAM], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
+
+
+WINDOWS = """
+import os, sys
+
+sys.modules["fcntl"] = None
+for name in ("getuid", "O_CLOEXEC", "O_NONBLOCK", "sched_getaffinity"):
+    delattr(os, name)
+import jax, jax.numpy as jnp
+from lstmjax import LSTM, check_cell, unroll
+from lstmjax.errors import UserError
+from lstmjax.workbench import Config, train
+
+cell = LSTM(4)
+params = cell.init(jax.random.key(0), input_size=3)
+assert unroll(cell, params, jnp.ones((2, 5, 3)), engine="cpu")[0].shape == (2, 5, 4)
+assert check_cell(cell, speed=False, targets=()).ok
+try:
+    train(Config())
+except UserError as error:
+    assert "Linux and macOS only" in str(error), error
+else:
+    raise AssertionError("it trained")
+"""
+
+
+@pytest.mark.slow
+def test_what_is_left_where_there_are_no_locks(tmp_path):
+    """As on Windows: cells run, on every engine, and are checked; nothing is written."""
+    if importlib.util.find_spec("llvmlite") is None:
+        pytest.skip("no llvmlite")
+    run = subprocess.run(
+        [sys.executable, "-c", WINDOWS], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["predict", "check", "aot"])

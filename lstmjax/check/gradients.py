@@ -27,7 +27,7 @@ from lstmjax.check.problem import (
 from lstmjax.check.report import Failure
 from lstmjax.check.structure import other
 from lstmjax.check.subject import Subject, agree, allowed, value_name
-from lstmjax.recurrence import Associative, Engine, PallasGPU, PallasTPU, Workload
+from lstmjax.recurrence import CPU, Associative, Engine, PallasGPU, PallasTPU, Workload
 from lstmjax.recurrence.gpu.plain import plain_kernel
 
 LOST = 1e-3
@@ -84,7 +84,7 @@ def engines(subject: Subject) -> str:
         "cpu", problem.dtype, "float32", T, B, problem.features, training=training, resets=True
     )
     plain, names = problem.run(flags=MIXED), ["scan"]
-    own: tuple[Engine, ...] = (DERIVED, Associative())
+    own: tuple[Engine, ...] = (CPU(), DERIVED, Associative())
     for engine in own:
         if engine.refusal(cell, work) is None:
             agree(

@@ -92,7 +92,9 @@ def _missing() -> str | None:
     """Why no function can be made here at all."""
     try:
         from lstmjax.recurrence.cpu.calls import check_calls
-    except ImportError:
+    except ImportError as error:
+        if not (error.name or "").startswith(("llvmlite", "lstmjax")):
+            raise
         return 'llvmlite is not installed (pip install "lstmjax[cpu]")'
     try:
         check_calls()

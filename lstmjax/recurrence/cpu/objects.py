@@ -48,7 +48,7 @@ def kept_object(name: str, make: Callable[[], bytes]) -> bytes:
 
 def _folder() -> pathlib.Path | None:
     """Where objects are kept, made if it is not there; None where there is no safe place."""
-    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    if not jax.config.jax_enable_compilation_cache or not hasattr(os, "getuid"):  # type: ignore[attr-defined]
         return None
     try:
         folder = cache_folder() / "kernels"
@@ -56,6 +56,6 @@ def _folder() -> pathlib.Path | None:
         found = folder.stat()
     except (OSError, UserError):
         return None
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
         return None
     return folder
