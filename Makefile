@@ -54,7 +54,7 @@ docs: .venv-docs/ready  ## the site, build/site/index.html; a dead link, or a wa
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build $(ARGS) >build/site.log 2>&1 || { cat build/site.log; exit 1; }
 
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n auto --maxprocesses 4 tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
 
 test-newest: .venv-newest/ready  ## the kernels with the newest JAX: interpreted, and compiled for Hopper
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n auto --maxprocesses 4 tests/test_kernels_gpu.py \
