@@ -19,7 +19,8 @@ from tests import references, test_contract, test_every_cell, test_tasks
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+ENGINES = (ROOT / "docs" / "engines.md").read_text()  # where the page has its engine
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE + ENGINES, re.M | re.S)
 
 
 @pytest.fixture
@@ -27,9 +28,7 @@ def example(tmp_path):
     """Writes the block that has some words to a file."""
 
     def write(words, name):
-        (block,) = [
-            b for b in re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S) if words in b
-        ]
+        (block,) = [block for block in BLOCKS if words in block]
         (tmp_path / name).write_text(block)
         return tmp_path / name
 

@@ -3,7 +3,7 @@
 import inspect
 import pathlib
 import re
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ import lstmjax
 from lstmjax.cells import LSTM, Cell
 from lstmjax.errors import ContractError
 from lstmjax.layers import Bidirectional, Recurrent, Stack
-from lstmjax.recurrence import unroll
+from lstmjax.recurrence import ENGINES, unroll
+from lstmjax.recurrence.choice import EngineName
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -232,3 +233,7 @@ def test_the_signature_of_a_layer_names_what_it_hands_on():
 
 def test_it_is_marked_as_typed():
     assert (ROOT / "lstmjax" / "py.typed").exists()
+
+
+def test_flags_know_every_engine():
+    assert get_args(EngineName) == tuple(ENGINES)

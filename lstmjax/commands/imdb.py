@@ -53,6 +53,7 @@ from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine, Workload, choose_engine
+from lstmjax.recurrence.choice import EngineName
 from lstmjax.trained import ModelConfig, describe
 from lstmjax.training.command import (
     require_positive,
@@ -104,9 +105,7 @@ class Config:
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
-    engine: Literal["auto", "pallas_tpu", "pallas_gpu", "cpu", "associative", "derived", "scan"] = (
-        "auto"
-    )
+    engine: Literal["auto", EngineName] = "auto"
     """What runs the recurrence; auto takes the fastest that can run the cell, and says which."""
     seed: int = 0
     """Of parameters, order of batches and dropout; with --seeds the first of them."""

@@ -1,6 +1,7 @@
 """Which engine runs a cell: the one asked for, or the first that serves, and why."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 from lstmjax.cells.base import Cell
 from lstmjax.recurrence.associative import Associative
@@ -16,6 +17,9 @@ ENGINES: Mapping[str, Engine] = {
     for engine in (PallasTPU(), PallasGPU(), CPU(), Associative(), Derived(), Scan())
 }
 """Every engine in its default settings, the most wanted first."""
+
+EngineName = Literal["pallas_tpu", "pallas_gpu", "cpu", "associative", "derived", "scan"]
+"""Their names, for flags and type checkers."""
 
 
 def choose_engine(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lstmjax.errors import UserError
 from lstmjax.models import SequenceConfig
 from lstmjax.precision import Precision
+from lstmjax.recurrence.choice import EngineName
 from lstmjax.tasks import Adding, Task, load_task
 from lstmjax.training import Accelerator, OptimizerConfig, Viewer
 from lstmjax.training.command import require_positive, require_rate, require_seed, require_share
@@ -30,9 +31,7 @@ class Config:
     """Device to run on; auto takes the best there is."""
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
-    engine: Literal["auto", "pallas_tpu", "pallas_gpu", "cpu", "associative", "derived", "scan"] = (
-        "auto"
-    )
+    engine: Literal["auto", EngineName] = "auto"
     """What runs the recurrence; auto takes the fastest that can run the cell."""
     seed: int = 0
     """Of parameters, batches and dropout; with --seeds the first of them."""
