@@ -27,8 +27,7 @@ test: .venv/ready-test  ## the tests, but for those that are slow
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
 
 test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 200 random steps
-	$(RUN) -m pytest -n auto --maxprocesses 8 -m slow $(ARGS)
-	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)
+	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest -n auto --maxprocesses 8 -m slow $(ARGS)
 
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: an hour and a half
 	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_random_steps.py $(ARGS)

@@ -19,6 +19,7 @@ from tests.tolerances import assert_close, recurrence_terms
 
 B, T, D = 3, 4, 2
 EXAMPLES = int(os.environ.get("LSTMJAX_RANDOM_STEPS", "8"))
+pytestmark = [pytest.mark.slow] * ("LSTMJAX_RANDOM_STEPS" in os.environ)
 SHARDS = range(4)  # so that several processes share the work
 often = settings(
     max_examples=max(EXAMPLES // len(SHARDS), 1),
