@@ -13,7 +13,7 @@ two CPU devices), this test accuracy:
     notebook            86.58 ± 0.98 %  (85.52-88.02)
     notebook-dropout    84.39 ± 5.30 %  (75.04-87.82)
     conv                88.12 ± 0.66 %  (87.04-88.68)
-    default             88.08 ± 0.19 %  (87.86-88.35)
+    default             88.05 ± 0.24 %  (87.79-88.39)
 
 The README has the single runs. Those of the notebook recipes are with ``--word-ids frequency``.
 """
