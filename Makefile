@@ -57,7 +57,8 @@ test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real co
 
 test-newest: .venv-newest/ready  ## the kernels with the newest JAX: interpreted, and compiled for Hopper
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n auto --maxprocesses 4 tests/test_kernels_gpu.py \
-		tests/test_kernels_tpu.py tests/test_races_gpu.py tests/test_races_tpu.py tests/test_aot_gpu.py $(ARGS)
+		tests/test_kernels_tpu.py tests/test_races_gpu.py tests/test_races_tpu.py tests/test_aot_gpu.py \
+		tests/test_contract.py::test_explicit_sharding $(ARGS)
 
 bench: .venv/ready-bench  ## side by side with what a user would take instead
 	$(RUN) -m benchmarks $(ARGS)

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from lstmjax.memory import keep_freed_memory
 from lstmjax.recurrence.cpu.backward import emit_backward
@@ -305,11 +305,13 @@ class _Calls:
         calls, rows = self.axes(shapes)
 
         def lower(*args: Array) -> tuple[Array, ...]:
-            outs = self.run(*args)
-            if rows is None:
-                return outs
-            named = zip(self.kernel.results, outs, strict=True)
-            return tuple(a if what.rows else lax.psum(a, rows) for what, a in named)
+            # JAX 0.12 would mark what is one device's as spread over a mesh that is set.
+            with use_abstract_mesh(AbstractMesh((), ())):
+                outs = self.run(*args)
+                if rows is None:
+                    return outs
+                named = zip(self.kernel.results, outs, strict=True)
+                return tuple(a if what.rows else lax.psum(a, rows) for what, a in named)
 
         given, found = self.spread(mesh, calls, rows)
         return mesh, lower, found, given
