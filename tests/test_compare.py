@@ -13,10 +13,10 @@ import pytest
 
 from lstmjax import files, training
 from lstmjax.errors import UserError
+from lstmjax.training import NonFiniteLossError
 from lstmjax.workbench import compare as module
 from lstmjax.workbench.compare import Comparing, compare, units_for, units_of
 from lstmjax.workbench.rows import Row, outcome_of
-from lstmjax.workbench.run import Diverged
 
 TASK = "parity(length=4,updates=2,test_rows=32)"
 TINY = {"tasks": (TASK,), "epochs": 1, "batch_size": 8, "hidden_size": 3, "accelerator": "cpu"}
@@ -176,7 +176,7 @@ def test_runs_that_diverge_count_as_chance(monkeypatch):
 def test_a_cell_that_always_diverges_is_told(monkeypatch):
     def train(config):
         files.make_folder(config.run_dir)
-        raise Diverged("loss is nan")
+        raise NonFiniteLossError("loss is nan")
 
     monkeypatch.setattr(module, "train", train)
     (report,) = compare(Comparing(seeds=2, **TINY))

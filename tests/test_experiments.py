@@ -15,9 +15,9 @@ import jax
 import pytest
 
 from lstmjax.commands import cumsum, imdb, train
+from lstmjax.cores import usable_cores
 from lstmjax.recurrence import CPU, ENGINES, Derived
 from lstmjax.training.command import as_user_error, run_command
-from lstmjax.training.devices import usable_cores
 from lstmjax.workbench import config_of
 
 ROOT = pathlib.Path(__file__).parent.parent

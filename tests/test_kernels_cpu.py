@@ -674,7 +674,7 @@ def test_threads_share_the_rows(name, monkeypatch):
     case = SHARED[name]
     alone = solve("cpu", case)
     monkeypatch.setattr(cpu_calls, "_LEAST", 1)
-    monkeypatch.setattr(cpu_calls, "_cores", lambda: 3 * jax.local_device_count())
+    monkeypatch.setattr(cpu_calls, "usable_cores", lambda: 3 * jax.local_device_count())
     made = Kernel(job(case.cell, case), False, Machine.host())
     assert made.workers([jax.ShapeDtypeStruct((7, case.batch, 2), "float32")]) == min(
         3, case.batch // 16
@@ -690,7 +690,7 @@ def test_threads_share_the_rows(name, monkeypatch):
     [(16, 500, 64, 4), (2, 500, 64, 2), (1, 500, 64, 1), (16, 500, 31, 1), (16, 1, 64, 1)],
 )
 def test_as_many_workers_as_there_are_cores_and_rows(cores, steps, batch, workers, monkeypatch):
-    monkeypatch.setattr(cpu_calls, "_cores", lambda: cores * jax.local_device_count())
+    monkeypatch.setattr(cpu_calls, "usable_cores", lambda: cores * jax.local_device_count())
     case = Case(LSTM(100), features=32)
     made = Kernel(job(case.cell, case), False, Machine.host())
     assert made.workers([jax.ShapeDtypeStruct((steps, batch, 32), "float32")]) == workers

@@ -56,6 +56,7 @@ def test_the_installed_package_is_the_one_tested():
 
 # -- extras ---------------------------------------------------------------------------------------
 
+NAMED = {"sklearn": "scikit-learn"}  # where the package need not be installed
 BESIDE = {"llvmlite", "tensorboardX", "wandb"}  # asked for before they are imported
 
 
@@ -88,7 +89,7 @@ def test_every_import_is_of_the_core_or_of_the_extra_around_it():
         for module, around in optional_imports(path):
             if module in sys.stdlib_module_names or module in BESIDE | {"lstmjax"}:
                 continue
-            of = names(packages.get(module, [module]))
+            of = names(packages.get(module, [NAMED.get(module, module)]))
             if around is not None:
                 assert of & names(EXTRAS[around]), (path, module, around)
                 before.add(module)

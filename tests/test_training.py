@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lstmjax import cores as cores_of
 from lstmjax import memory, stopping, training
 from lstmjax.cells import LSTM, dropped
 from lstmjax.data import Batch, Batches, Dataset, Vocabulary
@@ -219,18 +220,18 @@ def test_cpu_quota(name, tmp_path):
     for path, text in {"proc/self/cgroup": groups, **files}.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text + "\n")
-    assert devices.cpu_quota(tmp_path) == cores
+    assert cores_of.cpu_quota(tmp_path) == cores
 
 
 def test_cpu_quota_where_there_are_no_control_groups(tmp_path):
-    assert devices.cpu_quota(tmp_path) == math.inf
+    assert cores_of.cpu_quota(tmp_path) == math.inf
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(2, 2), (1.5, 2), (0.5, 1), (64, 5), (math.inf, 5)])
 def test_the_smaller_of_affinity_and_quota_counts(monkeypatch, quota, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
-    monkeypatch.setattr(devices, "cpu_quota", lambda: quota)
-    assert devices.usable_cores() == cores
+    monkeypatch.setattr(cores_of, "cpu_quota", lambda: quota)
+    assert cores_of.usable_cores() == cores
 
 
 PAGES_ANEW = """

@@ -16,10 +16,10 @@ from lstmjax.cells import load_cell
 from lstmjax.data import words_of
 from lstmjax.errors import UserError
 from lstmjax.tasks import Adding, Characters, Demo, Parity, TextFile
+from lstmjax.training import NonFiniteLossError
 from lstmjax.training.checkpoint import Checkpoints
 from lstmjax.workbench import Replica, config_of, run, train
 from lstmjax.workbench.classes import classes_of
-from lstmjax.workbench.run import Diverged
 
 pytestmark = pytest.mark.usefixtures("as_for_users")
 
@@ -116,7 +116,7 @@ def test_learning_rates_are_a_further_axis():
 
 
 def test_where_all_diverge_it_is_told():
-    with pytest.raises(Diverged, match="ower --learning-rate"):
+    with pytest.raises(NonFiniteLossError, match="ower --learning-rate"):
         train(config("adding", learning_rates=(1e30, 1e31)))
 
 

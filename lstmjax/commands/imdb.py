@@ -51,9 +51,7 @@ from lstmjax.data import (
 )
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
-from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine, Workload, choose_engine
-from lstmjax.recurrence.choice import EngineName
 from lstmjax.trained import ModelConfig, describe
 from lstmjax.training.command import (
     require_positive,
@@ -62,7 +60,8 @@ from lstmjax.training.command import (
     require_share,
     run_command,
 )
-from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, replicas_of, table_of
+from lstmjax.workbench.config import RunConfig
+from lstmjax.workbench.rows import ACCURACY, Row, outcome_of, table_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,49 +88,18 @@ class DataConfig:
     """Which of IMDB's equally frequent words has the smaller id: that seen first, or that which the
     index published by Keras has first."""
     validation: float = 0.0
-    """Share of the training reviews to hold out; evaluated in place of the test split."""
+    """Share of the training reviews to hold out; evaluated in place of the test split. --keep-best
+    and --patience need it."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
     """Settings of one run."""
 
     recipe: Literal["notebook", "notebook-dropout", "conv", "default"] = "notebook"
     """Gives every other flag its default."""
-    cell: str = "LSTM"
-    """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell; with hyper-parameters, if any:
-    "path/to/file.py:MyCell(leak=0.1)"."""
-    accelerator: training.Accelerator = "auto"
-    """Device to run on; auto takes the best there is."""
-    precision: Precision = "float32"
-    """bfloat16: products in bfloat16, sums and states in float32."""
-    engine: Literal["auto", EngineName] = "auto"
-    """What runs the recurrence; auto takes the fastest that can run the cell, and says which."""
-    seed: int = 0
-    """Of parameters, order of batches and dropout; with --seeds the first of them."""
-    seeds: int = 1
-    """Train so many replicas side by side in one program, each equal to its single run."""
-    learning_rates: tuple[float, ...] = ()
-    """Train every seed with each of these, in the same program."""
     epochs: int = 3
     """Passes over the training reviews."""
-    run_dir: pathlib.Path | None = None
-    """Where the run is written; without it, a new folder under runs/."""
-    resume: bool = False
-    """Go on with the run in --run-dir; without it, the newest of this recipe, data, cell, seed."""
-    resume_or_start: bool = False
-    """The same if there is such a run, else start it: for schedulers, which repeat a command."""
-    checkpoint_every: int = 0
-    """Save every so many steps, besides each epoch's end; 0: not."""
-    keep: int = 2
-    """How many checkpoints stay."""
-    log: tuple[training.Viewer, ...] = ()
-    """Show the metrics in other viewers, too: tensorboard, wandb (offline); each is an extra."""
-    keep_best: bool = False
-    """The model that the run leaves is that of the epoch with the smallest validation loss, not the
-    last one; needs --validation."""
-    patience: int = 0
-    """End after so many epochs without a smaller validation loss; 0: not. Needs --validation."""
     repeat: pathlib.Path | None = None
     """Run again what this folder's run was asked for, and say whether the numbers are the same."""
     coordinator: str = ""
@@ -142,20 +110,6 @@ class Config:
     """Number of this process, from 0, where --coordinator is given."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
-    optimizer: training.OptimizerConfig = dataclasses.field(
-        default_factory=training.OptimizerConfig
-    )
-
-    @property
-    def replicas(self) -> tuple[Replica, ...]:
-        """The runs that this one is made of."""
-        rates = self.learning_rates or (self.optimizer.learning_rate,)
-        return replicas_of(self.seed, self.seeds, rates)
-
-    @property
-    def side_by_side(self) -> bool:
-        """Whether they are replicas in one program."""
-        return self.seeds > 1 or bool(self.learning_rates)
 
 
 CORPUS = {
@@ -479,7 +433,7 @@ def learn(
         masked=masked,
         replicas=[r.learning_rate / rate for r in config.replicas] if several else (),
     )
-    try:
+    with training.explained(cell):
         return training.fit(
             steps,
             SideBySide(train) if several else train,
@@ -494,12 +448,6 @@ def learn(
             keep_best=config.keep_best,
             patience=config.patience,
         )[1]
-    except training.NonFiniteLossError as error:
-        line = training.line_of_nan(cell)
-        raise UserError(f"{error}; not finite at {line}" if line else str(error)) from error
-    except training.Interrupted:
-        stopping.tell_saved()
-        raise
 
 
 def print_table(history: list[dict[str, Any]], name: str) -> None:

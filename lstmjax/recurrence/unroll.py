@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,21 @@ from lstmjax.traced import Size, vary_alike
 Padding = Literal["left", "right"]
 
 
+class _Options(TypedDict, total=False):
+    """What `unroll` takes by name, for type checkers: what it returns depends on one more."""
+
+    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None
+    padding: Padding
+    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None
+    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None
+    inputs: Mapping[str, Array] | None
+    keys: Keys | Array | None
+    reverse: bool
+    time_major: bool
+    precision: PrecisionLike
+    engine: str | Engine | None
+
+
 @overload
 def unroll(
     cell: Cell,
@@ -40,17 +55,8 @@ def unroll(
     x: Float[Array | np.ndarray, "*B T D"],
     initial: Carry | None = None,
     *,
-    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
-    padding: Padding = "right",
-    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
-    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
-    inputs: Mapping[str, Array] | None = None,
-    keys: Keys | Array | None = None,
-    reverse: bool = False,
-    time_major: bool = False,
     return_states: Literal[False] = False,
-    precision: PrecisionLike = "float32",
-    engine: str | Engine | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[Array, Carry[Any]]: ...
 
 
@@ -61,17 +67,8 @@ def unroll(
     x: Float[Array | np.ndarray, "*B T D"],
     initial: Carry | None = None,
     *,
-    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
-    padding: Padding = "right",
-    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
-    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
-    inputs: Mapping[str, Array] | None = None,
-    keys: Keys | Array | None = None,
-    reverse: bool = False,
-    time_major: bool = False,
     return_states: Literal[True],
-    precision: PrecisionLike = "float32",
-    engine: str | Engine | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[Array, Carry[Any], Any]: ...
 
 
@@ -82,17 +79,8 @@ def unroll(
     x: Float[Array | np.ndarray, "*B T D"],
     initial: Carry | None = None,
     *,
-    lengths: Int[Array | np.ndarray, " *rows"] | Sequence[int] | None = None,
-    padding: Padding = "right",
-    mask: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
-    resets: Bool[Array | np.ndarray, "*B T"] | Sequence[object] | None = None,
-    inputs: Mapping[str, Array] | None = None,
-    keys: Keys | Array | None = None,
-    reverse: bool = False,
-    time_major: bool = False,
     return_states: bool,
-    precision: PrecisionLike = "float32",
-    engine: str | Engine | None = None,
+    **options: Unpack[_Options],
 ) -> tuple[Array, Carry[Any]] | tuple[Array, Carry[Any], Any]: ...
 
 

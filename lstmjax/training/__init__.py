@@ -12,7 +12,7 @@ from lstmjax.training.devices import (
     simple_kernels,
 )
 from lstmjax.training.loop import Interrupted, NonFiniteLossError, best_epoch, evaluate, fit
-from lstmjax.training.nans import line_of_nan
+from lstmjax.training.nans import explained, line_of_nan
 from lstmjax.training.processes import join
 from lstmjax.training.repeat import compare, config_of
 from lstmjax.training.report import (
@@ -52,6 +52,7 @@ __all__ = [
     "draw_curves",
     "draw_models",
     "evaluate",
+    "explained",
     "fit",
     "join",
     "keep_compiled",

@@ -134,21 +134,15 @@ def fit(
             state, at = _beginning(steps, checkpoints, resume)
             _check_position(at, int(state.step), len(train), epochs)
             run.rewind(int(state.step), at.history, _logged(at, int(state.step), len(train)))
-            epoch_of = _Trainer(
+            trainer = _Trainer(
                 steps, train, mesh, seed, run, checkpoints, checkpoint_every, stop, score
             )
             while at.epoch < epochs:
                 if at.batch < len(train):  # else it was stopped while it was evaluated
-                    state, at = epoch_of.train(state, at, epochs)
+                    state, at = trainer.train(state, at, epochs)
                     checkpoints.save_later(copied(state), at)
-                if any_told(stop):
-                    checkpoints.wait()
-                    meet()
-                    raise Interrupted(stop.signal or signal.SIGTERM, run.path)
-                record = _record(at, int(state.step), len(train), score)
-                for name, batches in evaluations.items():
-                    sums = evaluate(steps, state.params, batches, mesh, name, stop)
-                    record |= means(name, sums, score, f"after epoch {at.epoch + 1}")
+                trainer.end_if_told()
+                record = trainer.measure(state, at, evaluations)
                 run.log(record)
                 at = Position(at.epoch + 1, history=(*at.history, record))
                 best = _best(at.history, judged) + 1 if judged else at.epoch
@@ -317,6 +311,23 @@ class _Trainer:
                 look_back()
             look_back(wait=True)
         return state, position(done)
+
+    def end_if_told(self) -> None:
+        """End the run, saved, if a signal has reached any of its processes."""
+        if any_told(self._stop):
+            self._checkpoints.wait()
+            meet()
+            raise Interrupted(self._stop.signal or signal.SIGTERM, self._run.path)
+
+    def measure(
+        self, state: TrainState, at: Position, evaluations: Mapping[str, Source]
+    ) -> dict[str, Figure]:
+        """The record of the epoch that ends at ``at``."""
+        record = _record(at, int(state.step), len(self._batches), self._score)
+        for name, batches in evaluations.items():
+            sums = evaluate(self._steps, state.params, batches, self._mesh, name, self._stop)
+            record |= means(name, sums, self._score, f"after epoch {at.epoch + 1}")
+        return record
 
 
 class _Meter:

@@ -1,14 +1,36 @@
 """Which line of a cell makes a number that is not finite."""
 
+import contextlib
 import inspect
 import traceback
+from collections.abc import Iterator
 
 import jax
 
+from lstmjax import stopping
 from lstmjax.cells import Cell
 from lstmjax.precision import make_dot
+from lstmjax.training.loop import Interrupted, NonFiniteLossError
 
 _SCALES = (1.0, 30.0)  # of ordinary inputs, and of such that saturate
+
+
+@contextlib.contextmanager
+def explained(cell: Cell) -> Iterator[None]:
+    """Around `fit`: what ends it says more.
+
+    Raises:
+        NonFiniteLossError: with the cell's line, where that is found.
+        Interrupted: after it was printed how to go on.
+    """
+    try:
+        yield
+    except NonFiniteLossError as error:
+        line = line_of_nan(cell)
+        raise NonFiniteLossError(f"{error}; not finite at {line}" if line else error) from error
+    except Interrupted:
+        stopping.tell_saved()
+        raise
 
 
 def line_of_nan(cell: Cell, features: int = 4, rows: int = 3, steps: int = 3) -> str | None:

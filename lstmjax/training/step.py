@@ -22,6 +22,7 @@ from jax.tree_util import KeyPath
 from jaxtyping import PRNGKeyArray, PyTree
 
 from lstmjax import stopping
+from lstmjax.cores import usable_cores
 from lstmjax.data import Batch
 from lstmjax.progress import Programs
 from lstmjax.recurrence import length_mask
@@ -33,7 +34,6 @@ from lstmjax.training.devices import (
     place,
     quick_compilation,
     replicated,
-    usable_cores,
 )
 from lstmjax.training.objective import CROSS_ENTROPY, Objective
 

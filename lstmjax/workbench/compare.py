@@ -27,12 +27,12 @@ from lstmjax.models import count_parameters
 from lstmjax.precision import Precision
 from lstmjax.shown import html_table
 from lstmjax.tasks import Metric
-from lstmjax.training import Accelerator
+from lstmjax.training import Accelerator, NonFiniteLossError
 from lstmjax.training.command import require_positive, require_seed
 from lstmjax.workbench.config import Config, config_of, require_rates
 from lstmjax.workbench.plots import draw_comparison
 from lstmjax.workbench.rows import Row, finite, summarized
-from lstmjax.workbench.run import Diverged, cell_name, make_model, settings_of, train
+from lstmjax.workbench.run import cell_name, make_model, settings_of, train
 
 __all__ = [
     "Comparing",
@@ -351,7 +351,7 @@ def _run_group(unit: Unit, group: range) -> None:
     try:
         with contextlib.redirect_stdout(log):
             train(asked)
-    except Diverged as error:
+    except NonFiniteLossError as error:
         files.publish_json(folder / DIVERGED, {"seeds": [*group], "error": str(error)})
     finally:
         if folder.exists():

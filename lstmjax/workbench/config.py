@@ -16,14 +16,10 @@ from lstmjax.training.command import require_positive, require_rate, require_see
 from lstmjax.workbench.rows import Replica, replicas_of
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of a run on any task."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every training run has."""
 
-    task: str = "adding"
-    """adding, characters, copy, cumsum, demo, digits, imdb, mnist1d, parity, recall, s5,
-    selective-copy; sequences or text: your own --file; or your own task, path/to/file.py:MyTask.
-    Gives every other flag its default."""
     cell: str = "LSTM"
     """LSTM, GRU, PeepholeLSTM, or your own: path/to/file.py:MyCell; with hyper-parameters, if any:
     "path/to/file.py:MyCell(leak=0.1)"."""
@@ -32,21 +28,18 @@ class Config:
     precision: Precision = "float32"
     """bfloat16: products in bfloat16, sums and states in float32."""
     engine: Literal["auto", EngineName] = "auto"
-    """What runs the recurrence; auto takes the fastest that can run the cell."""
+    """What runs the recurrence; auto takes the fastest that can run the cell, and says which."""
     seed: int = 0
     """Of parameters, batches and dropout; with --seeds the first of them."""
     seeds: int = 1
     """Train so many replicas side by side in one program, each equal to its single run."""
     learning_rates: tuple[float, ...] = ()
     """Train every seed with each of these, in the same program."""
-    epochs: int = 10
-    """How often it is evaluated; of a data set, passes over it."""
-    batch_size: int = 64
-    """Rows an update, over all devices together."""
     run_dir: pathlib.Path | None = None
     """Where the run is written; without it, a new folder under runs/."""
     resume: bool = False
-    """Go on with the run in --run-dir; without it, the newest of this task, cell, seed."""
+    """Go on with the run in --run-dir; without it, the newest of this task or recipe, data, cell
+    and seed."""
     resume_or_start: bool = False
     """The same if there is such a run, else start it: for schedulers, which repeat a command."""
     checkpoint_every: int = 0
@@ -56,14 +49,10 @@ class Config:
     log: tuple[Viewer, ...] = ()
     """Show the metrics in other viewers, too: tensorboard, wandb (offline); each is an extra."""
     keep_best: bool = False
-    """The model that the run leaves and tests is that of the epoch with the smallest validation
+    """The model that the run leaves, and tests, is that of the epoch with the smallest validation
     loss, not the last one."""
     patience: int = 0
     """End after so many epochs without a smaller validation loss; 0: not."""
-    sizes: Task = dataclasses.field(default_factory=Adding)
-    """The task's own."""
-    model: Any = dataclasses.field(default_factory=SequenceConfig)
-    """Of the model around the cell."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
 
     @property
@@ -76,6 +65,24 @@ class Config:
     def side_by_side(self) -> bool:
         """Whether they are replicas in one program, be it one alone."""
         return self.seeds > 1 or bool(self.learning_rates)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of a run on any task."""
+
+    task: str = "adding"
+    """adding, characters, copy, cumsum, demo, digits, imdb, mnist1d, parity, recall, s5,
+    selective-copy; sequences or text: your own --file; or your own task, path/to/file.py:MyTask.
+    Gives every other flag its default."""
+    epochs: int = 10
+    """How often it is evaluated; of a data set, passes over it."""
+    batch_size: int = 64
+    """Rows an update, over all devices together."""
+    sizes: Task = dataclasses.field(default_factory=Adding)
+    """The task's own."""
+    model: Any = dataclasses.field(default_factory=SequenceConfig)
+    """Of the model around the cell."""
 
     def alone(self, replica: Replica) -> "Config":
         """What the single run is asked for that a replica equals."""

@@ -38,10 +38,6 @@ EVALUATION_BATCHES = 4
 """Times the rows of a training batch that are evaluated at once."""
 
 
-class Diverged(UserError):
-    """No run's loss is finite any more."""
-
-
 def train(config: Config, cell: Cell | None = None) -> list[Row]:
     """Train what ``config`` asks for, print, and leave a run folder.
 
@@ -178,7 +174,7 @@ def learn(
     """Train, evaluating on validation data; then measure on test data, once."""
     replicas, several = config.replicas, config.side_by_side
     score = config.sizes.objective.score
-    try:
+    with training.explained(cell):
         state, history = training.fit(
             steps,
             SideBySide(sources["train"]) if several else sources["train"],
@@ -203,12 +199,6 @@ def learn(
             name: training.evaluate(steps, state.params, source, mesh, name)
             for name, source in tests.items()
         }
-    except training.NonFiniteLossError as error:
-        line = training.line_of_nan(cell)
-        raise Diverged(f"{error}; not finite at {line}" if line else str(error)) from error
-    except training.Interrupted:
-        stopping.tell_saved()
-        raise
     figures = {name: last[name] for name in (f"validation_{score}", "validation_loss")}
     for name, sums in found.items():
         figures |= means(name, sums, score, "at the end")

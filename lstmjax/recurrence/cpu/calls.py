@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from lstmjax.cores import usable_cores
 from lstmjax.memory import keep_freed_memory
 from lstmjax.recurrence.cpu.backward import emit_backward
 from lstmjax.recurrence.cpu.builder import PTR, Builder
@@ -48,15 +48,6 @@ _LEAST = 10**7
 
 _LOCK = threading.Lock()
 _TARGETS: dict[str, Target] = {}
-
-
-@functools.cache
-def _cores() -> int:
-    """Those that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 @functools.cache
@@ -200,8 +191,8 @@ class Kernel:
         layout = self.layout
         depth = max(layout.depth(kind) for kind in layout.kinds)
         work = steps * batch * layout.numbers * depth
-        most = min(_cores() // jax.local_device_count("cpu"), batch // _FEWEST, work // _LEAST)
-        return max(1, most)
+        cores = usable_cores() // jax.local_device_count("cpu")
+        return max(1, min(cores, batch // _FEWEST, work // _LEAST))
 
     def _sizes(self, args: Sequence[Any]) -> tuple[int, int]:
         first, batch = args[0].shape[:2]
