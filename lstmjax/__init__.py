@@ -91,7 +91,13 @@ if TYPE_CHECKING:
     )
     from lstmjax.recurrence.noise import row_keys
     from lstmjax.recurrence.unroll import length_mask, unroll  # mypy: else it is the module
-    from lstmjax.trained import ModelConfig, TrainedModel, load_run
+    from lstmjax.trained import (
+        ModelConfig,
+        SequenceModelConfig,
+        TrainedModel,
+        TrainedSequences,
+        load_run,
+    )
 
     __version__: str
 
@@ -146,10 +152,12 @@ __all__ = [
     "RecurrentDropoutLSTM",
     "ResetFirstGRU",
     "Scan",
+    "SequenceModelConfig",
     "SimpleRNN",
     "Stack",
     "Tagger",
     "TrainedModel",
+    "TrainedSequences",
     "VariationalLSTM",
     "WeightDropLSTM",
     "Workload",

@@ -29,7 +29,8 @@ from lstmjax.data.vocabulary import FIRST_WORD, START, UNKNOWN
 from lstmjax.errors import StorageError, UserError, extra, first_line, reason
 from lstmjax.layers import Recurrent
 from lstmjax.models import Classifier
-from lstmjax.trained import VOCABULARY, TrainedModel, build, probabilities
+from lstmjax.recurrence import length_mask
+from lstmjax.trained import VOCABULARY, TrainedModel, TrainedSequences, build, of_texts, shares
 
 __all__ = [
     "PLATFORMS",
@@ -55,22 +56,26 @@ class Program(NamedTuple):
     shapes: str
 
 
-def export_classifier(model: TrainedModel, platforms: Sequence[str] = PLATFORMS) -> Program:
+def export_classifier(
+    model: TrainedModel | TrainedSequences, platforms: Sequence[str] = PLATFORMS
+) -> Program:
     """The classifier of whole texts, for any number of texts of any length.
 
     Where a cell cannot be traced so, the length is ``max_length``, and if need be there is one row.
 
     Args:
-        model: what `lstmjax.load_run` gave.
+        model: what `lstmjax.load_run` gave, of texts.
         platforms: devices, by JAX's names.
 
     Raises:
         UserError: it cannot be exported for these platforms.
     """
+    model = of_texts(model)
     module, masked = _portable(model), model.masked
 
     def classify(ids: Array, *lengths: Array) -> Array:
-        return probabilities(module, ids, *(lengths or (None,)))
+        mask = length_mask(lengths[0], ids.shape[1]) if lengths else None
+        return shares(module(ids, mask), model.config)
 
     def wanted(dims: str) -> list[PyTree]:
         b, t = jax.export.symbolic_shape(dims)
@@ -82,19 +87,20 @@ def export_classifier(model: TrainedModel, platforms: Sequence[str] = PLATFORMS)
 
 
 def export_stream(
-    model: TrainedModel, platforms: Sequence[str] = PLATFORMS
+    model: TrainedModel | TrainedSequences, platforms: Sequence[str] = PLATFORMS
 ) -> tuple[Program, Program]:
     """The model word by word: what makes the first carry, and the step.
 
     After each word the probabilities are those of the text so far.
 
     Args:
-        model: what `lstmjax.load_run` gave.
+        model: what `lstmjax.load_run` gave, of texts.
         platforms: devices, by JAX's names.
 
     Raises:
         UserError: the model needs more than the words so far, or it cannot be exported.
     """
+    model = of_texts(model)
     module = _portable(model)
     if problem := _no_stream(model):
         raise UserError(f"{model.path} cannot go word by word: {problem}")
@@ -105,8 +111,7 @@ def export_stream(
 
     def step(carry: tuple[Array, ...], ids: Array) -> tuple[tuple[Array, ...], Array]:
         after, logits = _next(module, jax.tree.unflatten(treedef, carry), ids)
-        shares = jax.nn.sigmoid(logits) if logits.ndim == 1 else jax.nn.softmax(logits, axis=-1)
-        return tuple(jax.tree.leaves(after)), shares
+        return tuple(jax.tree.leaves(after)), shares(logits, model.config)
 
     def of_begin(dims: str) -> list[PyTree]:
         return [jax.ShapeDtypeStruct(jax.export.symbolic_shape(dims), jnp.int32)]
@@ -122,12 +127,14 @@ def export_stream(
 
 
 def save_exported(
-    model: TrainedModel, folder: str | pathlib.Path, platforms: Sequence[str] = PLATFORMS
+    model: TrainedModel | TrainedSequences,
+    folder: str | pathlib.Path,
+    platforms: Sequence[str] = PLATFORMS,
 ) -> dict[str, Any]:
     """Write the programs of a model, and what one needs to call them, to a folder.
 
     Args:
-        model: what `lstmjax.load_run` gave.
+        model: what `lstmjax.load_run` gave, of texts.
         folder: made if it is missing; files of the same names in it are replaced.
         platforms: devices, by JAX's names.
 
@@ -141,6 +148,7 @@ def save_exported(
     with extra("train"):
         import flatbuffers  # noqa: F401  # JAX writes with it
 
+    model = of_texts(model)
     path, config = pathlib.Path(folder), model.config
     programs = {"classify": export_classifier(model, platforms)}
     no_stream = _no_stream(model)
@@ -152,7 +160,11 @@ def save_exported(
         "shapes": {name: f"({program.shapes})" for name, program in programs.items()},
         "stream": no_stream or True,
         "classes": [*config.classes],
-        "probabilities": "of the second class" if config.num_outputs == 1 else "of each class",
+        "probabilities": (
+            ("of the second class" if config.num_outputs == 1 else "of each class")
+            if config.classes
+            else "none: numbers"
+        ),
         "max_length": config.max_length,
         "padding": "zeros behind; lengths tell" if model.masked else "zeros in front",
         "tokenizer": config.tokenizer.rpartition(":")[2],

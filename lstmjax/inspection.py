@@ -33,7 +33,7 @@ from lstmjax.layers.stack import stages
 from lstmjax.precision import make_dot
 from lstmjax.recurrence import length_mask
 from lstmjax.traced import INLINED, AsTraced, Value, bind_as_traced, callee, trace
-from lstmjax.trained import Text, TrainedModel
+from lstmjax.trained import Text, TrainedModel, TrainedSequences, of_texts
 
 __all__ = [
     "Look",
@@ -87,21 +87,29 @@ class Look(NamedTuple):
 
 
 def look(
-    model: TrainedModel, text: Text, *, layer: int = 0, backward: bool = False, points: int = 64
+    model: TrainedModel | TrainedSequences,
+    text: Text,
+    *,
+    layer: int = 0,
+    backward: bool = False,
+    points: int = 64,
 ) -> Look:
     """What a model makes of a text, word by word.
 
     Args:
-        model: what `lstmjax.load_run` gave.
+        model: what `lstmjax.load_run` gave, of texts.
         text: any text.
         layer: number of the recurrent layer whose gates are shown; negative ones from the top.
         backward: the direction, of a bidirectional layer.
         points: at which the gradient is taken, by Gauss and Legendre.
 
     Raises:
-        UserError: there is no such layer.
+        UserError: there is no such layer, or the model predicts numbers.
     """
+    model = of_texts(model)
     number, name = _layer(model, layer, backward)
+    if not model.config.classes:
+        raise UserError(f"{model.path} predicts numbers; contributions are to the logit of a class")
     known = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     ids = model.encode(known)
     words = [START_WORD, *model.vocabulary.tokenizer(known)][-len(ids) :]

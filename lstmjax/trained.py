@@ -4,7 +4,7 @@ Beside its checkpoints, which are for going on, a run folder holds what the mode
 
     model.json            how to build it, and how texts come to it: `ModelConfig`
     params.safetensors    its parameters, by name
-    vocabulary.txt        its words, one a line, the first of them with id 4
+    vocabulary.txt        of texts its words, one a line, the first of them with id 4
     cell.py               the file of a user's cell
     tokenizer.py          the file of a user's tokenizer
 
@@ -16,13 +16,14 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int, Int32, PyTree
+from jaxtyping import Float, Int32, PyTree
+from numpy.typing import ArrayLike
 
 from lstmjax import files
 from lstmjax.cells import Cell, CellSpec, load_cell
@@ -30,7 +31,13 @@ from lstmjax.data.tokenizers import load_tokenizer
 from lstmjax.data.vocabulary import FIRST_WORD, Vocabulary
 from lstmjax.errors import StorageError, UserError, first_line, reason
 from lstmjax.interop import read_safetensors
-from lstmjax.models import Classifier, ClassifierConfig, set_parameters
+from lstmjax.models import (
+    Classifier,
+    ClassifierConfig,
+    SequenceConfig,
+    SequenceModel,
+    set_parameters,
+)
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine, length_mask
 from lstmjax.training.repeat import filled
@@ -38,7 +45,9 @@ from lstmjax.training.report import CELL, PARAMS, RunFolder, as_dict
 
 __all__ = [
     "ModelConfig",
+    "SequenceModelConfig",
     "TrainedModel",
+    "TrainedSequences",
     "load_run",
 ]
 
@@ -48,7 +57,8 @@ TOKENIZER = "tokenizer.py"
 MAX_BYTES = 2**34
 Text = str | bytes
 """A text; bytes are read as UTF-8, and what is none becomes U+FFFD."""
-_ROWS = 64  # texts a call
+Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_ROWS = 64  # a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +72,7 @@ class ModelConfig:
     num_outputs: int = 1
     """Logits a text: 1, or one a class."""
     classes: tuple[str, ...] = ("negative", "positive")
-    """What the labels 0, 1, ... are called."""
+    """What the labels 0, 1, ... are called; none: the answers are numbers."""
     precision: Precision = "float32"
     """Of the products."""
     max_length: int = 500
@@ -77,24 +87,57 @@ class ModelConfig:
     """How texts are split into words: keras, words, or ``tokenizer.py:function``."""
 
 
-def describe(run: RunFolder, config: ModelConfig, vocabulary: Vocabulary) -> None:
-    """Write into a run's folder what `load_run` needs beside the parameters.
+@dataclasses.dataclass(frozen=True)
+class SequenceModelConfig:
+    """How to build a run's model of sequences again."""
+
+    cell: str = "LSTM"
+    """A built-in cell, or ``cell.py:MyCell``, with hyper-parameters, if any."""
+    sequence: SequenceConfig = dataclasses.field(default_factory=SequenceConfig)
+    """Sizes."""
+    tokens: int = 0
+    """How many ids there are; 0: it sees features."""
+    features: int = 1
+    """Features of a step, if there are no ids."""
+    per_step: bool = False
+    """Answers at every step, or one a sequence."""
+    num_outputs: int = 1
+    """Outputs of an answer: 1, or one a class."""
+    classes: tuple[str, ...] = ()
+    """What the labels 0, 1, ... are called; none: the answers are numbers."""
+    precision: Precision = "float32"
+    """Of the products."""
+    data: str = ""
+    """What it was trained on."""
+
+
+def describe_texts(run: RunFolder, config: ModelConfig, vocabulary: Vocabulary) -> None:
+    """Write into a run's folder what `load_run` needs of texts beside the parameters.
 
     Raises:
         StorageError: it cannot be written.
     """
     words = vocabulary.words[: config.classifier.top_words - FIRST_WORD]
-    cell = CellSpec.parse(config.cell).within(CELL)
     path, _, function = config.tokenizer.rpartition(":")
     if path:
         run.write_bytes(TOKENIZER, pathlib.Path(path).read_bytes())
         config = dataclasses.replace(config, tokenizer=f"{TOKENIZER}:{function}")
     run.write_bytes(VOCABULARY, "\n".join(words).encode("utf-8", "surrogatepass"))
-    run.write(MODEL, as_dict(dataclasses.replace(config, cell=cell, words=len(words))))
+    describe(run, dataclasses.replace(config, words=len(words)))
 
 
-def load_run(folder: str | pathlib.Path) -> "TrainedModel":
-    """The trained model of a run.
+def describe(run: RunFolder, config: ModelConfig | SequenceModelConfig) -> None:
+    """Write into a run's folder how its model is built.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    cell = CellSpec.parse(config.cell).within(CELL)
+    run.write(MODEL, as_dict(dataclasses.replace(config, cell=cell)))
+
+
+def load_run(folder: str | pathlib.Path) -> "TrainedModel | TrainedSequences":
+    """The trained model of a run: of texts, or of sequences.
 
     Args:
         folder: the run folder, ``runs/<name>``. If it holds ``cell.py``, that is run.
@@ -109,22 +152,36 @@ def load_run(folder: str | pathlib.Path) -> "TrainedModel":
         print(model.predict(["I loved every minute of it.", "A waste of time."]))
     """
     path = pathlib.Path(folder)
-    config = _read(
-        path / MODEL, lambda f: filled(ModelConfig(), files.as_object(files.read_json(f)), path)
+    found = _read(path / MODEL, lambda f: files.as_object(files.read_json(f)))
+    if "sequence" not in found:
+        return _texts(path, _read(path / MODEL, lambda _: filled(ModelConfig(), found, path)))
+    config = _read(path / MODEL, lambda _: filled(SequenceModelConfig(), found, path))
+    cell = _cell(path, config.cell, config.sequence.hidden_size)
+    return TrainedSequences(
+        path, config, _with_parameters(path, lambda: build_sequences(config, cell))
     )
-    spec = CellSpec.parse(config.cell)
-    if spec.path not in ("", CELL):
-        raise UserError(f"{path / MODEL} names the cell {config.cell!r}, which is not in {path}")
+
+
+def of_texts(model: "TrainedModel | TrainedSequences") -> "TrainedModel":
+    """The model, where nothing but a model of texts will do.
+
+    Raises:
+        UserError: it is a model of sequences.
+    """
+    if isinstance(model, TrainedModel):
+        return model
+    raise UserError(f"{model.path} holds a model of sequences; this is for models of texts")
+
+
+def _texts(path: pathlib.Path, config: ModelConfig) -> "TrainedModel":
     words = _read(path / VOCABULARY, _words)
     if len(words) != config.words:
         raise UserError(
             f"{path / VOCABULARY} has {len(words)} words, but the run had {config.words}: put a "
             "copy of it back, or train again"
         )
-    cell = load_cell(spec.within(str(path / CELL)), config.classifier.hidden_size)
-    module = _read(path / MODEL, lambda _: build(config, cell))
-    named = _read(path / PARAMS, read_safetensors)
-    _read(path / PARAMS, lambda _: set_parameters(module, named))
+    cell = _cell(path, config.cell, config.classifier.hidden_size)
+    module = _with_parameters(path, lambda: build(config, cell))
     own, _, function = config.tokenizer.rpartition(":")
     if own not in ("", TOKENIZER):
         raise UserError(f"{path / MODEL} names a tokenizer in {own!r}, which is not in {path}")
@@ -132,32 +189,69 @@ def load_run(folder: str | pathlib.Path) -> "TrainedModel":
     return TrainedModel(path, config, module, Vocabulary(words, tokenizer))
 
 
+def _cell(path: pathlib.Path, name: str, hidden_size: int) -> Cell:
+    """The cell of a run: a built-in one, or that of the run's own file."""
+    spec = CellSpec.parse(name)
+    if spec.path not in ("", CELL):
+        raise UserError(f"{path / MODEL} names the cell {name!r}, which is not in {path}")
+    return load_cell(spec.within(str(path / CELL)), hidden_size)
+
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+
+
+def _with_parameters(path: pathlib.Path, make: Callable[[], ModuleT]) -> ModuleT:
+    """The module of a run, with the parameters of the run."""
+    module = _read(path / MODEL, lambda _: make())
+    named = _read(path / PARAMS, read_safetensors)
+    _read(path / PARAMS, lambda _: set_parameters(module, named))
+    return module
+
+
 def build(config: ModelConfig, cell: Cell, engine: str | Engine | None = None) -> Classifier:
-    """The classifier, its parameters mere shapes.
+    """The classifier of texts, its parameters mere shapes.
 
     Raises:
         ValueError: settings that cannot be.
     """
-    known = {"padding": ("bucketed", "front"), "precision": ("float32", "bfloat16")}
-    for name, values in known.items():
-        if getattr(config, name) not in values:
-            raise ValueError(f"its {name} is {getattr(config, name)!r}")
+    if config.padding not in ("bucketed", "front"):
+        raise ValueError(f"its padding is {config.padding!r}")
     if not 0 < config.max_length <= 2**24:
         raise ValueError(f"its max_length is {config.max_length}")
-    if len(config.classes) != max(2, config.num_outputs):
-        raise ValueError(f"it has {config.num_outputs} outputs for {len(config.classes)} classes")
+    settings = _settings(config, engine)
+    return nnx.eval_shape(lambda: Classifier(cell, config.classifier, **settings, rngs=nnx.Rngs(0)))
 
-    def make() -> Classifier:
-        return Classifier(
-            cell,
-            config.classifier,
-            num_outputs=config.num_outputs,
-            precision=config.precision,
-            engine=engine,
-            rngs=nnx.Rngs(0),
-        )
 
-    return nnx.eval_shape(make)
+def build_sequences(config: SequenceModelConfig, cell: Cell) -> SequenceModel:
+    """The model of sequences, its parameters mere shapes.
+
+    Raises:
+        ValueError: settings that cannot be.
+    """
+    for name in ("tokens", "features"):
+        if not 0 <= getattr(config, name) <= 2**31:
+            raise ValueError(f"its {name} is {getattr(config, name)}")
+    sizes = {name: getattr(config, name) for name in ("tokens", "features", "per_step")}
+    settings = _settings(config, None)
+    return nnx.eval_shape(
+        lambda: SequenceModel(cell, config.sequence, **sizes, **settings, rngs=nnx.Rngs(0))
+    )
+
+
+class _Settings(TypedDict):
+    num_outputs: int
+    precision: Precision
+    engine: str | Engine | None
+
+
+def _settings(config: ModelConfig | SequenceModelConfig, engine: str | Engine | None) -> _Settings:
+    """What models of both kinds have, checked."""
+    if config.precision not in ("float32", "bfloat16"):
+        raise ValueError(f"its precision is {config.precision!r}")
+    outputs, classes = config.num_outputs, len(config.classes)
+    if classes not in (0, max(2, outputs)):
+        raise ValueError(f"it has {outputs} outputs for {classes} classes")
+    return {"num_outputs": outputs, "precision": config.precision, "engine": engine}
 
 
 def _words(path: pathlib.Path) -> tuple[str, ...]:
@@ -190,7 +284,7 @@ def _read(path: pathlib.Path, read: Callable[[pathlib.Path], ReadT]) -> ReadT:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A classifier of texts with its vocabulary.
+    """A model of texts with its vocabulary.
 
     Attributes:
         path: the run folder.
@@ -206,7 +300,8 @@ class TrainedModel:
 
     def __repr__(self) -> str:
         config = self.config
-        return f"TrainedModel({config.cell}, {config.data}, {', '.join(config.classes)})"
+        answers = ", ".join(config.classes) or "numbers"
+        return f"TrainedModel({config.cell}, {config.data}, {answers})"
 
     @property
     def masked(self) -> bool:
@@ -228,7 +323,8 @@ class TrainedModel:
     ) -> Float[np.ndarray, " N"] | Float[np.ndarray, "N K"]:
         """Probability of the second class (``"positive"``), ``(N,)``; of K classes, ``(N, K)``.
 
-        The same for a text whatever others are with it, to rounding.
+        Of a model of numbers, the numbers. The same for a text whatever others are with it, to
+        rounding.
 
         Args:
             texts: any number of texts of any length; one alone is as good as a list of one.
@@ -238,12 +334,11 @@ class TrainedModel:
 
     def predict_ids(self, rows: Sequence[np.ndarray]) -> Float[np.ndarray, "N ..."]:
         """As `predict`, of ids, of which the last ``max_length`` count."""
-        width = self.config.num_outputs
-        found = np.zeros((len(rows), width) if width > 1 else len(rows), np.float32)
         kept = [np.asarray(row, np.int32)[-self.config.max_length :] for row in rows]
-        for order, ids, lengths in self.batches(kept):
-            found[order] = np.asarray(self._compiled(ids, lengths))[: len(order)]
-        return found
+        batches = self.batches(kept)
+        found = _in_order(len(kept), ((chosen, self._answer(ids, n)) for chosen, ids, n in batches))
+        width = self.config.num_outputs
+        return np.array(found, np.float32).reshape(len(kept), *([width] if width > 1 else []))
 
     def batches(
         self, rows: Sequence[np.ndarray]
@@ -253,44 +348,137 @@ class TrainedModel:
         Both sizes are powers of two, up to 64 rows and ``max_length`` steps.
         """
         longest = self.config.max_length
-        order = np.argsort([len(row) for row in rows], kind="stable")
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
-            lengths = [len(rows[n]) for n in chosen]
-            steps = min(_power(max(16, *lengths)), longest) if self.masked else longest
-            ids = np.zeros((_power(len(chosen)), steps), np.int32)
-            for line, n in zip(ids, chosen, strict=False):
-                line[slice(len(rows[n])) if self.masked else slice(steps - len(rows[n]), None)] = (
-                    rows[n]
-                )
-            lengths += [0] * (len(ids) - len(chosen))
-            yield chosen, ids, np.array(lengths, np.int32)
+        for chosen, ids, lengths in padded_rows(rows):
+            if self.masked:
+                yield chosen, ids[:, :longest], lengths
+                continue
+            whole = np.zeros((len(ids), longest), np.int32)
+            for line, row, length in zip(whole, ids, lengths, strict=True):
+                line[longest - length :] = row[:length]
+            yield chosen, whole, lengths
 
     @functools.cached_property
-    def _compiled(self) -> Callable[[np.ndarray, np.ndarray], Array]:
-        graphdef, params = nnx.split(self.module, nnx.Param)
+    def _answer(self) -> Answer:
         masked = self.masked
 
-        @jax.jit
-        def run(params: PyTree, ids: Array, lengths: Array) -> Array:
-            return probabilities(nnx.merge(graphdef, params), ids, lengths if masked else None)
+        def answer(module: Classifier, ids: Array, lengths: Array) -> Array:
+            mask = length_mask(lengths, ids.shape[1]) if masked else None
+            return shares(module(ids, mask), self.config)
 
-        return lambda ids, lengths: run(params, ids, lengths)
+        return _compiled(self.module, answer)
 
 
-def probabilities(
-    module: Classifier, ids: Int[Array, "B T"], lengths: Int[Array, " B"] | None
-) -> Float[Array, "..."]:
-    """Probability of the second class, ``(B,)``, or of each, ``(B, K)``.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedSequences:
+    """A model of sequences.
 
-    Args:
-        module: the classifier.
-        ids: padded behind.
-        lengths: of the rows; None shows the padding to the model.
+    Attributes:
+        path: the run folder.
+        config: how it is built.
+        module: the Flax (NNX) module, its parameters those of the run.
     """
-    mask = None if lengths is None else length_mask(lengths, ids.shape[1])
-    logits = module(ids, mask)
-    return jax.nn.sigmoid(logits) if logits.ndim == 1 else jax.nn.softmax(logits, axis=-1)
+
+    path: pathlib.Path
+    config: SequenceModelConfig
+    module: SequenceModel
+
+    def __repr__(self) -> str:
+        config = self.config
+        answers = ", ".join(config.classes) or "numbers"
+        return f"TrainedSequences({config.cell}, {config.data}, {answers})"
+
+    def predict(self, rows: Iterable[ArrayLike]) -> np.ndarray | list[np.ndarray]:
+        """Probability of the second class, ``(N,)``; of K classes, ``(N, K)``; or the numbers.
+
+        Of a model that answers at every step a list, an array ``(T,)`` or ``(T, K)`` a row. The
+        same for a row whatever others are with it, to rounding.
+
+        Args:
+            rows: sequences of any length, each of features ``(T, D)``, with one feature or for ids
+                ``(T,)``.
+
+        Raises:
+            ValueError: a row is of another shape, or holds an id that there is none of.
+        """
+        known = [self._checked(number, row) for number, row in enumerate(rows)]
+        batches = padded_rows(known)
+        found = _in_order(len(known), ((chosen, self._answer(x, n)) for chosen, x, n in batches))
+        if self.config.per_step:
+            return [answer[: len(row)] for answer, row in zip(found, known, strict=True)]
+        width = self.config.num_outputs
+        return np.array(found, np.float32).reshape(len(known), *([width] if width > 1 else []))
+
+    def _checked(self, number: int, given: ArrayLike) -> np.ndarray:
+        config, row = self.config, np.asarray(given)
+        if not config.tokens and row.ndim == 1 and config.features == 1:
+            row = row[:, None]
+        of_a_step = () if config.tokens else (config.features,)
+        if row.shape != (len(row) if row.ndim else 0, *of_a_step) or not len(row):
+            wanted = "ids (T,)" if config.tokens else f"(T, {config.features})"
+            raise ValueError(f"row {number} is {row.dtype}{[*row.shape]}; this model sees {wanted}")
+        if not config.tokens:
+            return row.astype(np.float32)
+        if row.dtype.kind not in "iu" or row.min() < 0 or row.max() >= config.tokens:
+            raise ValueError(f"row {number} must hold ids from 0 to {config.tokens - 1}")
+        return row.astype(np.int32)
+
+    @functools.cached_property
+    def _answer(self) -> Answer:
+        def answer(module: SequenceModel, x: Array, lengths: Array) -> Array:
+            return shares(module(x, length_mask(lengths, x.shape[1])), self.config)
+
+        return _compiled(self.module, answer)
+
+
+def _compiled(module: nnx.Module, answer: Callable[[Any, Array, Array], Array]) -> Answer:
+    graphdef, params = nnx.split(module, nnx.Param)
+
+    @jax.jit
+    def run(params: PyTree, x: Array, lengths: Array) -> Array:
+        return answer(nnx.merge(graphdef, params), x, lengths)
+
+    return lambda x, lengths: np.asarray(run(params, x, lengths))
+
+
+def shares(
+    outputs: Float[Array, "..."], config: ModelConfig | SequenceModelConfig
+) -> Float[Array, "..."]:
+    """What a model's outputs say: probability of the second class, or of each of K, or numbers.
+
+    >>> shares(jax.numpy.zeros(2), ModelConfig()).tolist()
+    [0.5, 0.5]
+    """
+    if not config.classes:
+        return outputs
+    return jax.nn.sigmoid(outputs) if config.num_outputs == 1 else jax.nn.softmax(outputs, axis=-1)
+
+
+def padded_rows(
+    rows: Sequence[np.ndarray],
+) -> Iterator[tuple[np.ndarray, np.ndarray, Int32[np.ndarray, " B"]]]:
+    """Rows of similar length together, padded behind, with their numbers and lengths.
+
+    Both sizes are powers of two, up to 64 rows, so that there are few shapes to compile.
+    """
+    order = np.argsort([len(row) for row in rows], kind="stable")
+    for start in range(0, len(order), _ROWS):
+        chosen = order[start : start + _ROWS]
+        lengths = np.zeros(_power(len(chosen)), np.int32)
+        lengths[: len(chosen)] = [len(rows[n]) for n in chosen]
+        shape = (len(lengths), _power(max(16, int(lengths.max()))), *rows[chosen[0]].shape[1:])
+        padded = np.zeros(shape, rows[chosen[0]].dtype)
+        for line, n in zip(padded, chosen, strict=False):
+            line[: len(rows[n])] = rows[n]
+        yield chosen, padded, lengths
+
+
+def _in_order(count: int, answers: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """The answers to ``count`` rows that came together, each in its place."""
+    found = [np.zeros(())] * count
+    for chosen, together in answers:
+        for n, answer in zip(chosen, together, strict=False):
+            found[n] = np.asarray(answer)
+    return found
 
 
 def _power(size: int) -> int:

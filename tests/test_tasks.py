@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -376,3 +377,20 @@ def test_a_file_may_stand_in_brackets(tmp_path):
     task = load_task(f"text(file={str(file)!r}, test_share=0.5)")
     assert (task.file, task.embeddings, task.test_share) == (file, None, 0.5)
     assert task.class_names == ("0", "1")
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path, monkeypatch):
+    """In a notebook the same task is asked twice, from one folder or from another."""
+    for folder, rows in (("a", 20), ("a", 30), ("b", 40)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        np.savez("sequences.npz", x=np.random.default_rng(0).normal(size=(rows, 2)), y=[1] * rows)
+        (tmp_path / folder / "texts.csv").write_text(
+            "text,label\n" + "".join(f"word{n},{n % 2}\n" for n in range(rows))
+        )
+        (tmp_path / folder / "text.txt").write_text("ab" * 40 * rows)
+        for task in (SequenceFile(), TextFile()):
+            facts = (fact for fact in task.facts().values() if isinstance(fact, dict))
+            assert sum(fact["rows"] for fact in facts) == rows, task
+        text = Characters(file=pathlib.Path("text.txt"), length=4, streams=2)
+        assert len(text.train(2)) == pytest.approx(len("ab" * 40 * rows) * 0.9 / 8, rel=0.1)

@@ -17,13 +17,16 @@ import pytest
 from lstmjax import load_run
 from lstmjax.cells import CellSpec, load_cell
 from lstmjax.cells.loading import same_program
-from lstmjax.commands import imdb, predict
+from lstmjax.commands import export, imdb, predict
 from lstmjax.data import load_demo
 from lstmjax.errors import UserError
 from lstmjax.export import save_exported
+from lstmjax.inspection import look
 from lstmjax.interop import read_safetensors
 from lstmjax.trained import ModelConfig, read_texts
 from lstmjax.training.loop import best_epoch
+from lstmjax.workbench import config_of
+from lstmjax.workbench import train as workbench_train
 from tests.trained_run import CELL_FILE, train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -90,6 +93,139 @@ def test_a_built_in_cell_and_zeros_in_front(tmp_path):
     accuracy = float(((model.predict_ids(test.sequences) > 0.5) == (test.labels == 1)).mean())
     assert accuracy == pytest.approx(result(folder)["test_accuracy"], abs=1e-7)
     assert not (folder / "cell.py").exists()
+
+
+# -- sequences, and numbers -----------------------------------------------------------------------
+
+KINDS = {"classes": 3, "two classes": 2, "numbers": 0, "classes per step": 3, "numbers per step": 0}
+
+
+def trained_sequences(kind):
+    """A run on a file of sequences of two features and different lengths."""
+    rng, (rows, steps) = np.random.default_rng(0), (60, 9)
+    x = rng.normal(size=(rows, steps, 2)).astype(np.float32)
+    of = (rows, steps) if kind.endswith("step") else (rows,)
+    classes = KINDS[kind]
+    y = rng.integers(0, classes, of) if classes else rng.normal(size=of).astype(np.float32)
+    np.savez("s.npz", x=x, y=y, lengths=rng.integers(4, steps + 1, rows))
+    made = config_of("sequences")
+    config = dataclasses.replace(
+        made,
+        sizes=dataclasses.replace(made.sizes, file=pathlib.Path("s.npz"), buckets=2),
+        model=dataclasses.replace(made.model, hidden_size=4, bidirectional=True),
+        epochs=2,
+        batch_size=8,
+        accelerator="cpu",
+        run_dir=pathlib.Path("s"),
+    )
+    workbench_train(config)
+    return config.sizes
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sequences_are_predicted_as_the_run_measured(kind, capsys):
+    """One row at a time and all together; the command says the same."""
+    task, model = trained_sequences(kind), load_run("s")
+    rows, labels = [], []
+    for batch in task.tests(8)["test"].in_order():
+        for x, label, n in zip(batch.ids, batch.labels, batch.lengths, strict=True):
+            if n:
+                rows.append(x[:n])
+                labels.append(label[:n] if label.ndim else label)
+    found = model.predict(rows)
+    assert len(found) == len(rows) > 8
+    for row, answer in zip(rows, found, strict=True):
+        (alone,) = model.predict([row])
+        np.testing.assert_allclose(alone, answer, rtol=1e-5, atol=1e-6)
+    if kind.endswith("step"):
+        assert [len(a) for a in found] == [len(row) for row in rows]
+    flat = np.concatenate(found) if kind.endswith("step") else found
+    labels = np.concatenate([np.atleast_1d(label) for label in labels])
+    if KINDS[kind] == 0:
+        losses = (flat - labels) ** 2
+    else:
+        shares = flat if KINDS[kind] == 3 else np.stack([1 - flat, flat], axis=1)
+        losses = -np.log(shares[np.arange(len(labels)), labels])
+        np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-5)
+    assert float(losses.mean()) == pytest.approx(result(pathlib.Path("s"))["test_loss"], rel=1e-4)
+    capsys.readouterr()
+    predict.main(predict.Config(pathlib.Path("s"), file=pathlib.Path("s.npz"), json=True))
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert first["row"] == 0
+    assert {*first} == {"row", "probabilities" if KINDS[kind] else "number"}
+    predict.main(predict.Config(pathlib.Path("s"), file=pathlib.Path("s.npz")))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 60
+    assert lines[7].endswith("row 7")
+
+
+@pytest.mark.slow
+def test_a_model_of_ids_names_the_row_that_it_cannot_take():
+    workbench_train(
+        dataclasses.replace(
+            (made := config_of("copy")),
+            sizes=dataclasses.replace(made.sizes, delay=3, updates=2, test_rows=32),
+            model=dataclasses.replace(made.model, hidden_size=4),
+            epochs=1,
+            batch_size=8,
+            accelerator="cpu",
+            run_dir=pathlib.Path("s"),
+        )
+    )
+    model = load_run("s")
+    assert "TrainedSequences(LSTM, copy, 0, 1" in repr(model)
+    (answer,) = model.predict([[1, 2, 3]])
+    assert answer.shape == (3, len(model.config.classes))
+    for rows, message in (
+        ([[1], [99]], "row 1 must hold ids from 0 to"),
+        ([[1.0]], "row 0 must hold ids"),
+        ([[[1]]], r"row 0 is int64\[1, 1\]; this model sees ids"),
+        ([[]], "row 0 is"),
+        ([np.array(3)], "row 0 is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.predict(rows)
+    with pytest.raises(UserError, match="s holds a model of sequences; this is for models of text"):
+        export.main(export.Config(pathlib.Path("s"), pathlib.Path("to")))
+    with pytest.raises(UserError, match=r"--file mine\.npz"):
+        predict.main(predict.Config(pathlib.Path("s"), texts=("a",)))
+    np.savez("other.npz", x=np.ones((2, 3, 5)))
+    with pytest.raises(UserError, match=r"other.npz: row 0 is float32\[3, 5\]"):
+        predict.main(predict.Config(pathlib.Path("s"), file=pathlib.Path("other.npz")))
+
+
+@pytest.mark.slow
+def test_numbers_of_texts_are_predicted_as_the_run_measured(capsys):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["un", "deux", "trois"], 5)) + f" n{n}" for n in range(60)]
+    lines = [f"{text},{text.count('deux') + 0.5}" for text in texts]
+    pathlib.Path("t.csv").write_text("\n".join(["text,label", *lines]))
+    made = config_of("text")
+    workbench_train(
+        dataclasses.replace(
+            made,
+            sizes=dataclasses.replace(made.sizes, file=pathlib.Path("t.csv"), buckets=1),
+            model=dataclasses.replace(made.model, hidden_size=4, embedding_size=3),
+            epochs=1,
+            batch_size=8,
+            accelerator="cpu",
+            run_dir=pathlib.Path("s"),
+        )
+    )
+    model = load_run("s")
+    test = dataclasses.replace(made.sizes, file=pathlib.Path("t.csv"), buckets=1).parts()["test"]
+    errors = (model.predict_ids(test.sequences) - test.labels) ** 2
+    assert errors.mean() == pytest.approx(result(pathlib.Path("s"))["test_loss"], rel=1e-4)
+    capsys.readouterr()
+    predict.main(predict.Config(pathlib.Path("s"), texts=("un deux",)))
+    number, text = capsys.readouterr().out.split("  ")
+    assert float(number) == pytest.approx(float(model.predict("un deux")[0]), rel=1e-4)
+    assert text == "un deux\n"
+    with pytest.raises(UserError, match="predicts numbers"):
+        look(model, "un deux")
+    export.main(export.Config(pathlib.Path("s"), pathlib.Path("to"), ("cpu",)))
+    assert json.loads(pathlib.Path("to/signature.json").read_text())["classes"] == []
 
 
 # -- what is wrong with a folder ------------------------------------------------------------------

@@ -52,7 +52,7 @@ from lstmjax.data import (
 from lstmjax.errors import UserError
 from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summary
 from lstmjax.recurrence import Engine, Workload, choose_engine
-from lstmjax.trained import ModelConfig, describe
+from lstmjax.trained import ModelConfig, describe_texts
 from lstmjax.training.command import (
     require_positive,
     require_rate,
@@ -342,7 +342,7 @@ def describe_model(config: Config, train: Batches, run: training.RunFolder) -> N
             padding=config.data.padding,
             data=CORPUS[config.data.data],
         )
-        describe(run, described, train.vocabulary)
+        describe_texts(run, described, train.vocabulary)
 
 
 def report(

@@ -14,6 +14,7 @@ import pathlib
 import sys
 from typing import Annotated, Literal
 
+from lstmjax.cells import CellSpec
 from lstmjax.errors import UserError, extra
 from lstmjax.inspection import in_color, in_words, look, write
 from lstmjax.trained import load_run
@@ -49,9 +50,8 @@ def main(config: Config) -> None:
     found = look(model, config.text, layer=config.layer, backward=config.backward)
     print(found.verdict)
     print(in_color(found) if colored(config.color) else in_words(found))
-    cell = model.module.recurrent.layers[0]
-    name = type(getattr(getattr(cell, "forward", cell), "cell", cell)).__name__
-    title = f"{found.verdict} · {name}, {found.layer} · trained on {model.config.data}"
+    cell = CellSpec.parse(model.config.cell).name
+    title = f"{found.verdict} · {cell}, {found.layer} · trained on {model.config.data}"
     page, picture = write(found, config.to, title)
     print(f"{page}, {picture}")
 

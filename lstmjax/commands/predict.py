@@ -1,11 +1,14 @@
-"""What a trained model says of texts.
+"""What a trained model says of texts, or of sequences.
 
     lstmjax predict --run runs/x "I loved it." "A waste of time."
     lstmjax predict --run runs/x --file reviews.txt      # one text a line
     lstmjax predict --run runs/x --json < reviews.txt > answers.jsonl
+    lstmjax predict --run runs/y --file mine.npz         # sequences: x and, if need be, lengths
 
 One line a text, in their order: the probability of the class that the model takes, the class, the
-text. With --json one object a line, with the probability of every class and the whole text.
+text. With --json one object a line, with the probability of every class and the whole text. Of a
+sequence the line has its number in place of the text; a model that answers at every step says all
+of them. Models of numbers say the number.
 """
 
 import dataclasses
@@ -13,13 +16,23 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lstmjax.errors import StorageError, UserError, extra, printable, reason
-from lstmjax.trained import Text, TrainedModel, load_run, read_texts
+from lstmjax.files import Json
+from lstmjax.tasks.rows import read_arrays, read_sequences
+from lstmjax.trained import (
+    ModelConfig,
+    SequenceModelConfig,
+    Text,
+    TrainedSequences,
+    load_run,
+    read_texts,
+)
 from lstmjax.training.command import run_command
 
 with extra("train"):
@@ -36,7 +49,8 @@ class Config:
     run: pathlib.Path | None = None
     """Folder of a run; a cell.py in it is run."""
     file: pathlib.Path | None = None
-    """File of texts, one a line; without it and without texts, standard input."""
+    """File of texts, one a line; without it and without texts, standard input. Of sequences, a .npz
+    file as for training."""
     json: bool = False
     """One JSON object a text."""
     texts: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -48,10 +62,22 @@ def main(config: Config) -> None:
     if config.run is None:
         raise UserError("which model? Name the folder of its run: --run runs/<name>")
     model = load_run(config.run)
-    told = texts_of(config)
-    while some := list(itertools.islice(told, TOGETHER)):
-        for text, row in zip(some, model.predict(some), strict=True):
-            print(answer(model, text, row, config.json))
+    if isinstance(model, TrainedSequences):
+        if config.file is None or config.texts:
+            raise UserError("this is a model of sequences: name a file of them, --file mine.npz")
+        rows = read_sequences(config.file, read_arrays(config.file, ("x",)))
+        try:
+            found = model.predict(rows)
+        except ValueError as error:
+            raise UserError(f"{config.file}: {error}") from error
+        for number, answer in enumerate(found):
+            print(told(model.config, {"row": number}, f"row {number}", answer, config.json))
+        return
+    texts = texts_of(config)
+    while some := list(itertools.islice(texts, TOGETHER)):
+        for text, answer in zip(some, model.predict(some), strict=True):
+            known = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+            print(told(model.config, {"text": known}, shortened(known), answer, config.json))
 
 
 def texts_of(config: Config) -> Iterator[Text]:
@@ -71,17 +97,45 @@ def texts_of(config: Config) -> Iterator[Text]:
         raise StorageError(f"cannot read {config.file}: {reason(error)}") from error
 
 
-def answer(model: TrainedModel, text: Text, row: np.ndarray | np.generic, as_json: bool) -> str:
-    """One line of output; ``row`` is what the model said."""
-    shares = [1 - float(row), float(row)] if row.ndim == 0 else row.tolist()
-    known = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+def told(
+    config: ModelConfig | SequenceModelConfig,
+    what: Mapping[str, Json],
+    name: str,
+    answer: ArrayLike,
+    as_json: bool,
+) -> str:
+    """One line of output: what the model says of a row.
+
+    Args:
+        config: that of the model.
+        what: the row, for JSON.
+        name: likewise, for people.
+        answer: what `predict` gave; of every step, if the model answers at every step.
+        as_json: whether to say it as JSON.
+    """
+    found = np.asarray(answer)
+    if not config.classes:
+        if as_json:
+            return json.dumps({**what, "number": found.tolist()})
+        return f"{' '.join(f'{value:.6g}' for value in found.ravel())}  {name}"
+    of_each = np.stack([1 - found, found], -1) if config.num_outputs == 1 else found
+    steps = of_each.reshape(-1, len(config.classes))
     if as_json:
-        named: Iterable[tuple[str, float]] = zip(model.config.classes, shares, strict=True)
-        return json.dumps({"text": known, "probabilities": dict(named)})
-    best = int(np.argmax(shares))
-    start = " ".join(known[: 4 * SHOWN].split())
-    short = start if len(start) <= SHOWN and len(known) <= 4 * SHOWN else f"{start[:SHOWN]}..."
-    return f"{shares[best]:.4f}  {model.config.classes[best]:<9} {printable(short)}"
+        named = [dict(zip(config.classes, row.tolist(), strict=True)) for row in steps]
+        return json.dumps({**what, "probabilities": named if of_each.ndim > 1 else named[0]})
+    said = [f"{row.max():.4f}  {config.classes[row.argmax()]:<9}" for row in steps]
+    return f"{' '.join(said)} {name}"
+
+
+def shortened(text: str) -> str:
+    """The start of a text on one line.
+
+    >>> shortened("a  b" + "c" * 99)
+    'a bccccccccccccccccccccccccccccccccccccccccccccccccccccccccc...'
+    """
+    start = " ".join(text[: 4 * SHOWN].split())
+    whole = len(start) <= SHOWN and len(text) <= 4 * SHOWN
+    return printable(start if whole else f"{start[:SHOWN]}...")
 
 
 def run() -> None:

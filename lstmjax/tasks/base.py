@@ -8,9 +8,11 @@ plots work for any of them. Your own one, in your own file, has the same rights:
 
 import abc
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+import pathlib
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, ClassVar, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from flax import nnx
@@ -146,6 +148,37 @@ class Task(abc.ABC):
     def facts(self) -> Mapping[str, Json]:
         """What is worth knowing of the data: of a user's own, class balance and lengths."""
         return {}
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+TaskT = TypeVar("TaskT", bound=Task)
+
+
+def read_once(
+    read: Callable[Concatenate[TaskT, P], R],
+) -> Callable[Concatenate[TaskT, P], R]:
+    """Keep what is read for a task, until one of the task's files becomes another."""
+
+    @functools.lru_cache(maxsize=2)
+    def kept(task: TaskT, files: Hashable, *args: P.args, **kwargs: P.kwargs) -> R:
+        return read(task, *args, **kwargs)
+
+    @functools.wraps(read)
+    def found(task: TaskT, *args: P.args, **kwargs: P.kwargs) -> R:
+        paths = (path for path in vars(task).values() if isinstance(path, pathlib.Path))
+        return kept(task, tuple(map(_stamp, paths)), *args, **kwargs)  # type: ignore[arg-type]
+
+    return found
+
+
+def _stamp(path: pathlib.Path) -> Hashable:
+    """Another one where the file is another, or another one's content."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path.absolute()
+    return path.absolute(), found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class Divided(Task):

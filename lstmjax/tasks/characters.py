@@ -1,7 +1,6 @@
 """Character-level language modelling with a state that is carried from batch to batch."""
 
 import dataclasses
-import functools
 import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from lstmjax.data.demo import SIZES, reports
 from lstmjax.errors import UserError, reason
 from lstmjax.files import Json
 from lstmjax.models import SequenceConfig
-from lstmjax.tasks.base import Recipe, Split, Task, require
+from lstmjax.tasks.base import Recipe, Split, Task, read_once, require
 from lstmjax.tasks.metric import BITS, Metric
 from lstmjax.training.step import OptimizerConfig
 
@@ -114,7 +113,7 @@ class _Text:
     tokens: int
 
 
-@functools.lru_cache(maxsize=2)
+@read_once
 def _read(task: Characters) -> _Text:
     if task.file is None:
         content = "\n".join(reports("train", SIZES["train"], 0)[0])

@@ -1,7 +1,6 @@
 """Data sets of sequences: digits pixel by pixel, and a user's own ``.npz``."""
 
 import dataclasses
-import functools
 import pathlib
 import random
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,7 +13,7 @@ from lstmjax.data.batches import Batches, Sequences, Source, bucket_boundaries, 
 from lstmjax.errors import UserError, extra, first_line
 from lstmjax.files import Json
 from lstmjax.models import SequenceConfig
-from lstmjax.tasks.base import Divided, Recipe, Split
+from lstmjax.tasks.base import Divided, Recipe, Split, read_once
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
 from lstmjax.training.step import OptimizerConfig
@@ -135,7 +134,7 @@ def describe(lengths: Sequence[int], labels: np.ndarray) -> dict[str, Json]:
     return found | {"classes": ", ".join(f"{k}: {100 * s:.1f} %" for k, s in enumerate(shares))}
 
 
-@functools.lru_cache(maxsize=2)
+@read_once
 def _loaded(task: Rows) -> tuple[Sequences, dict[Split, np.ndarray]]:
     rows = task.rows()
     keys = [row.tobytes() for row in rows.sequences]
@@ -270,47 +269,58 @@ class SequenceFile(Rows):
         Raises:
             UserError: it cannot be read, or its arrays do not fit together.
         """
-        try:
-            with np.load(self.file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:
-            raise UserError(f"cannot read {self.file}: {first_line(error)}") from error
-        missing = [name for name in ("x", "y") if name not in arrays]
-        if missing:
-            have = ", ".join(sorted(arrays)) or "none"
-            raise UserError(f"{self.file} has no array {missing[0]!r} (arrays there: {have})")
-        return self._checked(**{n: arrays[n] for n in ("x", "y", "lengths") if n in arrays})
-
-    def _checked(
-        self, x: np.ndarray, y: np.ndarray, lengths: np.ndarray | None = None
-    ) -> Sequences:
-        x = x[..., None] if x.ndim == 2 else x
-        if x.ndim != 3 or x.dtype.kind not in "fiu":
-            raise UserError(
-                f"{self.file}: x is {x.dtype}{[*x.shape]}; give (rows, steps, features)"
-            )
-        rows, steps = x.shape[:2]
-        lengths = np.full(rows, steps) if lengths is None else lengths
-        if lengths.shape != (rows,) or lengths.dtype.kind not in "iu":
-            raise UserError(
-                f"{self.file}: lengths is {lengths.dtype}{[*lengths.shape]}, not ({rows},)"
-            )
+        arrays = read_arrays(self.file, ("x", "y"))
+        y, sequences = arrays["y"], read_sequences(self.file, arrays)
+        rows, steps = arrays["x"].shape[:2]
         if y.shape not in ((rows,), (rows, steps)) or y.dtype.kind not in "fiub":
             raise UserError(
                 f"{self.file}: y is {y.dtype}{[*y.shape]}, not ({rows},) or ({rows}, {steps})"
             )
         y = y.astype(np.float32) if y.dtype.kind == "f" else y.astype(np.int32)
-        wrong = (lengths < 1) | (lengths > steps)
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise UserError(
-                f"{self.file}: row {row} has the length {lengths[row]} of {steps} steps"
-            )
-        sequences = [row[:n].astype(np.float32) for row, n in zip(x, lengths, strict=True)]
-        labels = y if y.ndim == 1 else [row[:n] for row, n in zip(y, lengths, strict=True)]
-        for number, (row, label) in enumerate(zip(sequences, labels, strict=True)):
-            if not np.isfinite(row).all():
-                raise UserError(f"{self.file}: row {number} of x is not finite")
+        labels = y if y.ndim == 1 else [a[: len(x)] for a, x in zip(y, sequences, strict=True)]
+        for number, label in enumerate(labels):
             if not np.isfinite(label).all() or (y.dtype.kind == "i" and np.min(label) < 0):
                 raise UserError(f"{self.file}: row {number} of y is {label}; give classes from 0")
         return Sequences(sequences, labels)
+
+
+def read_arrays(file: pathlib.Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file.
+
+    Raises:
+        UserError: it cannot be read, or one of those ``needed`` is not there.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        have = ", ".join(sorted(arrays)) or "none"
+        raise UserError(f"{file} has no array {missing[0]!r} (arrays there: {have})")
+    return arrays
+
+
+def read_sequences(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The rows of ``x``, each as long as ``lengths`` says, if that is there: ``(T, D)``.
+
+    Raises:
+        UserError: the arrays do not fit together, or a row is not finite.
+    """
+    x = arrays["x"][..., None] if arrays["x"].ndim == 2 else arrays["x"]
+    if x.ndim != 3 or x.dtype.kind not in "fiu":
+        raise UserError(f"{file}: x is {x.dtype}{[*x.shape]}; give (rows, steps, features)")
+    rows, steps = x.shape[:2]
+    lengths = arrays.get("lengths", np.full(rows, steps))
+    if lengths.shape != (rows,) or lengths.dtype.kind not in "iu":
+        raise UserError(f"{file}: lengths is {lengths.dtype}{[*lengths.shape]}, not ({rows},)")
+    wrong = (lengths < 1) | (lengths > steps)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise UserError(f"{file}: row {row} has the length {lengths[row]} of {steps} steps")
+    found = [row[:n].astype(np.float32) for row, n in zip(x, lengths, strict=True)]
+    for number, row in enumerate(found):
+        if not np.isfinite(row).all():
+            raise UserError(f"{file}: row {number} of x is not finite")
+    return found

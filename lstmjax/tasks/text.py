@@ -30,7 +30,7 @@ from lstmjax.data.vocabulary import (
 from lstmjax.errors import UserError, extra, first_line, reason
 from lstmjax.files import Json
 from lstmjax.models import Classifier, ClassifierConfig
-from lstmjax.tasks.base import Divided, Recipe, Split
+from lstmjax.tasks.base import Divided, Recipe, Split, read_once
 from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.tasks.rows import describe, split_rows
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
@@ -164,7 +164,7 @@ class Text(Divided):
         return Batches(parts[split], batch_size, boundaries=boundaries, num_classes=classes)
 
 
-@functools.lru_cache(maxsize=2)
+@read_once
 def _vectors(task: Text, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Ids and vectors of the words that both the vocabulary and the file have."""
     assert task.embeddings is not None
@@ -194,7 +194,7 @@ def _vectors(task: Text, size: int | None = None) -> tuple[np.ndarray, np.ndarra
     return np.array(ids), np.stack(vectors)
 
 
-@functools.lru_cache(maxsize=2)
+@read_once
 def _parts(task: Text) -> dict[Split, Dataset]:
     check_limits(task.top_words, task.max_length)
     return task.parts()
@@ -351,7 +351,7 @@ class _Table:
     classes: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=2)
+@read_once
 def _table(task: TextFile) -> _Table:
     texts, labels = read_texts(task.file, task.text_column, task.label_column)
     numbers = _as_numbers(labels)

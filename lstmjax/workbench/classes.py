@@ -1,6 +1,7 @@
 """What accuracy does not say of a classifier: F1, AUC, and the confusion matrix."""
 
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -108,6 +109,7 @@ def draw_confusion(
     places = range(len(names))
     axes.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
-    axes.set(title=title, xlabel="said", ylabel="true")
+    axes.set(xlabel="said", ylabel="true")
+    figure.suptitle(textwrap.fill(title, int(10 * size)), fontsize=9)
     figure.colorbar(image, label="share of the true class")
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))

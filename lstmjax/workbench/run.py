@@ -20,15 +20,16 @@ from lstmjax.data import SideBySide, Source
 from lstmjax.errors import UserError
 from lstmjax.files import Json, as_object
 from lstmjax.layers import Recurrent
-from lstmjax.models import count_parameters, summary
+from lstmjax.models import SequenceConfig, count_parameters, summary
 from lstmjax.recurrence import Workload, choose_engine
 from lstmjax.tasks import Task
 from lstmjax.tasks.metric import Metric
 from lstmjax.tasks.text import Text
-from lstmjax.trained import ModelConfig, describe
+from lstmjax.trained import ModelConfig, SequenceModelConfig, describe, describe_texts
 from lstmjax.training.checkpoint import Checkpoints, Position
 from lstmjax.training.devices import place, sharded
 from lstmjax.training.loop import filled, means
+from lstmjax.training.objective import CrossEntropy
 from lstmjax.training.step import Steps, Sums, TrainState
 from lstmjax.workbench.classes import Classes, classes_of, confusion_table, draw_confusion
 from lstmjax.workbench.config import Config, check
@@ -301,20 +302,27 @@ def leave_replicas(
 
 
 def describe_model(config: Config, run: training.RunFolder) -> None:
-    """Of a classifier of texts, write what `lstmjax.load_run` needs beside the parameters."""
+    """Write what `lstmjax.load_run` needs beside the parameters.
+
+    Nothing of a task with a model of its own. Classes without names are called by their numbers.
+    """
     task = config.sizes
-    if isinstance(task, Text) and task.class_names:
-        described = ModelConfig(
-            config.cell,
-            task.sizes_of(config.model),
-            num_outputs=task.num_outputs,
-            classes=task.class_names,
-            precision=config.precision,
-            max_length=task.max_length,
-            data=config.task,
-            tokenizer=task.tokenizer_name,
-        )
-        describe(run, described, task.vocabulary)
+    common: dict[str, Any] = {
+        "num_outputs": task.num_outputs,
+        "classes": task.class_names,
+        "precision": config.precision,
+        "data": config.task,
+    }
+    if isinstance(task, Text):
+        sizes = task.sizes_of(config.model)
+        common |= {"max_length": task.max_length, "tokenizer": task.tokenizer_name}
+        described = ModelConfig(config.cell, sizes, **common)
+        describe_texts(run, described, task.vocabulary)
+    elif type(task).make_model is Task.make_model and isinstance(config.model, SequenceConfig):
+        if not task.class_names and isinstance(task.objective, CrossEntropy):
+            common["classes"] = tuple(map(str, range(max(2, task.num_outputs))))
+        kind = {name: getattr(task, name) for name in ("tokens", "features", "per_step")}
+        describe(run, SequenceModelConfig(config.cell, config.model, **common, **kind))
 
 
 def _end(records: Sequence[Mapping[str, Any]], batches: int) -> Position:
