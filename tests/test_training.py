@@ -23,7 +23,7 @@ from flax import nnx
 
 from lstmjax import cores as cores_of
 from lstmjax import memory, stopping, training
-from lstmjax.cells import LSTM, dropped
+from lstmjax.cells import LSTM, dropped, load_cell
 from lstmjax.data import Batch, Batches, Dataset, Vocabulary
 from lstmjax.errors import UserError
 from lstmjax.layers import fold_keys, row_keys
@@ -33,6 +33,7 @@ from lstmjax.recurrence.engine import platform as platform_traced_for
 from lstmjax.training import compilation, devices, step
 from lstmjax.training.devices import replicated
 from lstmjax.training.loop import on_device
+from lstmjax.training.nans import line_of_nan
 from lstmjax.training.step import IN_FLIGHT, Steps, Sums, TrainState
 
 
@@ -714,6 +715,34 @@ def cut_in_half(folder):
     for file in folder.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+CELL_WITH_NAN = """
+import jax.numpy as jnp
+
+from lstmjax import LSTM
+
+
+class Mine(LSTM):
+    def step(self, pre, state, params):
+        h, state = super().step(pre, state, params)
+        some = jnp.maximum(h, 0)
+        return {}, state
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("jnp.sqrt(h - 2)", "mine.py:11: return jnp.sqrt"),
+        ("jnp.where(some > 0, jnp.sqrt(some), 0)", "the derivative of .*mine.py:11: return jnp.wh"),
+        ("some", "None"),
+    ],
+)
+def test_the_line_of_a_nan_is_found_forward_and_backward(tmp_path, line, said):
+    file = tmp_path / "mine.py"
+    file.write_text(CELL_WITH_NAN.format(line))
+    assert re.search(said, str(line_of_nan(load_cell(f"{file}:Mine", 3))))
 
 
 def test_of_a_damaged_checkpoint_the_one_before_is_taken_and_that_is_said(tmp_path, capsys):

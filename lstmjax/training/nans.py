@@ -36,8 +36,9 @@ def explained(cell: Cell) -> Iterator[None]:
 def line_of_nan(cell: Cell, features: int = 4, rows: int = 3, steps: int = 3) -> str | None:
     """The cell's line at which ``jax_debug_nans`` stops, ``"my_cell.py:12: h = ..."``, or None.
 
-    The cell runs a few steps by itself, operation by operation, forward and backward, on random
-    inputs; what only the run's own numbers bring about is not found so.
+    Where it is the derivative of that line, it says so. The cell runs a few steps by itself,
+    operation by operation, forward and backward, on random inputs; what only the run's own numbers
+    bring about is not found so.
     """
 
     def run(scale: float) -> None:
@@ -62,7 +63,10 @@ def line_of_nan(cell: Cell, features: int = 4, rows: int = 3, steps: int = 3) ->
 
 
 def _line_in(error: Exception, file: str) -> str | None:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    if not frames:
-        return None
-    return f"{file}:{frames[-1].lineno}: {frames[-1].line}"
+    """On the way back the cell is not running; JAX tells where the operation comes from."""
+    for raised, what in ((error, ""), (error.__cause__, "the derivative of ")):
+        trace = traceback.extract_tb(raised.__traceback__) if raised else []
+        frames = [frame for frame in trace if frame.filename == file]
+        if frames:
+            return f"{what}{file}:{frames[-1].lineno}: {frames[-1].line}"
+    return None
