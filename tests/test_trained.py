@@ -100,6 +100,22 @@ def test_a_built_in_cell_and_zeros_in_front(tmp_path):
 KINDS = {"classes": 3, "two classes": 2, "numbers": 0, "classes per step": 3, "numbers per step": 0}
 
 
+def trained_on(task, model, epochs=1, **sizes):
+    """A tiny run in the folder ``s``; returns the task."""
+    made = config_of(task)
+    config = dataclasses.replace(
+        made,
+        sizes=dataclasses.replace(made.sizes, **sizes),
+        model=dataclasses.replace(made.model, hidden_size=4, **model),
+        epochs=epochs,
+        batch_size=8,
+        accelerator="cpu",
+        run_dir=pathlib.Path("s"),
+    )
+    workbench_train(config)
+    return config.sizes
+
+
 def trained_sequences(kind):
     """A run on a file of sequences of two features and different lengths."""
     rng, (rows, steps) = np.random.default_rng(0), (60, 9)
@@ -108,18 +124,9 @@ def trained_sequences(kind):
     classes = KINDS[kind]
     y = rng.integers(0, classes, of) if classes else rng.normal(size=of).astype(np.float32)
     np.savez("s.npz", x=x, y=y, lengths=rng.integers(4, steps + 1, rows))
-    made = config_of("sequences")
-    config = dataclasses.replace(
-        made,
-        sizes=dataclasses.replace(made.sizes, file=pathlib.Path("s.npz"), buckets=2),
-        model=dataclasses.replace(made.model, hidden_size=4, bidirectional=True),
-        epochs=2,
-        batch_size=8,
-        accelerator="cpu",
-        run_dir=pathlib.Path("s"),
+    return trained_on(
+        "sequences", {"bidirectional": True}, 2, file=pathlib.Path("s.npz"), buckets=2
     )
-    workbench_train(config)
-    return config.sizes
 
 
 @pytest.mark.sampled(2)
@@ -162,17 +169,7 @@ def test_sequences_are_predicted_as_the_run_measured(kind, capsys):
 
 @pytest.mark.slow
 def test_a_model_of_ids_names_the_row_that_it_cannot_take():
-    workbench_train(
-        dataclasses.replace(
-            (made := config_of("copy")),
-            sizes=dataclasses.replace(made.sizes, delay=3, updates=2, test_rows=32),
-            model=dataclasses.replace(made.model, hidden_size=4),
-            epochs=1,
-            batch_size=8,
-            accelerator="cpu",
-            run_dir=pathlib.Path("s"),
-        )
-    )
+    trained_on("copy", {}, delay=3, updates=2, test_rows=32)
     model = load_run("s")
     assert "TrainedSequences(LSTM, copy, 0, 1" in repr(model)
     (answer,) = model.predict([[1, 2, 3]])
@@ -201,20 +198,8 @@ def test_numbers_of_texts_are_predicted_as_the_run_measured(capsys):
     texts = [" ".join(rng.choice(["un", "deux", "trois"], 5)) + f" n{n}" for n in range(60)]
     lines = [f"{text},{text.count('deux') + 0.5}" for text in texts]
     pathlib.Path("t.csv").write_text("\n".join(["text,label", *lines]))
-    made = config_of("text")
-    workbench_train(
-        dataclasses.replace(
-            made,
-            sizes=dataclasses.replace(made.sizes, file=pathlib.Path("t.csv"), buckets=1),
-            model=dataclasses.replace(made.model, hidden_size=4, embedding_size=3),
-            epochs=1,
-            batch_size=8,
-            accelerator="cpu",
-            run_dir=pathlib.Path("s"),
-        )
-    )
-    model = load_run("s")
-    test = dataclasses.replace(made.sizes, file=pathlib.Path("t.csv"), buckets=1).parts()["test"]
+    task = trained_on("text", {"embedding_size": 3}, file=pathlib.Path("t.csv"), buckets=1)
+    model, test = load_run("s"), task.parts()["test"]
     errors = (model.predict_ids(test.sequences) - test.labels) ** 2
     assert errors.mean() == pytest.approx(result(pathlib.Path("s"))["test_loss"], rel=1e-4)
     capsys.readouterr()
