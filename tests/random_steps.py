@@ -89,10 +89,13 @@ class Random(Cell):
         one = jnp.ones((batch_size, self.hidden_size), dtype)
         return Carry(0.1 * one, self.State(0.2 * one, -0.3 * one))
 
+    def parameters(self, params, inputs):
+        return params.p, params.scale, params.gain[None]
+
     def step(self, pre, state, params, *h, inputs=None, noise=None):
         known = {"s": state.s, "n": state.n}
-        known |= {"p": params.p + 0 * state.s, "scale": params.scale * state.n}
-        known["gain"] = params.gain[None] * state.s
+        p, scale, gain = self.parameters(params, inputs)
+        known |= {"p": p + 0 * state.s, "scale": scale * state.n, "gain": gain * state.s}
         known["h"] = h[0] if self.uses_h else state.s
         for gate in self.gates:
             if self.parts_apart:
@@ -108,6 +111,23 @@ class Random(Cell):
         h, s, n = (evaluate(formula, known) for formula in self.formulas)
         every = sum(known.values())  # so that no gradient is zero throughout
         return jnp.tanh(h + 0.1 * every), self.State(jnp.tanh(s), jnp.tanh(n))
+
+
+class Probed(Random):
+    """The same, with zeros added to its parameters at every step: their gradients are the terms
+    that those of the parameters are the sums of."""
+
+    PROBES = ("at_p", "at_scale", "at_gain")
+
+    @property
+    def step_inputs(self):
+        return super().step_inputs | dict.fromkeys(self.PROBES, "H")
+
+    def parameters(self, params, inputs):
+        probes = (getattr(inputs, name) for name in self.PROBES)
+        return [
+            a + zero for a, zero in zip(super().parameters(params, inputs), probes, strict=True)
+        ]
 
 
 def evaluate(formula: Formula, known: dict[str, Array]) -> Array:

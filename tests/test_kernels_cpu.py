@@ -374,36 +374,6 @@ def job(cell, case=None, **changes):
     )._replace(**changes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", range(4))
-def test_random_steps(shard):
-    """Steps that mix the units of a row in one shard, element-wise ones in the others."""
-    often = settings(
-        max_examples=15 if LONG else 5,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=[*HealthCheck],
-    )
-
-    @seed(shard)
-    @often
-    @given(random_steps.cells(elementwise=shard > 0), random_steps.flags)
-    def agrees(cell, how):
-        with jax.enable_x64(True):
-            work = Workload("cpu", "float64", "float32", 4, 3, 2, training=cell.with_noise)
-            refusal = CPU().refusal(cell, work)
-            assert refusal is None or (shard == 0 and "uses" in refusal)
-            if refusal is None:
-                args, options = random_problem(cell, how, jnp.float64)
-                got, wanted = (
-                    run_random(cell, e, args, options, states=True) for e in ("cpu", Scan())
-                )
-                compare_random(got, wanted)
-
-    agrees()
-
-
 # --- Other machines ------------------------------------------------------------------------------
 
 TILES = {"128": (128, 3, 3), "256": (256, 4, 3), "128, large": (128, 6, 4), "one": (256, 1, 1)}

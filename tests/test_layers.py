@@ -114,6 +114,17 @@ def test_dropout_of_a_row_does_not_depend_on_the_other_rows():
     assert len(np.unique(np.asarray(whole), axis=0)) == 6
 
 
+@pytest.mark.parametrize("noise", [cells.kept(0.4), cells.dropped(0.3)])
+def test_what_is_drawn_is_the_same_with_64_bit_numbers(noise):
+    key, found = jax.random.key(0), {}
+    for bits in (32, 64):
+        with jax.enable_x64(bits == 64):
+            x = jnp.ones((1, 200), f"float{bits}")
+            found[bits] = dropout(x, 0.25, key), noise.draw(key, (200,), x.dtype)
+    for a, b in zip(found[32], found[64], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_dropout_without_keys_is_the_identity():
     x = normal(0, 3, 4)
     assert dropout(x, 0.5, None) is x

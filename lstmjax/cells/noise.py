@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
@@ -51,7 +52,7 @@ def dropped(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     _check_rate(rate)
 
     def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        return jax.random.bernoulli(key, 1 - rate, shape).astype(dtype) / (1 - rate)
+        return jax.random.bernoulli(key, np.float32(1 - rate), shape).astype(dtype) / (1 - rate)
 
     draw.__name__ = f"dropped({rate})"  # what `Noise` prints
     return Noise(draw, 1.0, every)
@@ -68,7 +69,7 @@ def kept(rate: float, every: Literal["step", "sequence"] = "step") -> Noise:
     _check_rate(rate)
 
     def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        return jax.random.bernoulli(key, rate, shape).astype(dtype)
+        return jax.random.bernoulli(key, np.float32(rate), shape).astype(dtype)
 
     draw.__name__ = f"kept({rate})"
     return Noise(draw, rate, every)

@@ -88,7 +88,8 @@ def dropout(x: Float[Array, "B ..."], rate: float, keys: AnyKeys) -> Float[Array
     found = as_keys(keys, x.shape[0])
     if found is None or rate == 0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(found.rows)
+    share = np.float32(1 - rate)  # of 32 bits with 64-bit numbers, too: the same draws
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, share, x.shape[1:]))(found.rows)
     return jnp.where(keep, x / (1 - rate), 0)
 
 
