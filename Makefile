@@ -123,10 +123,11 @@ lock: .venv/ready  ## pin what is installed; host names never enter the file
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
 	touch $@
 
-# No pins: whatever is newest. What is pinned in .venv is the lowest JAX that there may be.
+# No pins: whatever is newest. What is pinned in .venv is the lowest JAX that there may be. Of
+# llvmlite it is the other way round.
 .venv-newest/ready: pyproject.toml
 	$(NEWEST) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,imdb,test,aot]'
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[train,imdb,test,aot]' 'llvmlite==0.46.*'
 	touch $@
 
 .venv/ready-bench: .venv/ready

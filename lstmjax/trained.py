@@ -157,9 +157,8 @@ def load_run(folder: str | pathlib.Path) -> "TrainedModel | TrainedSequences":
         return _texts(path, _read(path / MODEL, lambda _: filled(ModelConfig(), found, path)))
     config = _read(path / MODEL, lambda _: filled(SequenceModelConfig(), found, path))
     cell = _cell(path, config.cell, config.sequence.hidden_size)
-    return TrainedSequences(
-        path, config, _with_parameters(path, lambda: build_sequences(config, cell))
-    )
+    module = _with_parameters(path, config.sequence, lambda: build_sequences(config, cell))
+    return TrainedSequences(path, config, module)
 
 
 def of_texts(model: "TrainedModel | TrainedSequences") -> "TrainedModel":
@@ -181,7 +180,7 @@ def _texts(path: pathlib.Path, config: ModelConfig) -> "TrainedModel":
             "copy of it back, or train again"
         )
     cell = _cell(path, config.cell, config.classifier.hidden_size)
-    module = _with_parameters(path, lambda: build(config, cell))
+    module = _with_parameters(path, config.classifier, lambda: build(config, cell))
     own, _, function = config.tokenizer.rpartition(":")
     if own not in ("", TOKENIZER):
         raise UserError(f"{path / MODEL} names a tokenizer in {own!r}, which is not in {path}")
@@ -200,10 +199,14 @@ def _cell(path: pathlib.Path, name: str, hidden_size: int) -> Cell:
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
-def _with_parameters(path: pathlib.Path, make: Callable[[], ModuleT]) -> ModuleT:
+def _with_parameters(
+    path: pathlib.Path, sizes: ClassifierConfig | SequenceConfig, make: Callable[[], ModuleT]
+) -> ModuleT:
     """The module of a run, with the parameters of the run."""
-    module = _read(path / MODEL, lambda _: make())
     named = _read(path / PARAMS, read_safetensors)
+    if sizes.num_layers > len(named):  # not worth building
+        raise UserError(f"{path / MODEL} is damaged: its num_layers is {sizes.num_layers}")
+    module = _read(path / MODEL, lambda _: make())
     _read(path / PARAMS, lambda _: set_parameters(module, named))
     return module
 

@@ -237,6 +237,7 @@ DAMAGE = {
     "hyper-parameter": (set_in("cell", value="cell.py:Mine(lek=1)"), "no hyper-parameter 'lek'"),
     "size": (set_in("classifier", "hidden_size", value=5), r"kernel is .*; this model has .*"),
     "huge": (set_in("classifier", "top_words", value=10**12), r"embedding.embedding is float32"),
+    "many layers": (set_in("classifier", "num_layers", value=10**9), "num_layers is 1000000000"),
     "no size": (set_in("classifier", "hidden_size", value=0), "hidden_size"),
     "kind": (set_in("max_length", value="12"), "max_length is '12'"),
     "length": (set_in("max_length", value=-1), "max_length is -1"),
