@@ -40,6 +40,7 @@ from lstmjax.models import Tagger, count_parameters, summary
 from lstmjax.precision import Precision
 from lstmjax.training.command import require_positive, require_rate, require_seed, run_command
 from lstmjax.training.devices import BATCH
+from lstmjax.training.step import Number
 from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, replicas_of, table_of
 
 
@@ -110,18 +111,18 @@ class Outcome(NamedTuple):
         example: the first of those: numbers, labels, probabilities, each ``(steps,)``.
     """
 
-    curves: tuple[Any, Any]
-    test: tuple[Any, Any]
-    example: tuple[Any, Any, Any]
+    curves: tuple[Number, Number]
+    test: tuple[Number, Number]
+    example: tuple[Number, Number, Number]
 
 
-def make_model(config: Config, cell: Cell, seed: Any) -> Tagger:
+def make_model(config: Config, cell: Cell, seed: int | Array) -> Tagger:
     """The model before the first update."""
     rngs = nnx.Rngs(jax.random.key(seed))
     return Tagger(cell, 1, precision=config.precision, rngs=rngs)
 
 
-def experiment(config: Config, cell: Cell, seed: Any, rate: Any) -> Outcome:
+def experiment(config: Config, cell: Cell, seed: int | Array, rate: float | Array) -> Outcome:
     """Draw the parameters, make all updates, examine the result: pure, to be compiled whole."""
     if config.decay:
         rate = optax.cosine_decay_schedule(rate, config.updates)

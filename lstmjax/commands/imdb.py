@@ -22,12 +22,13 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh
 
 from lstmjax import stopping, training
@@ -60,6 +61,7 @@ from lstmjax.training.command import (
     require_share,
     run_command,
 )
+from lstmjax.training.report import Figure, Record
 from lstmjax.workbench.config import RunConfig
 from lstmjax.workbench.rows import ACCURACY, Row, outcome_of, table_of
 
@@ -349,9 +351,9 @@ def report(
     config: Config,
     run: training.RunFolder,
     mesh: Mesh,
-    history: list[dict[str, Any]],
+    history: Sequence[Record],
     name: str,
-    facts: dict[str, Any],
+    facts: Mapping[str, object],
 ) -> None:
     """Write the result, then all that may fail; ``name`` is the split that was evaluated."""
     kept = training.best_epoch(history, name) if config.keep_best else history[-1]
@@ -373,7 +375,7 @@ def report(
     )
 
 
-def rows_of(config: Config, record: Mapping[str, Any], name: str) -> list[Row]:
+def rows_of(config: Config, record: Record, name: str) -> list[Row]:
     """One row a replica of an epoch's record; ``name`` is the split that was evaluated."""
     keys = (f"{name}_accuracy", f"{name}_loss")
     columns = [np.atleast_1d(np.array(record[key], float)).tolist() for key in keys]
@@ -396,7 +398,7 @@ def engine_for(config: Config, cell: Cell, mesh: Mesh) -> tuple[Engine, str]:
         raise UserError(f"{error}; leave out --engine") from error
 
 
-def make_model(config: Config, cell: Cell, seed: Any) -> Classifier:
+def make_model(config: Config, cell: Cell, seed: int | Array) -> Classifier:
     """The model of a seed before the first step.
 
     Without ``--engine``, every layer and every shape of batch gets an engine that can run it.
@@ -420,7 +422,7 @@ def learn(
     evaluations: dict[str, Batches],
     run: training.RunFolder,
     mesh: Mesh,
-) -> list[dict[str, Any]]:
+) -> Sequence[Record]:
     """Train and evaluate; one record an epoch."""
     optimizer = training.make_optimizer(config.optimizer, config.epochs * len(train))
     masked = config.data.padding == "bucketed"
@@ -450,7 +452,7 @@ def learn(
         )[1]
 
 
-def print_table(history: list[dict[str, Any]], name: str) -> None:
+def print_table(history: Sequence[Record], name: str) -> None:
     """A line an epoch, of replicas their means; ``name`` is the split that was evaluated."""
     heads = ("epoch", "train loss", "train acc", f"{name} loss", f"{name} acc", "seconds")
     print("\n" + "  ".join(f"{head:>15}" for head in heads))
@@ -466,7 +468,7 @@ def print_table(history: list[dict[str, Any]], name: str) -> None:
         print("  ".join(f"{value:>15}" for value in values))
 
 
-def _mean(value: Any) -> float:
+def _mean(value: Figure) -> float:
     """Of replicas, those that did not diverge."""
     return float(np.nanmean(np.array(value, float)))
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,10 @@ class _Options(TypedDict, total=False):
     engine: str | Engine | None
 
 
+_Found: TypeAlias = tuple[Array, Carry[Any]]
+_WithStates: TypeAlias = tuple[Array, Carry[Any], Any]
+
+
 @overload
 def unroll(
     cell: Cell,
@@ -57,7 +61,7 @@ def unroll(
     *,
     return_states: Literal[False] = False,
     **options: Unpack[_Options],
-) -> tuple[Array, Carry[Any]]: ...
+) -> _Found: ...
 
 
 @overload
@@ -69,7 +73,7 @@ def unroll(
     *,
     return_states: Literal[True],
     **options: Unpack[_Options],
-) -> tuple[Array, Carry[Any], Any]: ...
+) -> _WithStates: ...
 
 
 @overload
@@ -81,7 +85,7 @@ def unroll(
     *,
     return_states: bool,
     **options: Unpack[_Options],
-) -> tuple[Array, Carry[Any]] | tuple[Array, Carry[Any], Any]: ...
+) -> _Found | _WithStates: ...
 
 
 def unroll(

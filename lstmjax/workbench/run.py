@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
@@ -30,6 +31,7 @@ from lstmjax.training.checkpoint import Checkpoints, Position
 from lstmjax.training.devices import place, sharded
 from lstmjax.training.loop import filled, means
 from lstmjax.training.objective import CrossEntropy
+from lstmjax.training.report import Figure, Record
 from lstmjax.training.step import Steps, Sums, TrainState
 from lstmjax.workbench.classes import Classes, classes_of, confusion_table, draw_confusion
 from lstmjax.workbench.config import Config, check
@@ -111,7 +113,7 @@ def sources_of(task: Task, batch_size: int) -> dict[str, Source]:
     }
 
 
-def make_model(config: Config, cell: Cell, seed: Any) -> nnx.Module:
+def make_model(config: Config, cell: Cell, seed: int | Array) -> nnx.Module:
     """The model of a seed before the first step."""
     engine = None if config.engine == "auto" else config.engine
     settings = {
@@ -160,7 +162,7 @@ class Learned(NamedTuple):
     """
 
     rows: list[Row]
-    history: list[dict[str, Any]]
+    history: Sequence[Record]
     classes: list[Classes]
 
 
@@ -235,13 +237,13 @@ def classes_on(
 
 
 def rows_of(
-    config: Config, tests: Sequence[str], figures: Mapping[str, Any], score: str
+    config: Config, tests: Sequence[str], figures: Mapping[str, Figure | None], score: str
 ) -> list[Row]:
     """One row a replica, from figures that are lists where there are several."""
     metric, rows = config.sizes.metric, []
     for number, replica in enumerate(config.replicas):
         own = {
-            name: _nan(value[number] if isinstance(value, list) else value)
+            name: _number(value[number] if isinstance(value, list) else value)
             for name, value in figures.items()
         }
         test = {name: value_of(metric, own, name, score) for name in tests}
@@ -249,8 +251,8 @@ def rows_of(
     return rows
 
 
-def _nan(value: float | None) -> float:
-    return float("nan") if value is None else value
+def _number(value: float | str | None) -> float:
+    return float("nan" if value is None else value)
 
 
 def value_of(metric: Metric, figures: Mapping[str, float], name: str, score: str) -> float:
@@ -261,7 +263,7 @@ def value_of(metric: Metric, figures: Mapping[str, float], name: str, score: str
 def leave_replicas(
     config: Config,
     state: TrainState,
-    history: Sequence[Mapping[str, Any]],
+    history: Sequence[Record],
     rows: Sequence[Row],
     run: training.RunFolder,
 ) -> None:
@@ -325,7 +327,7 @@ def describe_model(config: Config, run: training.RunFolder) -> None:
         describe(run, SequenceModelConfig(config.cell, config.model, **common, **kind))
 
 
-def _end(records: Sequence[Mapping[str, Any]], batches: int) -> Position:
+def _end(records: Sequence[Record], batches: int) -> Position:
     """Where a finished run stands: before the last evaluation. Means take the place of sums."""
     *before, last = records
     loss, score = (v for k, v in last.items() if k.startswith("train_"))
@@ -344,7 +346,7 @@ def replica_name(config: Config, replica: Replica) -> str:
     )
 
 
-def _of_one(record: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _of_one(record: Record, number: int) -> dict[str, Figure]:
     picked = {k: value[number] if isinstance(value, list) else value for k, value in record.items()}
     return {k: value for k, value in picked.items() if value is not None}
 

@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jaxtyping import PyTree
 
 from lstmjax.cores import usable_cores
 from lstmjax.memory import keep_freed_memory
@@ -178,13 +179,13 @@ class Kernel:
         outs = _mappable(self, (False,) * len(args))(*args)
         return dict(zip((a.name for a in self.results), outs, strict=True))
 
-    def shapes(self, args: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    def shapes(self, args: Sequence[Array]) -> list[jax.ShapeDtypeStruct]:
         """Of the results."""
         steps, batch = self._sizes(args)
         dtype = self.job.dtype
         return [jax.ShapeDtypeStruct(a.sizes(steps, batch), a.dtype(dtype)) for a in self.results]
 
-    def workers(self, args: Sequence[Any]) -> int:
+    def workers(self, args: Sequence[Array]) -> int:
         """Among how many to share the rows: one for each core that no other device has, each with
         `_FEWEST` rows or more and work that is worth a thread's coming."""
         steps, batch = self._sizes(args)
@@ -194,7 +195,7 @@ class Kernel:
         cores = usable_cores() // jax.local_device_count("cpu")
         return max(1, min(cores, batch // _FEWEST, work // _LEAST))
 
-    def _sizes(self, args: Sequence[Any]) -> tuple[int, int]:
+    def _sizes(self, args: Sequence[Array]) -> tuple[int, int]:
         first, batch = args[0].shape[:2]
         return first - self.back, batch
 
@@ -219,7 +220,7 @@ def _plain(*args: Array, kernel: Kernel) -> list[Array]:
     return plain_kernel(kernel, args)
 
 
-def _lower(ctx: Any, *args: Any, kernel: Kernel) -> Any:
+def _lower(ctx: mlir.LoweringRuleContext, *args: PyTree, kernel: Kernel) -> Sequence[PyTree]:
     exports = ctx.module_context.lowering_parameters.for_export
     return (_lower_plain if exports else _lower_call)(ctx, *args, kernel=kernel)
 
@@ -243,6 +244,8 @@ mlir.register_lowering(_kernel, _lower_plain)
 # --- Spread over devices -------------------------------------------------------------------------
 
 
+_Axes: TypeAlias = str | tuple[str, ...] | None
+_Shardings: TypeAlias = tuple[NamedSharding, ...]
 Mapped = tuple[bool, ...]
 """Which arguments have a first axis of calls; if any has, all results have it."""
 
@@ -269,17 +272,17 @@ class _Calls:
             return one(list(args))
         return lax.map(one, [a if m else None for a, m in zip(args, self.mapped, strict=True)])
 
-    def axes(self, shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, Any]:
+    def axes(self, shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[_Axes, _Axes]:
         """Along which axes of the mesh calls and rows are spread, from those of the arguments."""
 
-        def axis(a: jax.ShapeDtypeStruct, place: int) -> Any:
+        def axis(a: jax.ShapeDtypeStruct, place: int) -> _Axes:
             spec = a.sharding.spec if isinstance(a.sharding, NamedSharding) else ()
             return spec[place] if place < len(spec) else None
 
         calls = axis(shapes[self.mapped.index(True)], 0) if any(self.mapped) else None
         return calls, axis(shapes[0], 1 + self.mapped[0])
 
-    def spread(self, mesh: Mesh, calls: Any, rows: Any) -> tuple[tuple[NamedSharding, ...], ...]:
+    def spread(self, mesh: Mesh, calls: _Axes, rows: _Axes) -> tuple[_Shardings, _Shardings]:
         """Arguments and results along such axes."""
 
         def sharding(operand: Operand, is_mapped: bool) -> NamedSharding:
@@ -290,8 +293,8 @@ class _Calls:
         return given, tuple(sharding(a, any(self.mapped)) for a in self.kernel.results)
 
     def partition(
-        self, mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
-    ) -> tuple[Mesh, Callable[..., tuple[Array, ...]], Any, Any]:
+        self, mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: object
+    ) -> tuple[Mesh, Callable[..., tuple[Array, ...]], _Shardings, _Shardings]:
         """What each device runs, and on which part."""
         calls, rows = self.axes(shapes)
 
@@ -308,8 +311,8 @@ class _Calls:
         return mesh, lower, found, given
 
     def infer(
-        self, mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: Any
-    ) -> tuple[NamedSharding, ...]:
+        self, mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct], results: object
+    ) -> _Shardings:
         """How results are spread where arguments are so."""
         return self.spread(mesh, *self.axes(shapes))[1]
 
