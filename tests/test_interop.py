@@ -265,7 +265,9 @@ keras_warns = pytest.mark.filterwarnings("ignore:__array__ implementation:Deprec
 def keras(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    return pytest.importorskip("keras", reason="Keras is not installed")
+    keras = pytest.importorskip("keras", reason="Keras is not installed")
+    keras.utils.set_random_seed(0)
+    return keras
 
 
 @contextlib.contextmanager
@@ -474,11 +476,12 @@ def test_keras_reads_what_we_write_and_we_what_it_writes(keras, tmp_path):
     pytest.importorskip("h5py", reason="h5py is not installed")
     layers = keras.layers
     ids = np.random.default_rng(0).integers(0, 20, (4, 7)).astype("int32")
+    wide = keras.initializers.RandomNormal(stddev=1.0, seed=0)
     with lenient_jax():
         model = keras.Sequential(
             [
                 keras.Input((7,), dtype="int32"),
-                layers.Embedding(20, D),
+                layers.Embedding(20, D, embeddings_initializer=wide),
                 layers.Dropout(0.2),
                 layers.Bidirectional(layers.LSTM(H, return_sequences=True)),
                 layers.Bidirectional(layers.LSTM(H)),
@@ -500,7 +503,7 @@ def test_keras_reads_what_we_write_and_we_what_it_writes(keras, tmp_path):
     interop.set_weights(ours.recurrent, weights)
     with lenient_jax():
         again = np.asarray(keras.models.load_model(tmp_path / "ours.keras")(ids))[:, 0]
-    assert np.abs(again - theirs).max() > 1e-3
+    assert np.abs(again - theirs).max() > 0.01
     close(jax.nn.sigmoid(ours(ids)), again, "float32", 2)
 
 
