@@ -179,13 +179,13 @@ class Kernel:
         outs = _mappable(self, (False,) * len(args))(*args)
         return dict(zip((a.name for a in self.results), outs, strict=True))
 
-    def shapes(self, args: Sequence[Array]) -> list[jax.ShapeDtypeStruct]:
+    def shapes(self, args: Sequence[Array | jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
         """Of the results."""
         steps, batch = self._sizes(args)
         dtype = self.job.dtype
         return [jax.ShapeDtypeStruct(a.sizes(steps, batch), a.dtype(dtype)) for a in self.results]
 
-    def workers(self, args: Sequence[Array]) -> int:
+    def workers(self, args: Sequence[Array | jax.ShapeDtypeStruct]) -> int:
         """Among how many to share the rows: one for each core that no other device has, each with
         `_FEWEST` rows or more and work that is worth a thread's coming."""
         steps, batch = self._sizes(args)
@@ -195,7 +195,7 @@ class Kernel:
         cores = usable_cores() // jax.local_device_count("cpu")
         return max(1, min(cores, batch // _FEWEST, work // _LEAST))
 
-    def _sizes(self, args: Sequence[Array]) -> tuple[int, int]:
+    def _sizes(self, args: Sequence[Array | jax.ShapeDtypeStruct]) -> tuple[int, int]:
         first, batch = args[0].shape[:2]
         return first - self.back, batch
 
