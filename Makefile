@@ -30,7 +30,7 @@ test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 2
 	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest -n auto --maxprocesses 8 -m slow $(ARGS)
 
 # Types are the shorter tests' matter: to check them is a quarter of the time here.
-test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: three hours
+test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: two hours and a half
 	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 --jaxtyping-packages= \
 		tests/test_random_steps.py $(ARGS)
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_kernels_cpu.py $(ARGS)
