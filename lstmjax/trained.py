@@ -58,6 +58,7 @@ MAX_BYTES = 2**34
 Text = str | bytes
 """A text; bytes are read as UTF-8, and what is none becomes U+FFFD."""
 Answer = Callable[[np.ndarray, np.ndarray], np.ndarray]
+_Padded = tuple[np.ndarray, np.ndarray, Int32[np.ndarray, " B"]]
 _ROWS = 64  # a call
 
 
@@ -285,6 +286,12 @@ def _read(path: pathlib.Path, read: Callable[[pathlib.Path], ReadT]) -> ReadT:
         ) from error
 
 
+def _what_it_says(self: "TrainedModel | TrainedSequences") -> str:
+    config = self.config
+    answers = ", ".join(config.classes) or "numbers"
+    return f"{type(self).__name__}({config.cell}, {config.data}, {answers})"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedModel:
     """A model of texts with its vocabulary.
@@ -301,10 +308,7 @@ class TrainedModel:
     module: Classifier
     vocabulary: Vocabulary
 
-    def __repr__(self) -> str:
-        config = self.config
-        answers = ", ".join(config.classes) or "numbers"
-        return f"TrainedModel({config.cell}, {config.data}, {answers})"
+    __repr__ = _what_it_says
 
     @property
     def masked(self) -> bool:
@@ -338,14 +342,9 @@ class TrainedModel:
     def predict_ids(self, rows: Sequence[np.ndarray]) -> Float[np.ndarray, "N ..."]:
         """As `predict`, of ids, of which the last ``max_length`` count."""
         kept = [np.asarray(row, np.int32)[-self.config.max_length :] for row in rows]
-        batches = self.batches(kept)
-        found = _in_order(len(kept), ((chosen, self._answer(ids, n)) for chosen, ids, n in batches))
-        width = self.config.num_outputs
-        return np.array(found, np.float32).reshape(len(kept), *([width] if width > 1 else []))
+        return _together(_in_order(len(kept), self.batches(kept), self._answer), self.config)
 
-    def batches(
-        self, rows: Sequence[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, Int32[np.ndarray, "B T"], Int32[np.ndarray, " B"]]]:
+    def batches(self, rows: Sequence[np.ndarray]) -> Iterator[_Padded]:
         """Rows of similar length together, padded to few shapes, with their numbers and lengths.
 
         Both sizes are powers of two, up to 64 rows and ``max_length`` steps.
@@ -385,10 +384,7 @@ class TrainedSequences:
     config: SequenceModelConfig
     module: SequenceModel
 
-    def __repr__(self) -> str:
-        config = self.config
-        answers = ", ".join(config.classes) or "numbers"
-        return f"TrainedSequences({config.cell}, {config.data}, {answers})"
+    __repr__ = _what_it_says
 
     def predict(self, rows: Iterable[ArrayLike]) -> np.ndarray | list[np.ndarray]:
         """Probability of the second class, ``(N,)``; of K classes, ``(N, K)``; or the numbers.
@@ -404,12 +400,10 @@ class TrainedSequences:
             ValueError: a row is of another shape, or holds an id that there is none of.
         """
         known = [self._checked(number, row) for number, row in enumerate(rows)]
-        batches = padded_rows(known)
-        found = _in_order(len(known), ((chosen, self._answer(x, n)) for chosen, x, n in batches))
+        found = _in_order(len(known), padded_rows(known), self._answer)
         if self.config.per_step:
             return [answer[: len(row)] for answer, row in zip(found, known, strict=True)]
-        width = self.config.num_outputs
-        return np.array(found, np.float32).reshape(len(known), *([width] if width > 1 else []))
+        return _together(found, self.config)
 
     def _checked(self, number: int, given: ArrayLike) -> np.ndarray:
         config, row = self.config, np.asarray(given)
@@ -456,9 +450,7 @@ def shares(
     return jax.nn.sigmoid(outputs) if config.num_outputs == 1 else jax.nn.softmax(outputs, axis=-1)
 
 
-def padded_rows(
-    rows: Sequence[np.ndarray],
-) -> Iterator[tuple[np.ndarray, np.ndarray, Int32[np.ndarray, " B"]]]:
+def padded_rows(rows: Sequence[np.ndarray]) -> Iterator[_Padded]:
     """Rows of similar length together, padded behind, with their numbers and lengths.
 
     Both sizes are powers of two, up to 64 rows, so that there are few shapes to compile.
@@ -475,13 +467,21 @@ def padded_rows(
         yield chosen, padded, lengths
 
 
-def _in_order(count: int, answers: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """The answers to ``count`` rows that came together, each in its place."""
+def _in_order(count: int, batches: Iterable[_Padded], answer: Answer) -> list[np.ndarray]:
+    """The answers to ``count`` rows that come in batches, each in its place."""
     found = [np.zeros(())] * count
-    for chosen, together in answers:
-        for n, answer in zip(chosen, together, strict=False):
-            found[n] = np.asarray(answer)
+    for chosen, padded, lengths in batches:
+        for n, one in zip(chosen, answer(padded, lengths), strict=False):
+            found[n] = np.asarray(one)
     return found
+
+
+def _together(
+    found: Sequence[np.ndarray], config: ModelConfig | SequenceModelConfig
+) -> Float[np.ndarray, "N ..."]:
+    """Answers to rows as one array, also of none."""
+    width = config.num_outputs
+    return np.array(found, np.float32).reshape(len(found), *([width] if width > 1 else []))
 
 
 def _power(size: int) -> int:

@@ -29,6 +29,7 @@ from lstmjax.trained import (
     ModelConfig,
     SequenceModelConfig,
     Text,
+    TrainedModel,
     TrainedSequences,
     load_run,
     read_texts,
@@ -63,21 +64,33 @@ def main(config: Config) -> None:
         raise UserError("which model? Name the folder of its run: --run runs/<name>")
     model = load_run(config.run)
     if isinstance(model, TrainedSequences):
-        if config.file is None or config.texts:
-            raise UserError("this is a model of sequences: name a file of them, --file mine.npz")
-        rows = read_sequences(config.file, read_arrays(config.file, ("x",)))
-        try:
-            found = model.predict(rows)
-        except ValueError as error:
-            raise UserError(f"{config.file}: {error}") from error
-        for number, answer in enumerate(found):
-            print(told(model.config, {"row": number}, f"row {number}", answer, config.json))
-        return
+        lines = of_sequences(model, config)
+    else:
+        lines = of_texts(model, config)
+    for line in lines:
+        print(line)
+
+
+def of_sequences(model: TrainedSequences, config: Config) -> Iterator[str]:
+    """A line a sequence of the file."""
+    if config.file is None or config.texts:
+        raise UserError("this is a model of sequences: name a file of them, --file mine.npz")
+    rows = read_sequences(config.file, read_arrays(config.file, ("x",)))
+    try:
+        found = model.predict(rows)
+    except ValueError as error:
+        raise UserError(f"{config.file}: {error}") from error
+    for number, answer in enumerate(found):
+        yield told(model.config, {"row": number}, f"row {number}", answer, config.json)
+
+
+def of_texts(model: TrainedModel, config: Config) -> Iterator[str]:
+    """A line a text, as they come."""
     texts = texts_of(config)
     while some := list(itertools.islice(texts, TOGETHER)):
         for text, answer in zip(some, model.predict(some), strict=True):
             known = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-            print(told(model.config, {"text": known}, shortened(known), answer, config.json))
+            yield told(model.config, {"text": known}, shortened(known), answer, config.json)
 
 
 def texts_of(config: Config) -> Iterator[Text]:
