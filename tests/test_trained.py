@@ -100,7 +100,7 @@ def test_a_built_in_cell_and_zeros_in_front(tmp_path):
 KINDS = {"classes": 3, "two classes": 2, "numbers": 0, "classes per step": 3, "numbers per step": 0}
 
 
-def trained_on(task, model, epochs=1, **sizes):
+def trained_on(task, model, epochs=1, seeds=1, **sizes):
     """A tiny run in the folder ``s``; returns the task."""
     made = config_of(task)
     config = dataclasses.replace(
@@ -108,6 +108,7 @@ def trained_on(task, model, epochs=1, **sizes):
         sizes=dataclasses.replace(made.sizes, **sizes),
         model=dataclasses.replace(made.model, hidden_size=4, **model),
         epochs=epochs,
+        seeds=seeds,
         batch_size=8,
         accelerator="cpu",
         run_dir=pathlib.Path("s"),
@@ -190,6 +191,27 @@ def test_a_model_of_ids_names_the_row_that_it_cannot_take():
     np.savez("other.npz", x=np.ones((2, 3, 5)))
     with pytest.raises(UserError, match=r"other.npz: row 0 is float32\[3, 5\]"):
         predict.main(predict.Config(pathlib.Path("s"), file=pathlib.Path("other.npz")))
+
+
+OWN_MODEL = """
+from lstmjax.tasks import Adding
+
+class Mine(Adding):
+    def make_model(self, cell, config, **settings):
+        return super().make_model(cell, config, **settings)
+"""
+
+
+@pytest.mark.slow
+def test_each_replica_is_loaded_and_a_model_of_ones_own_is_not(tmp_path):
+    trained_on("adding", {}, seeds=2, length=5, updates=2, test_rows=32)
+    (first,), (second,) = (load_run(f"s/seed{n}").predict([np.ones((5, 2))]) for n in (0, 1))
+    assert first != second
+    shutil.rmtree("s")
+    (tmp_path / "mine.py").write_text(OWN_MODEL)
+    trained_on(f"{tmp_path / 'mine.py'}:Mine", {}, length=5, updates=2, test_rows=32)
+    with pytest.raises(UserError, match=r"no trained model in s: it has no model\.json"):
+        load_run("s")
 
 
 @pytest.mark.slow
