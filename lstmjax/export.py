@@ -61,7 +61,7 @@ def export_classifier(
 ) -> Program:
     """The classifier of whole texts, for any number of texts of any length.
 
-    Where a cell cannot be traced so, the length is ``max_length``, and if need be there is one row.
+    Where a cell needs to know how many rows there are, there is one.
 
     Args:
         model: what `lstmjax.load_run` gave, of texts.
@@ -82,8 +82,7 @@ def export_classifier(
         shapes = [jax.ShapeDtypeStruct((b, t), jnp.int32), jax.ShapeDtypeStruct((b,), jnp.int32)]
         return shapes if masked else shapes[:1]
 
-    longest = model.config.max_length
-    return _exported(classify, ("b, t", f"b, {longest}", f"1, {longest}"), wanted, platforms)
+    return _exported(classify, ("b, t", "1, t"), wanted, platforms)
 
 
 def export_stream(

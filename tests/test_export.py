@@ -1,18 +1,25 @@
 """Exported models run in a process that has never heard of the library, with the same numbers."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.nn import sigmoid
 
 from lstmjax import load_run
+from lstmjax.cells import LSTM, Carry
 from lstmjax.commands import export as command
 from lstmjax.errors import UserError
 from lstmjax.export import PLATFORMS, export_classifier, export_stream, save_exported
+from lstmjax.models import Classifier
+from lstmjax.recurrence import length_mask
 from tests.tolerances import assert_close
 
 TEXTS = ["the seats were good but the journey was not", "late", "", "we slept " * 40]
@@ -92,12 +99,6 @@ def test_open_sizes_and_every_platform(trained_run, exported):
 )
 def test_what_cannot_stream_is_told_and_exports_whole(trained_run, sizes, padding, why):
     """Of a model that was never trained: only its form counts."""
-    import dataclasses
-
-    from flax import nnx
-
-    from lstmjax.models import Classifier
-
     trained = load_run(trained_run)
     classifier = dataclasses.replace(trained.config.classifier, num_layers=2, **sizes)
     config = dataclasses.replace(trained.config, classifier=classifier, padding=padding)
@@ -113,6 +114,49 @@ def test_what_cannot_stream_is_told_and_exports_whole(trained_run, sizes, paddin
     found = program.exported.call(ids, *([lengths] if model.masked else []))
     ours = np.sort(model.predict(TEXTS[:2]))
     assert_close(np.sort(np.asarray(found)[:2]), ours, reduction=50 * 14, dtype="float32")
+
+
+class Begun(LSTM):
+    """Makes its first carry on the host, which an open number of rows does not allow."""
+
+    def initial_carry(self, batch_size, dtype=jnp.float32):
+        zeros = jnp.asarray(np.zeros((batch_size, self.hidden_size)), dtype)
+        return Carry(zeros, self.State(zeros))
+
+
+class Closed(LSTM):
+    """Can be trained and not exported."""
+
+    def transition(self, params, x, carry, dot, **more):
+        raise TypeError("only at home")
+
+
+def of_cell(trained, cell):
+    """The model with another cell, not trained."""
+    module = Classifier(cell, trained.config.classifier, num_outputs=1, rngs=nnx.Rngs(0))
+    return dataclasses.replace(trained, module=module)
+
+
+def test_where_rows_cannot_be_open_there_is_one(trained_run):
+    model = of_cell(load_run(trained_run), Begun(6))
+    program = export_classifier(model, ("cpu",))
+    assert program.shapes == "1, t"
+    assert [part.shapes for part in export_stream(model, ("cpu",))] == ["1", "1"]
+    for length in (12, 7):
+        ids = np.random.default_rng(0).integers(4, 50, (1, length), dtype=np.int32)
+        lengths = np.array([length - 2], np.int32)
+        found, ours = (
+            program.exported.call(ids, lengths),
+            model.module(ids, length_mask(lengths, length)),
+        )
+        assert_close(
+            np.asarray(found), np.asarray(sigmoid(ours)), reduction=50 * 14, dtype="float32"
+        )
+
+
+def test_what_cannot_be_exported_at_all_is_told(trained_run):
+    with pytest.raises(UserError, match=r"cannot export for cpu: .*only at home"):
+        export_classifier(of_cell(load_run(trained_run), Closed(6)), ("cpu",))
 
 
 def test_a_folder_that_cannot_be_written_and_wrong_platforms(trained_run):
