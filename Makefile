@@ -36,10 +36,11 @@ test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_kernels_cpu.py $(ARGS)
 
 # Machines are slow at that: one test at a time, then the page of what was found.
-long: .venv/ready-test  ## what takes hours: every crash, failing disks, long runs; writes docs/reliability.md
+long: .venv/ready-test  ## what takes long: every crash, failing disks, verdicts of known truth; writes docs/reliability.md
 	rm -f build/told.jsonl && mkdir -p build
 	LSTMJAX_TEST_LONG=1 LSTMJAX_TEST_REPORT=$(CURDIR)/build/told.jsonl $(RUN) -m pytest \
-		tests/test_crashes.py tests/test_faults.py tests/test_processes.py tests/test_long.py tests/test_fuzz.py $(ARGS)
+		tests/test_crashes.py tests/test_faults.py tests/test_processes.py tests/test_long.py tests/test_fuzz.py \
+		tests/test_calibration.py $(ARGS)
 	$(RUN) tests/reliability.py build/told.jsonl
 
 fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases

@@ -96,6 +96,16 @@ def test_the_order_of_batches_is_shuffled(batches):
     assert {10, 25, 60} == set(widths)
 
 
+def test_the_order_of_shapes_is_one_for_all_seeds_and_another_in_each_epoch(batches):
+    """So that seeds side by side are padded no more than one alone; which rows is the seed's."""
+    one, other, later = ([*batches.epoch(seed, epoch)] for seed, epoch in ((0, 0), (1, 0), (0, 1)))
+    widths = [[batch.ids.shape[1] for batch in epoch] for epoch in (one, other, later)]
+    assert widths[0] == widths[1] != widths[2]
+    assert numbers(one) != numbers(other)
+    longest = [{*numbers(b for b in epoch if b.ids.shape[1] == 60)} for epoch in (one, other)]
+    assert longest[0] != longest[1]  # rows move between the batches of a shape and the next
+
+
 @pytest.mark.parametrize("start", [0, 1, 13, 25, 26, 40])
 def test_resuming(batches, start):
     whole = list(batches.epoch(2, 7))[start:]

@@ -240,6 +240,42 @@ def test_conv_pool_against_loops(width, window, steps):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 6])
+def test_conv_pools_convolution_is_that_of_xla(width):
+    """Values and gradients, of one kernel and of several at once, inside a loop and outside."""
+    layer = ConvPool(3, 5, width=width, rngs=nnx.Rngs(0))
+    x, kernels, seen = normal(0, 2, 4, 7, 3), normal(1, 2, width, 3, 5), normal(2, 4, 7, 5)
+
+    def ours(x, kernel):
+        return layer.conv.conv_general_dilated(x, kernel)
+
+    def xlas(x, kernel):
+        layout = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=layout, precision="highest"
+        )
+
+    def with_gradients(convolve):
+        def one(x, kernel):
+            return jax.value_and_grad(
+                lambda *a: ((out := convolve(*a)) * seen).sum() + (out**2).sum(), (0, 1)
+            )(x, kernel)
+
+        return one
+
+    wanted = [with_gradients(xlas)(*a) for a in zip(x, kernels, strict=True)]
+    wanted = jax.tree.map(lambda *a: jnp.stack(a), *wanted)
+    both = (
+        jax.vmap(with_gradients(ours)),
+        lambda *a: jax.lax.map(lambda b: with_gradients(ours)(*b), a),
+    )
+    for mapped in both:
+        for got, want in zip(
+            jax.tree.leaves(mapped(x, kernels)), jax.tree.leaves(wanted), strict=True
+        ):
+            assert_close(got, want, reduction=4 * 7 * width, dtype="float32")
+
+
 def test_conv_pool_of_padded_rows_equals_that_of_the_rows_alone():
     layer = ConvPool(3, 5, width=3, pool=2, rngs=nnx.Rngs(0))
     layer.conv.bias[...] = normal(5, 5)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lstmjax.data import SideBySide, words_of
+from lstmjax.data import Batch, SideBySide, words_of
 from lstmjax.errors import UserError
 from lstmjax.tasks import (
     S5,
@@ -144,11 +144,27 @@ def test_tasks_are_loaded_by_name_and_from_files(tmp_path):
             load_task(spec)
 
 
-def test_replicas_batches_are_those_of_their_seeds():
-    train = Demo(size=200).train(8)
-    both = SideBySide(train)
+class Ragged:
+    """A source whose batches are of another length for every seed."""
+
+    padding, shapes, fingerprint = "right", ((2, 6), (2, 8)), ""
+
+    def __len__(self):
+        return 1
+
+    def in_order(self):
+        return self.epoch(0, 0)
+
+    def epoch(self, seed, epoch, start=0):
+        steps = np.arange(3 + seed, dtype=np.int32)
+        ids = np.stack([1 + steps, 9 - steps])
+        yield Batch(ids, *[np.full(2, len(steps), np.int32)] * 2, np.ones(2, np.float32))
+
+
+@pytest.mark.parametrize("train", [Demo(size=200).train(8), Ragged()], ids=["demo", "ragged"])
+def test_replicas_batches_are_those_of_their_seeds(train):
     for together, a, b in zip(
-        both.epoch((3, 5), 1), train.epoch(3, 1), train.epoch(5, 1), strict=True
+        SideBySide(train).epoch((3, 5), 1), train.epoch(3, 1), train.epoch(5, 1), strict=True
     ):
         for number, part in enumerate((a, b)):
             steps = part.ids.shape[1]

@@ -182,8 +182,11 @@ class Batches:
     def epoch(self, seed: int, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of one epoch in random order.
 
+        What follows what is a function of ``seed`` and ``epoch`` alone; of their shapes it is one
+        of ``epoch``, so that replicas side by side are padded no more than one alone.
+
         Args:
-            seed: the order is a function of ``seed`` and ``epoch`` alone.
+            seed: of the order.
             epoch: number of the epoch, from 0.
             start: number of the first batch wanted; those before it are not built.
 
@@ -193,8 +196,13 @@ class Batches:
         if start < 0:
             raise UserError(f"start is {start}: give the number of a batch, 0 or more")
         generator = generator_of(seed, epoch)
-        rows = self._plan(generator.permutation(len(self._lengths) - 1))
-        return self._batches(rows[generator.permutation(len(rows))][start:])
+        plan = self._plan(generator.permutation(len(self._lengths) - 1))
+        bucket = np.searchsorted(self.boundaries, self._lengths[plan].max(axis=1))
+        drawn, shared = (g.permutation(len(plan)) for g in (generator, generator_of(epoch)))
+        order = np.empty_like(drawn)
+        places, batches = (np.argsort(bucket[a], kind="stable") for a in (shared, drawn))
+        order[places] = drawn[batches]  # of each bucket in the order drawn
+        return self._batches(plan[order][start:])
 
     def in_order(self) -> Iterator[Batch]:
         """Iterate over all rows once, bucket by bucket, each in the order of the data set."""

@@ -463,8 +463,13 @@ def _spread(
     def local_gradient(
         params: PyTree, batch: Batch, keys: Keys, carry: PyTree
     ) -> tuple[PyTree, Sums, PyTree]:
-        gradient_of = lay.mapped(jax.grad(sums_of, has_aux=True))
-        gradient, (sums, carry) = gradient_of(params, batch, keys, carry)
+        gradient_of = jax.grad(sums_of, has_aux=True)
+        if lay.replicas and mesh.devices.flat[0].platform == "cpu":
+            # A core is busy with one of them, whose arrays stay in its cache.
+            each = lax.map(lambda of: gradient_of(*of), (params, batch, keys, carry))
+        else:
+            each = lay.mapped(gradient_of)(params, batch, keys, carry)
+        gradient, (sums, carry) = each
         return *total((gradient, sums)), carry
 
     def of_each(answer: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
