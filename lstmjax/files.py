@@ -71,7 +71,9 @@ def _only_writer(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """The file, open to write and locked; whoever waited for its lock may find it renamed."""
     _require_locks()
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        if path.is_symlink():  # what it points to is no file of ours
+            path.unlink(missing_ok=True)
+        file = os.fdopen(_opened(path), "r+b")
         with file:
             _flock(file.fileno(), fcntl.LOCK_EX)
             if _is_at(file.fileno(), path):
@@ -79,10 +81,21 @@ def _only_writer(path: pathlib.Path) -> Iterator[IO[bytes]]:
                 return
 
 
+def _opened(path: pathlib.Path) -> int:
+    """The number of a regular file, opened to write, made if it is missing; of no link's target."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP):
+            raise OSError(error.errno, f"{path} is a folder or a link: delete it") from error
+        raise
+    return number
+
+
 def _is_at(number: int, path: pathlib.Path) -> bool:
     """Whether an open file is still the one at ``path``."""
     try:
-        return os.path.samestat(os.fstat(number), os.stat(path))
+        return os.path.samestat(os.fstat(number), os.lstat(path))
     except FileNotFoundError:
         return False
 
@@ -173,13 +186,22 @@ def make_folder(path: pathlib.Path) -> None:
         sync_folder(made.parent)
 
 
+def discard(path: pathlib.Path) -> None:
+    """Remove whatever is at a path as far as that goes, a folder or a file; of a link the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def remove_tree(path: pathlib.Path) -> None:
     """Remove a folder: hidden under a temporary name first, so never half of it is to be seen."""
     hidden = path.with_name(f".{path.name}{TEMPORARY}")
     if path != hidden and not path.name.endswith(TEMPORARY):
-        shutil.rmtree(hidden, ignore_errors=True)
+        discard(hidden)
         os.rename(path, hidden)
-    shutil.rmtree(hidden if hidden.exists() else path, ignore_errors=True)
+    discard(hidden if hidden.exists() else path)
 
 
 def _require_locks() -> None:
@@ -230,7 +252,7 @@ class Lock:
         _require_locks()
         while self._file is None:
             self._path.parent.mkdir(exist_ok=True)
-            number = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            number = _opened(self._path)
             file = os.fdopen(number, "r+b", buffering=0)
             try:
                 _flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -12,6 +12,7 @@ import functools
 import html
 import io
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class Look(NamedTuple):
     def verdict(self) -> str:
         """The class that the model takes, and its probability."""
         best = int(np.argmax(self.shares))
-        return f"{self.classes[best]} {self.shares[best]:.1%}"
+        return f"{printable(self.classes[best])} {self.shares[best]:.1%}"
 
 
 def look(
@@ -346,12 +347,14 @@ def draw(found: Look, title: str) -> bytes:
         layout="constrained",
     )
     rows = figure.subplots(count + 1, 1, gridspec_kw={"height_ratios": [2, *[1] * count]})
-    figure.suptitle(printable(title), parse_math=False, wrap=True)
-    of = found.classes[found.target]
+    filled = textwrap.fill(printable(title), int(10 * figure.get_figwidth()))
+    figure.suptitle(filled, parse_math=False)
+    of = printable(found.classes[found.target])
     colors = ["tab:green" if c > 0 else "tab:red" for c in found.contributions]
     rows[0].bar(np.arange(len(found.words)) + 0.5, found.contributions, 0.85, color=colors)
     rows[0].axhline(0, color="black", lw=0.6)
-    rows[0].set(xlim=(0, len(found.words)), ylabel=f"for {of}")
+    rows[0].set(xlim=(0, len(found.words)))
+    rows[0].set_ylabel(f"for {of}", parse_math=False)
     for axes, (name, values) in zip(rows[1:], found.panels.items(), strict=True):
         top = max(float(np.abs(values).max(initial=0)), 1e-6)
         bounded = name.startswith("σ")

@@ -879,8 +879,17 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, object]) -> None:
+def write_safetensors(
+    path: str | pathlib.Path,
+    arrays: Mapping[str, object],
+    publish: Callable[[pathlib.Path, bytes], None] = files.publish,
+) -> None:
     """Write arrays by name to a ``.safetensors`` file, as a whole or not at all.
+
+    Args:
+        path: the file.
+        arrays: by name.
+        publish: what writes the file.
 
     Raises:
         OSError: it cannot be written.
@@ -889,4 +898,4 @@ def write_safetensors(path: str | pathlib.Path, arrays: Mapping[str, object]) ->
         import safetensors.numpy
 
     whole = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
-    files.publish(pathlib.Path(path), safetensors.numpy.save(whole))
+    publish(pathlib.Path(path), safetensors.numpy.save(whole))

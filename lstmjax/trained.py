@@ -7,13 +7,15 @@ Beside its checkpoints, which are for going on, a run folder holds what the mode
     vocabulary.txt        of texts its words, one a line, the first of them with id 4
     cell.py               the file of a user's cell
     tokenizer.py          the file of a user's tokenizer
+    sums.json             SHA-256 of these, but for that of the cell: loading checks them
 
-All but the last two are data. Those are programs, and loading the run runs them, as training did:
-load runs of people whose programs you would run.
+All but the Python files are data. Those are programs, and loading the run runs them, as training
+did: load runs of people whose programs you would run.
 """
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
@@ -29,7 +31,7 @@ from lstmjax import files
 from lstmjax.cells import Cell, CellSpec, load_cell
 from lstmjax.data.tokenizers import load_tokenizer
 from lstmjax.data.vocabulary import FIRST_WORD, Vocabulary
-from lstmjax.errors import StorageError, UserError, first_line, reason
+from lstmjax.errors import StorageError, UserError, first_line, printable, reason
 from lstmjax.interop import read_safetensors
 from lstmjax.models import (
     Classifier,
@@ -40,6 +42,7 @@ from lstmjax.models import (
 )
 from lstmjax.precision import Precision
 from lstmjax.recurrence import Engine, length_mask
+from lstmjax.training import sums
 from lstmjax.training.repeat import filled
 from lstmjax.training.report import CELL, PARAMS, RunFolder, as_dict
 
@@ -134,7 +137,8 @@ def describe(run: RunFolder, config: ModelConfig | SequenceModelConfig) -> None:
         StorageError: it cannot be written.
     """
     cell = CellSpec.parse(config.cell).within(CELL)
-    run.write(MODEL, as_dict(dataclasses.replace(config, cell=cell)))
+    described = as_dict(dataclasses.replace(config, cell=cell))
+    run.write_bytes(MODEL, f"{json.dumps(described, indent=2)}\n".encode())
 
 
 def load_run(folder: str | pathlib.Path) -> "TrainedModel | TrainedSequences":
@@ -153,10 +157,15 @@ def load_run(folder: str | pathlib.Path) -> "TrainedModel | TrainedSequences":
         print(model.predict(["I loved every minute of it.", "A waste of time."]))
     """
     path = pathlib.Path(folder)
+    with sums.checked(path, (MODEL, PARAMS, VOCABULARY, TOKENIZER)):
+        return _loaded(path)
+
+
+def _loaded(path: pathlib.Path) -> "TrainedModel | TrainedSequences":
     found = _read(path / MODEL, lambda f: files.as_object(files.read_json(f)))
     if "sequence" not in found:
-        return _texts(path, _read(path / MODEL, lambda _: filled(ModelConfig(), found, path)))
-    config = _read(path / MODEL, lambda _: filled(SequenceModelConfig(), found, path))
+        return _texts(path, _read(path / MODEL, lambda _: filled(ModelConfig(), found)))
+    config = _read(path / MODEL, lambda _: filled(SequenceModelConfig(), found))
     cell = _cell(path, config.cell, config.sequence.hidden_size)
     module = _with_parameters(path, config.sequence, lambda: build_sequences(config, cell))
     return TrainedSequences(path, config, module)
@@ -218,8 +227,6 @@ def build(config: ModelConfig, cell: Cell, engine: str | Engine | None = None) -
     Raises:
         ValueError: settings that cannot be.
     """
-    if config.padding not in ("bucketed", "front"):
-        raise ValueError(f"its padding is {config.padding!r}")
     if not 0 < config.max_length <= 2**24:
         raise ValueError(f"its max_length is {config.max_length}")
     settings = _settings(config, engine)
@@ -250,8 +257,6 @@ class _Settings(TypedDict):
 
 def _settings(config: ModelConfig | SequenceModelConfig, engine: str | Engine | None) -> _Settings:
     """What models of both kinds have, checked."""
-    if config.precision not in ("float32", "bfloat16"):
-        raise ValueError(f"its precision is {config.precision!r}")
     outputs, classes = config.num_outputs, len(config.classes)
     if classes not in (0, max(2, outputs)):
         raise ValueError(f"it has {outputs} outputs for {classes} classes")
@@ -288,8 +293,9 @@ def _read(path: pathlib.Path, read: Callable[[pathlib.Path], ReadT]) -> ReadT:
 
 def _what_it_says(self: "TrainedModel | TrainedSequences") -> str:
     config = self.config
-    answers = ", ".join(config.classes) or "numbers"
-    return f"{type(self).__name__}({config.cell}, {config.data}, {answers})"
+    few = len(config.classes) <= 8
+    answers = ", ".join(config.classes) or "numbers" if few else f"{len(config.classes)} classes"
+    return printable(f"{type(self).__name__}({config.cell}, {config.data}, {answers})")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -229,3 +229,56 @@ def test_what_cannot_be_compared_is_told():
         with pytest.raises(UserError, match=message):
             compare(Comparing(**{**TINY, **changes}))
     assert not pathlib.Path("runs").exists()
+
+
+DAMAGED = {
+    "empty": "",
+    "no object": "[]",
+    "cut": '{"replicas": [{"seed": 0',
+    "no figures": '{"replicas": [{"seed": 0}]}',
+    "no rows": '{"replicas": []}',
+    "nothing": "{}",
+    "words": '{"replicas": [{"seed": 0, "learning_rate": "x", "validation": 1, "test": {"a": 1}, '
+    '"figures": {}}], "seeds": [null]}',
+    "of others": '{"replicas": [{"seed": 5, "learning_rate": 1, "validation": 1, "test": {"a": 1}, '
+    '"figures": {}}], "seeds": [5]}',
+}
+
+
+@pytest.mark.parametrize("name", ["result.json", "diverged.json"])
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_group_whose_outcome_is_damaged_is_run_again(monkeypatch, capsys, name, how):
+    """The line names the file; what is sound is not run again, and the next start says nothing."""
+    asked = made_up(monkeypatch, lambda config, seed: 0.5)
+    config = Comparing(seeds=1, **TINY)
+    compare(config)
+    unit = units_of(config)[0]
+    file = unit.folder / "seeds0-0" / name
+    if name == "diverged.json":
+        (file.parent / "result.json").unlink()
+    file.write_text(DAMAGED[how])
+    asked.clear()
+    capsys.readouterr()
+    (report,) = compare(config)
+    assert [(cell, seeds) for cell, _, seeds in asked] == [("LSTM", [0])]
+    assert report.values("LSTM") == {0: 50.0}
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "damaged" in text]
+    assert str(file) in line
+    assert line.endswith("its group is run again, from its checkpoints")
+    assert (file.parent / f"damaged-{name}").read_text() == DAMAGED[how]
+    compare(config)
+    assert len(asked) == 1
+    assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_damaged_result_is_what_it_was(capsys):
+    asked = Comparing(seeds=2, **TINY)
+    (before,) = compare(asked)
+    for file in pathlib.Path("runs").rglob("seeds0-1/result.json"):
+        file.write_bytes(b"")
+    (after,) = compare(asked)
+    assert capsys.readouterr().out.count("is damaged") == 2
+    assert [after.values(name) for name in after.entries] == [
+        before.values(name) for name in before.entries
+    ]

@@ -131,7 +131,7 @@ def test_a_process_killed_at_a_change_goes_on(recorded, environment, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         assert done.returncode == 0, (number, done.stderr)
         assert outcome(run) == wanted, number
-    assert kills >= 0.9 * len(numbers)
+    assert kills > len(numbers) / 2
     tell(
         "the run: `kill -9`, half of the last write done",
         "a process of its own kills itself at a change, is started again",

@@ -16,8 +16,13 @@ import pytest
 
 from lstmjax.commands import cumsum, imdb, train
 from lstmjax.cores import usable_cores
+from lstmjax.errors import UserError
+from lstmjax.models import ClassifierConfig
 from lstmjax.recurrence import CPU, ENGINES, Derived
+from lstmjax.training import as_dict
+from lstmjax.training import config_of as config_of_run
 from lstmjax.training.command import as_user_error, run_command
+from lstmjax.training.repeat import without
 from lstmjax.workbench import config_of
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -246,6 +251,13 @@ ERRORS = {
     "batch size": (["--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
     "length": (["--max-length", "0"], "--max-length must be at least 1"),
     "layers": (["--num-layers", "0"], "--num-layers must be at least 1"),
+    "too many layers": (["--num-layers", "1001"], "--num-layers must be at most 1,000, got 1001"),
+    "far too large": (["--max-length", "9" * 30], "--max-length must be at most 2,147,483,647"),
+    "many words": (["--top-words", "3000000000"], "--top-words must be at most 2,147,483,647"),
+    "units": (["--hidden-size", "1000000"], r"parameters need [\d,]+ GiB to be trained"),
+    "wide words": (["--embedding-size", "1000000000"], "lower --hidden-size, --embedding-size"),
+    "wide filters": (["--conv-filters", "4", "--conv-width", "1000000000"], "GiB to be trained"),
+    "no Unicode": (["--run-dir", "n\udcff"], "is no Unicode here: set PYTHONUTF8=1"),
     "words": (["--top-words", "4"], "--top-words must be at least 5"),
     "dropout": (["--dropout-after", "1"], r"--dropout-after must lie in \[0, 1\), got 1"),
     "validation": (["--validation", "1.5"], r"--validation must lie in \[0, 1\)"),
@@ -315,7 +327,140 @@ def test_a_run_is_repeated_from_its_folder_alone(run, capsys):
 
 
 def test_nothing_to_repeat(error_of):
-    assert "nothing to resume in none" in error_of(imdb, "--repeat", "none")
+    assert "nothing to repeat in none: no readable config.json" in error_of(
+        imdb, "--repeat", "none"
+    )
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A folder that says what a run was asked for; the function changes that."""
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    config = dataclasses.replace(
+        imdb.RECIPES["notebook"],
+        epochs=1,
+        data=imdb.DataConfig(data="demo", max_length=12, batch_size=500),
+        model=ClassifierConfig(top_words=50, embedding_size=3, hidden_size=4),
+    )
+
+    def change(name="seed", value=0):
+        settings = {**without(as_dict(config), imdb.HERE_ONLY), "cell_source": None}
+        *outer, last = name.split(".")
+        part = settings
+        for one in outer:
+            part = part[one]
+        part[last] = value
+        (folder / "config.json").write_text(json.dumps(settings))
+        return folder
+
+    return change
+
+
+@pytest.mark.parametrize("start", [(), ("--resume",), ("--resume-or-start",)])
+def test_a_run_is_not_repeated_over_itself(error_of, asked, start):
+    folder = asked()
+    pathlib.Path("link").symlink_to(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for place in (folder, f"{folder}/", pathlib.Path("link"), folder / ".." / folder.name):
+        line = error_of(imdb, "--repeat", folder, "--run-dir", place, *start)
+        assert f"--repeat and --run-dir are both {folder}: name another --run-dir" in line
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_newest_run_is_not_repeated_over_itself(error_of, asked):
+    runs = pathlib.Path("runs")
+    runs.mkdir()
+    asked().rename(runs / "imdb-notebook-demo-LSTM-seed0")
+    line = error_of(imdb, "--repeat", "runs/imdb-notebook-demo-LSTM-seed0", "--resume")
+    assert "name another --run-dir" in line
+
+
+NO_SETTINGS = {
+    "precision": ["zzz", 1, None, []],
+    "learning_rates": [["x"], [[1]], [None], [True], 1, {}],
+    "model.pooling": [["zzz"], [1], [{}], "last", ["last"] * 100_000],
+    "accelerator": ["zzz"],
+    "log": [[1], ["zzz"]],
+    "run_dir": [5, "a\0b"],
+    "resume": [1],
+    "data.data": ["zzz", None],
+    "data.data_dir": [1],
+    "data.archive": [[]],
+    "data.padding": ["zzz"],
+    "data.word_ids": ["zzz"],
+    "data.max_length": [10**30, 1.5, True, "12"],
+    "data.batch_size": [10**30],
+    "model.conv_filters": [10**30],
+    "optimizer.schedule": ["linear"],
+    "optimizer.clip_norm": [10**400, "1", False],
+    "recipe": ["zzz"],
+    "cell": [1],
+    "cell_source": [1],
+    "data_sha256": [[1]],
+    "model": [7, None],
+    "unknown": [1],
+}
+
+
+@pytest.mark.parametrize("name", NO_SETTINGS)
+def test_what_a_run_cannot_have_been_asked_for_is_not_repeated(asked, name):
+    for value in NO_SETTINGS[name]:
+        folder = asked(name, value)
+        last = name.rpartition(".")[2]
+        message = f"{folder}/config.json is .*: its {name} is .*: {last} must be .*; put a copy"
+        with pytest.raises(UserError, match=message) as error:
+            config_of_run(folder, imdb.RECIPES["notebook"], imdb.HERE_ONLY)
+        assert len(str(error.value)) < 600
+        assert "\n" not in str(error.value)
+
+
+def test_sizes_that_no_flag_can_have_are_not_repeated(error_of, asked):
+    for name in ("data.max_length", "data.batch_size", "model.top_words", "model.conv_filters"):
+        line = error_of(imdb, "--repeat", asked(name, 2**62))
+        assert f"--{name.partition('.')[2].replace('_', '-')} must be " in line
+    assert "--num-layers must be at most" in error_of(
+        imdb, "--repeat", asked("model.num_layers", 10**9)
+    )
+
+
+def test_more_runs_than_one_program_takes_are_refused(error_of, monkeypatch, capsys):
+    message = "--seeds and --learning-rates make 2,000,000,000 runs, of at most 10,000"
+    many = ("--seeds", 1_000_000_000, "--learning-rates", 0.1, 0.2)
+    for experiment in (imdb, cumsum):
+        assert message in error_of(experiment, *many)
+    with pytest.raises(SystemExit) as stop:
+        on_a_task(monkeypatch, *many)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_each_start_has_its_own_flags(asked):
+    """What belongs to the run comes from the folder; where and how it is run does not."""
+    like = dataclasses.replace(imdb.RECIPES["default"], run_dir=pathlib.Path("b"), seed=7)
+    for name, value in (
+        ("resume", True),
+        ("resume_or_start", True),
+        ("log", ["tensorboard"]),
+        ("run_dir", "elsewhere"),
+        ("repeat", "elsewhere"),
+        ("keep", 9),
+        ("checkpoint_every", 9),
+        ("accelerator", "gpu"),
+        ("data.data_dir", "elsewhere"),
+        ("data.archive", "elsewhere"),
+    ):
+        found = config_of_run(asked(name, value), like, imdb.HERE_ONLY)
+        expected = like.data if "." in name else like
+        last = name.rpartition(".")[2]
+        assert getattr(found.data if "." in name else found, last) == getattr(expected, last)
+        assert (found.seed, found.recipe, found.run_dir) == (0, "notebook", like.run_dir)
+    found = config_of_run(asked("learning_rates", [1, 0.5]), like, imdb.HERE_ONLY)
+    assert found.learning_rates == (1.0, 0.5)
+    assert found.model.pooling == ("last",)
+    (asked("cell_source", "0" * 64) / "cell.py").write_text("")
+    with pytest.raises(UserError, match=r"cell\.py is damaged or was changed"):
+        config_of_run(asked("cell_source", "0" * 64), like, imdb.HERE_ONLY)
 
 
 def test_what_memory_there_is_too_little_of():

@@ -295,7 +295,9 @@ def test_what_a_config_says_reaches_the_terminal_escaped(environment, whole, tmp
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "cell": "\x1b[2J\u202e" + "x" * 99}))
+    hostile = json.dumps({**config, "cell": "\x1b[2J\u202e" + "x" * 99})
+    for name in ("config.json", ".config.json"):
+        (folder / name).write_text(hostile)
     line = one_error(run(environment, *FLAGS, "--run-dir", folder, "--resume"), 2)
     assert r"cell: \x1b[2J\u202exxx" in line
     assert len(line) < 500
@@ -312,7 +314,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_start_that_was_cut_short_is_no_dead_end(tmp_path, name):
+def test_a_start_that_was_cut_short_is_no_dead_end(tmp_path, name, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes(CONFIGS[name])
     with pytest.raises(UserError, match=r"nothing to resume.*start without --resume"):
@@ -321,14 +323,66 @@ def test_a_start_that_was_cut_short_is_no_dead_end(tmp_path, name):
         assert again.config() == {"a": 1}
     (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "config.json").write_bytes(CONFIGS[name])
+    with training.RunFolder.open("n", {"a": 1}, path=tmp_path / "run", resume=True):
+        assert "config.json is damaged: its copy is taken" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a: 1 there, 2 here"):
+        training.RunFolder.open("n", {"a": 2}, path=tmp_path / "run", resume=True)
+    (tmp_path / "run" / ".config.json").unlink()
+    (tmp_path / "run" / "config.json").write_bytes(CONFIGS[name])
     with pytest.raises(UserError, match=r"put a copy of config.json back"):
         training.RunFolder.open("n", {"a": 1}, path=tmp_path / "run", resume=True)
     with pytest.raises(UserError, match=r"put a copy of config.json back"):
         training.RunFolder.open("n", {"a": 1}, path=tmp_path / "run", resume=True, start=True)
     with pytest.raises(UserError, match="is not empty"):
         training.RunFolder.open("n", {"a": 1}, path=tmp_path / "run")
-    words = "nothing to resume in ...: no readable config.json; start without --resume"
-    tell(f"config.json: {name}", "written", 1, words)
+    tell(f"config.json: {name}", "written", 1, "... is damaged: its copy is taken")
+
+
+def test_a_value_of_the_config_that_was_changed_is_put_back(tmp_path, capsys):
+    """If it alone differs from what is asked for; and of two long values it is said which."""
+    config = {"rate": 0.25, "data_sha256": ["a" * 64, "b" * 64]}
+    training.RunFolder.create(tmp_path / "run", config).close()
+    place = tmp_path / "run" / "config.json"
+    whole = place.read_text()
+    place.write_text(whole.replace("0.25", "0.75"))
+    training.RunFolder.reopen(tmp_path / "run", config).close()
+    assert "config.json is damaged: its copy is taken" in capsys.readouterr().err
+    assert place.read_text() == whole
+    other = {**config, "data_sha256": ["a" * 64, "c" * 64]}
+    with pytest.raises(UserError, match=r"config \(data-sha256: others here\); resume"):
+        training.RunFolder.reopen(tmp_path / "run", other)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]"])
+def test_an_environment_that_cannot_be_read_is_told_as_that(tmp_path, capsys, content):
+    training.RunFolder.create(tmp_path / "run", {}).close()
+    place = tmp_path / "run" / "environment.json"
+    place.unlink() if content is None else place.write_bytes(content)
+    training.RunFolder.reopen(tmp_path / "run", {}).close()
+    assert "environment.json cannot be read: on other devices" in capsys.readouterr().err
+    training.RunFolder.reopen(tmp_path / "run", {}).close()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", [".lock", ".metrics.jsonl.tmp", ".config.json.tmp"])
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_through_a_link(tmp_path, name, there):
+    """What it points to, outside the folder, stays as it is."""
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    training.RunFolder.create(folder, {"epochs": 1}).close()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    if there:
+        victim.write_text("precious")
+    if name == ".lock":
+        with pytest.raises(UserError, match=r"\.lock is a folder or a link: delete it"):
+            training.RunFolder.reopen(folder, {"epochs": 2})
+    else:
+        with training.RunFolder.reopen(folder, {"epochs": 2}) as run:
+            run.rewind(0, ())
+            assert run.config() == {"epochs": 2}
+    assert victim.exists() == there
+    assert not there or victim.read_text() == "precious"
 
 
 def test_another_environment_is_announced(tmp_path, capsys):

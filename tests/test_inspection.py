@@ -221,6 +221,16 @@ def test_texts_stay_texts(model, text):
     assert "\u202e" not in "".join(page.text)
 
 
+def test_names_of_classes_stay_texts(found):
+    r"""Those of a user's file: half a character, a formula, what moves a cursor."""
+    found = found._replace(classes=("$\\foo$ \ud800", "\x1b[2J\u202e<b>"))
+    picture = draw(found, found.verdict)
+    page = as_html(found, found.verdict, picture)
+    assert page.encode()
+    assert "<b>" not in page
+    assert (found.verdict + page.replace("\n", "")).isprintable()
+
+
 def test_the_command(trained_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):

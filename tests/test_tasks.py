@@ -138,6 +138,8 @@ def test_tasks_are_loaded_by_name_and_from_files(tmp_path):
         "adding(size=3)": "unexpected keyword argument 'size'",
         "adding(length=1)": "--length must be at least 2, got 1",
         "adding(length=f())": "cannot read",
+        f"adding(length={'-' * 100_000}1)": "cannot read",
+        f"adding(length={'(' * 100_000}1)": "cannot read",
         f"{tmp_path}/mine.py:Other": "no task 'Other'",
     }.items():
         with pytest.raises(UserError, match=message.replace("(", r"\(")):
@@ -280,6 +282,11 @@ BAD_TEXTS = {
     "object": ("t.jsonl", "[1]\n", "line 1 is no JSON object"),
     "one class": ("t.csv", "text,label\na,1\nb,1\n", "all rows have the label '1'"),
     "suffix": ("t.doc", "text\n", "give a .csv, .tsv or .jsonl file"),
+    "nested": ("t.jsonl", "\n" + "[" * 100_000, "line 2 is no JSON: nested too deep"),
+    "NaN": ("t.jsonl", '{"text": "a", "label": NaN}\n', "line 1 is no JSON"),
+    "infinite": ("t.jsonl", '{"text": "a", "label": 1e999}\n', "row 1 has the label 'inf', a numb"),
+    "digits": ("t.jsonl", f'{{"text": "a", "label": {"1" * 400}}}\n', "row 1 has the label '1111"),
+    "large": ("t.csv", "text,label\na,0.5\nb,1e300\n", "row 2 has the label '1e300', a number th"),
     "none": ("t.csv", "text,label\n", "has no rows"),
     "few": ("t.csv", "text,label\na,1\nb,2\n", "2 rows are too few"),
 }  # fmt: skip
@@ -291,6 +298,13 @@ def test_a_bad_file_is_named_with_its_row(tmp_path, name):
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=message):
         TextFile(file=tmp_path / file).train(4)
+
+
+def test_names_of_classes_may_look_like_numbers(tmp_path):
+    rows = [f"{n},t{n},{('nan', 'inf', '1e300', '2')[n % 4]}" for n in range(40)]
+    file = write_csv(tmp_path / "t.csv", rows)
+    task = TextFile(file=file, label_column="stars", labels="classes")
+    assert task.class_names == ("2", "1e300", "inf", "nan")
 
 
 def test_a_file_in_another_encoding(tmp_path):
@@ -339,7 +353,15 @@ def test_sequences_that_do_not_fit_together(tmp_path):
         r"y is int64\[5\]": {"x": x, "y": np.arange(5)},
         "row 1 has the length 4 of 3 steps": {"x": x, "y": y, "lengths": [1, 4, 1, 1]},
         "row 0 of x is not finite": {"x": x + np.nan, "y": y},
-        "row 2 of y is -1": {"x": x, "y": np.array([0, 1, -1, 1])},
+        "row 2 of y is -1: number the classes from 0, here below 40": {
+            "x": x,
+            "y": np.array([0, 1, -1, 1]),
+        },
+        "row 3 of y is 300000000: number": {"x": x, "y": y // 3 * 300_000_000},
+        "row 1 of y is 4611686018427387904": {"x": x, "y": y % 2 * 2**62},
+        "row 1 of y is 9223372036854775808": {"x": x, "y": y.astype(np.uint64) % 2 * 2**63},
+        r"row 1 of y is 1e\+300: give numbers that are finite": {"x": x, "y": y * 1e300},
+        "row 1 of y is nan": {"x": x, "y": np.where(np.eye(4, 3, -1), np.nan, 0)},
     }
     for message, arrays in cases.items():
         np.savez(tmp_path / "a.npz", **arrays)
@@ -347,6 +369,13 @@ def test_sequences_that_do_not_fit_together(tmp_path):
             SequenceFile(file=tmp_path / "a.npz").rows()
     with pytest.raises(UserError, match="cannot read"):
         SequenceFile(file=tmp_path / "none.npz").rows()
+
+
+def test_labels_behind_the_end_do_not_count(tmp_path):
+    y = np.array([[0, 1, -1], [1, 2**62, 7], [1, 0, 2]])
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 3)), y=y, lengths=[2, 1, 3])
+    found = SequenceFile(file=tmp_path / "a.npz").rows().labels
+    assert [row.tolist() for row in found] == [[0, 1], [1], [1, 0, 2]]
 
 
 def test_curves():

@@ -1,5 +1,6 @@
 """A run folder holds a model that one can use: loading, predicting, choosing an epoch, going on."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from lstmjax import load_run
+from lstmjax import files, load_run
 from lstmjax.cells import CellSpec, load_cell
 from lstmjax.cells.loading import same_program
 from lstmjax.commands import export, imdb, predict
@@ -23,7 +24,8 @@ from lstmjax.errors import UserError
 from lstmjax.export import save_exported
 from lstmjax.inspection import look
 from lstmjax.interop import read_safetensors
-from lstmjax.trained import ModelConfig, read_texts
+from lstmjax.trained import ModelConfig, SequenceModelConfig, read_texts
+from lstmjax.training import RunFolder, sums
 from lstmjax.training.loop import best_epoch
 from lstmjax.workbench import config_of
 from lstmjax.workbench import train as workbench_train
@@ -360,6 +362,40 @@ def test_predict_reads_standard_input_of_any_kind(trained_run):
     assert len(done.stdout.splitlines()) == 4
 
 
+PREDICTED = {
+    "a full disk": ("good film >/dev/full", 74, "cannot write the answers: No space left"),
+    "closed output": ("good film >&-", 74, "cannot write the answers: standard output is closed"),
+    "a reader that is gone": ("good film | true", 0, ""),
+    "closed input": ("<&-", 2, "nothing to predict: give texts or --file"),
+    "unreadable input": ("0>/dev/null", 74, "cannot read standard input: Bad file descriptor"),
+}
+
+
+@pytest.mark.parametrize("case", PREDICTED)
+def test_answers_that_cannot_be_given_are_told(trained_run, case):
+    """To predict, the output is the result."""
+    arguments, status, said = PREDICTED[case]
+    program = f"{sys.executable} {ROOT / 'experiments' / 'predict.py'} --run {trained_run} --json"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{program} {arguments}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.count("\n") == (1 if said else 0)
+    assert done.stderr.startswith(f"error: {said}" if said else "")
+
+
+def test_answers_are_json_and_names_are_printable():
+    config = SequenceModelConfig(classes=("\ud800x", "a\nb"))
+    line = predict.told(config, {"row": 0}, "row 0", np.array(0.2), False)
+    assert line == r"0.8000  \ud800x   row 0"
+    numbers = SequenceModelConfig()
+    for of, answer in ((config, np.nan), (numbers, np.inf), (numbers, [np.nan, 1])):
+        found = predict.told(of, {"row": 0}, "row 0", np.array(answer), True)
+        assert "null" in found
+        assert files.parse_json(found)["row"] == 0
+
+
 def test_predict_tells_what_is_missing(trained_run, tmp_path):
     with pytest.raises(UserError, match="--run"):
         predict.main(predict.Config())
@@ -517,3 +553,109 @@ def test_the_description_is_of_the_run(trained_run):
     assert {*found} == {field.name for field in dataclasses.fields(ModelConfig)}
     assert found["cell"] == "cell.py:Mine(leak=0.25)"
     assert imdb.CORPUS["demo"] == found["data"]
+
+
+# -- sums -----------------------------------------------------------------------------------------
+
+SUMMED = ("model.json", "params.safetensors", "vocabulary.txt")
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_a_bit_that_has_changed_is_told_with_its_file(copied, name):
+    """Wherever it is: in a number, a word, a name, or in white space."""
+    whole = (copied / name).read_bytes()
+    for place in range(0, len(whole), len(whole) // 7):
+        content = bytearray(whole)
+        content[place] ^= 1
+        (copied / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged or was changed: its SHA") as error:
+            load_run(copied)
+        assert "\n" not in str(error.value)
+    (copied / name).write_bytes(whole)
+    load_run(copied)
+
+
+def test_a_vocabulary_that_was_edited_is_used_once_its_sum_is_gone(copied):
+    words = (copied / "vocabulary.txt").read_text().split("\n")
+    (copied / "vocabulary.txt").write_text("\n".join(["mine", *words[1:]]))
+    with pytest.raises(UserError, match=r"not [0-9a-f]{12}.*; put .*, or, .* delete .*sums\.json"):
+        load_run(copied)
+    (copied / "vocabulary.txt").write_text("\n".join(words[1:]))
+    with pytest.raises(UserError, match=r"was changed: .*txt has 195 words, but the run had 196"):
+        load_run(copied)
+    (copied / "vocabulary.txt").write_text("\n".join(["mine", *words[1:]]))
+    (copied / "sums.json").unlink()  # as of a run of before
+    assert load_run(copied).vocabulary.words[0] == "mine"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"model.json": 1}', b'{"model.json": [1]}'])
+def test_damaged_sums_are_told(copied, content):
+    (copied / "sums.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"sums\.json is damaged: .*, or delete it"):
+        load_run(copied)
+
+
+def test_a_crash_leaves_a_file_whose_sum_is_known(tmp_path, monkeypatch):
+    """After any of the changes, of a run with sums and of one of before."""
+    path, publish = tmp_path / "a", files.publish
+    sums.publish(path, b"1")
+    for old in (False, True):
+        for content, stops in ((b"2", 0), (b"3", 1), (b"4", 1), (b"5", 2)):
+            if old:
+                (tmp_path / "sums.json").unlink(missing_ok=True)
+            left = [stops]
+
+            def killed(path, content, left=left):
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                publish(path, content)
+
+            monkeypatch.setattr(files, "publish", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                sums.publish(path, content)
+            monkeypatch.setattr(files, "publish", publish)
+            with sums.checked(tmp_path, ["a"]):
+                pass
+    path.write_bytes(b"6")
+    with pytest.raises(UserError, match="a is damaged"), sums.checked(tmp_path, ["a"]):
+        pass
+    sums.publish(path, b"7")
+    path.write_bytes(b"6")  # what was damaged did not become sound by being replaced
+    with pytest.raises(UserError, match="a is damaged"), sums.checked(tmp_path, ["a"]):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_a_run_that_goes_on_has_its_sums(tmp_path, keep_best):
+    """Of the epoch that is kept; a run without sums gets them."""
+    options = {"validation": 0.3, "keep_best": keep_best, "learning_rate": 2.0}
+    folder = train(tmp_path / "r", epochs=2, **options)
+    load_run(folder)
+    (folder / "sums.json").unlink()
+    train(folder, epochs=4, resume=True, **options)
+    load_run(folder)
+    assert {*json.loads((folder / "sums.json").read_text())} >= {"model.json", "vocabulary.txt"}
+    train(folder, epochs=4, resume=True, **options)  # nothing is left to do
+    load_run(folder)
+
+
+@pytest.mark.slow
+def test_the_best_parameters_are_not_tested_once_damaged(monkeypatch):
+    train_it, damaged = RunFolder.write_parameters, []
+
+    def write(self, params):
+        train_it(self, params)
+        file = self.path / "params.safetensors"
+        damaged.append(file)
+        file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+    monkeypatch.setattr(RunFolder, "write_parameters", write)
+    made = config_of("adding(length=5,updates=2,test_rows=32)")
+    config = dataclasses.replace(
+        made, epochs=1, batch_size=8, accelerator="cpu", keep_best=True, run_dir=pathlib.Path("s")
+    )
+    with pytest.raises(UserError, match=r"s/params\.safetensors is damaged or was changed"):
+        workbench_train(config)
+    assert damaged

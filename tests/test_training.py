@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from lstmjax.models import Classifier, ClassifierConfig
 from lstmjax.recurrence import length_mask
 from lstmjax.recurrence.engine import platform as platform_traced_for
 from lstmjax.training import compilation, devices, step
+from lstmjax.training.checkpoint import Checkpoints, Damaged
 from lstmjax.training.devices import replicated
 from lstmjax.training.loop import on_device
 from lstmjax.training.nans import line_of_nan
@@ -765,6 +767,61 @@ def test_without_a_sound_checkpoint_nothing_is_overwritten(tmp_path):
         fit(tmp_path / "run", resume=True)
     left = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
     assert left == {"damaged-14", "damaged-21"}
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is sound"):  # asked again, too
+        fit(tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+INSTEAD = {
+    "a pipe": os.mkfifo,
+    "a link to nothing": lambda path: os.symlink("nowhere", path),
+    "a link to itself": lambda path: os.symlink(path.name, path),
+}
+
+
+@pytest.mark.parametrize("what", INSTEAD)
+def test_what_is_no_file_in_a_checkpoint_is_damage(tmp_path, what):
+    """Neither waited for nor taken for a disk that fails; at any of its files."""
+    whole, _ = fit(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (tmp_path / "kept").mkdir()
+    os.rename(checkpoints / "21", tmp_path / "kept" / "21")
+    kept = (tmp_path / "kept").rglob("*")
+    files = [path.relative_to(tmp_path / "kept") for path in kept if path.is_file()]
+    assert len(files) > 3
+    reader = Checkpoints(checkpoints)
+    like = jax.tree.map(jnp.copy, whole)
+    for file in files:
+        shutil.copytree(tmp_path / "kept" / "21", checkpoints / "21")
+        (checkpoints / file).unlink()
+        INSTEAD[what](checkpoints / file)
+        with pytest.raises(Damaged):
+            reader._read(21, like)
+        shutil.rmtree(checkpoints / "21")
+    reader.close()
+
+
+def test_what_stands_in_a_checkpoints_way_is_moved_out_of_it(tmp_path, capsys):
+    """Files where folders are to be, and a folder that is called almost like a checkpoint."""
+    whole, _ = fit(tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    cut_in_half(checkpoints / "21")
+    (checkpoints / ".21.tmp").touch()
+    (checkpoints / "damaged-21").touch()
+    (checkpoints / "0021").mkdir()
+    again, _ = fit(tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
+    assert {p.name for p in checkpoints.iterdir()} == {"0021", "14", "21", "damaged-21"}
+
+
+def test_a_run_without_any_checkpoint_says_that_it_begins_anew(tmp_path, capsys):
+    whole, _ = fit(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    capsys.readouterr()
+    again, _ = fit(tmp_path / "run", resume=True)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(whole))
+    assert re.search(r"no checkpoint in .*: the run begins anew", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("pooling", "padding"), [(("last",), "right"), (("mean", "max"), "left")])
@@ -865,6 +922,8 @@ DAMAGED_LINES = {
     "null": b"null",
     "null inside": b'{"kind": "step", "step": 2, "epoch": 1, "loss": null}',
     "not a number": b'{"kind": "step", "step": 2, "epoch": 1, "loss": NaN}',
+    "too large": b'{"kind": "step", "step": 2, "epoch": 1, "loss": 1e999}',
+    "far too large": b'{"kind": "step", "step": 2, "epoch": 1, "loss": 1' + b"0" * 400 + b"}",
     "nested": b"[" * 100_000,
     "a list": b"[1]",
     "no step": b'{"kind": "step", "step": "2", "epoch": 1}',

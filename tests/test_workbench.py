@@ -16,10 +16,12 @@ from lstmjax.cells import load_cell
 from lstmjax.data import words_of
 from lstmjax.errors import UserError
 from lstmjax.tasks import Adding, Characters, Demo, Parity, TextFile
+from lstmjax.tasks.metric import MEAN_SQUARED_ERROR
 from lstmjax.training import NonFiniteLossError
 from lstmjax.training.checkpoint import Checkpoints
 from lstmjax.workbench import Replica, config_of, run, train
 from lstmjax.workbench.classes import classes_of
+from lstmjax.workbench.rows import Row, outcome_of
 
 pytestmark = pytest.mark.usefixtures("as_for_users")
 
@@ -245,6 +247,55 @@ def test_texts_of_ones_own_from_file_to_verdict(capsys):
     wide = dataclasses.replace(asked, model=dataclasses.replace(small, embedding_size=5))
     with pytest.raises(UserError, match="line 1 has 3 numbers for 'rouge'"):
         train(wide)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_figure_that_there_is_none_of_costs_no_result(seeds, capsys):
+    """A class is in the training part alone; another has a name that nobody can write."""
+    names = ["\ud800x", r"$\foo$"]
+    rows = [{"text": f"good film {n}", "label": names[n % 2]} for n in range(60)]
+    rows.append({"text": "rare", "label": "rare"})
+    pathlib.Path("t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = config_of("text")
+    asked = dataclasses.replace(
+        made,
+        sizes=TextFile(file=pathlib.Path("t.jsonl"), buckets=1),
+        model=dataclasses.replace(made.model, hidden_size=2, embedding_size=2),
+        epochs=1,
+        seeds=seeds,
+        accelerator="cpu",
+        run_dir=pathlib.Path("r"),
+    )
+    rows = train(asked)
+    assert all(math.isnan(row.figures["test_auc"]) for row in rows)
+    found = _json("r/result.json")
+    for one in [found] if seeds == 1 else [row["figures"] for row in found["replicas"]]:
+        assert one["test_auc"] is None
+        assert one["test_f1"] >= 0
+    out = capsys.readouterr().out
+    assert "AUC nan (a class has no row to test on)" in out
+    assert re.search(r"\n +rare( +0){3} +–\n", out)
+    assert re.search(r"\n +.ud800x ", out)
+    assert pathlib.Path("r/confusion.png").exists()
+
+
+def test_what_diverged_is_null_in_the_result():
+    row = Row(0, 0.1, math.nan, {"test": math.inf}, {"test_loss": -math.inf})
+    assert outcome_of(MEAN_SQUARED_ERROR, [row], False) == {
+        "test_loss": None, "metric": "mean squared error", "value": None,
+    }  # fmt: skip
+    several = outcome_of(MEAN_SQUARED_ERROR, [row], True)
+    assert several["replicas"][0]["test"] == {"test": None}
+    assert {*several["by_learning_rate"]["0.1"]["validation"].values()} == {None}
+
+
+def test_of_very_many_classes_there_is_no_confusion_matrix():
+    outputs, labels = np.eye(50_000, dtype=np.float32)[:20], np.arange(20)
+    few = classes_of(outputs[:, :40], labels)
+    assert classes_of(outputs[:, :400], labels).f1 == pytest.approx(few.f1 / 10)
+    found = classes_of(outputs, labels)
+    assert few.confusion.shape == (40, 40)
+    assert found.confusion is None
 
 
 def test_f1_and_auc_by_definition():

@@ -41,6 +41,7 @@ from lstmjax.precision import Precision
 from lstmjax.training.command import require_positive, require_rate, require_seed, run_command
 from lstmjax.training.devices import BATCH
 from lstmjax.training.step import Number
+from lstmjax.workbench.config import require_replicas
 from lstmjax.workbench.rows import ACCURACY, Replica, Row, outcome_of, replicas_of, table_of
 
 
@@ -100,6 +101,7 @@ def check(config: Config) -> None:
         require_rate(rate)
     require_seed(config.seed)
     require_seed(config.seed + config.seeds - 1)
+    require_replicas(config.seeds, config.learning_rates)
 
 
 class Outcome(NamedTuple):
@@ -172,6 +174,7 @@ def main(config: Config) -> None:
     if len(replicas) > 1:
         name += f"-{len(replicas)}runs"
     model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
+    training.require_room(len(replicas) * count_parameters(model), mesh)
     table = summary(model, jax.ShapeDtypeStruct((1, config.steps, 1), "float32"))
     with training.RunFolder.open(name, training.as_dict(config), path=config.run_dir) as run:
         print(table)

@@ -23,6 +23,7 @@ import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Any, Literal
 
 import jax
@@ -55,14 +56,16 @@ from lstmjax.models import Classifier, ClassifierConfig, count_parameters, summa
 from lstmjax.recurrence import Engine, Workload, choose_engine
 from lstmjax.trained import ModelConfig, describe_texts
 from lstmjax.training.command import (
+    require_layers,
     require_positive,
     require_rate,
     require_seed,
     require_share,
     run_command,
 )
+from lstmjax.training.repeat import without
 from lstmjax.training.report import Figure, Record
-from lstmjax.workbench.config import RunConfig
+from lstmjax.workbench.config import RunConfig, require_replicas
 from lstmjax.workbench.rows import ACCURACY, Row, outcome_of, table_of
 
 
@@ -114,6 +117,11 @@ class Config(RunConfig):
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
 
 
+HERE_ONLY = (
+    *("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every", "keep", "log"),
+    *("coordinator", "processes", "process_id", "repeat", "data.data_dir", "data.archive"),
+)
+"""What a run's numbers do not depend on: each start has its own."""
 CORPUS = {
     "imdb": "IMDB",
     "demo": "built-in DEMO corpus (not IMDB)",
@@ -156,13 +164,15 @@ def check(config: Config) -> None:
             "buckets": data.buckets,
             "embedding-size": model.embedding_size,
             "hidden-size": model.hidden_size,
-            "num-layers": model.num_layers,
             "conv-width": model.conv_width,
             "conv-pool": model.conv_pool,
+            "conv-filters": max(model.conv_filters, 1),
+            "top-words": max(model.top_words, 1),
             "keep": config.keep,
             "seeds": config.seeds,
         }
     )
+    require_layers(model.num_layers)
     require_share(
         {"validation": data.validation}
         | {name: value for name, value in vars(model).items() if name.startswith("dropout_")}
@@ -195,8 +205,15 @@ def check(config: Config) -> None:
         raise UserError(f"--clip-norm must be at least 0 and finite, got {clip}")
     require_seed(config.seed)
     require_seed(config.seed + config.seeds - 1)
+    require_replicas(config.seeds, config.learning_rates)
     if config.epochs > 10_000:
         raise UserError(f"--epochs must be at most 10000, got {config.epochs}")
+
+
+def require_apart(before: pathlib.Path | None, now: pathlib.Path | None) -> None:
+    """Raise `UserError` where a run that is repeated would be written over."""
+    if before and now and now.exists() and before.samefile(now):
+        raise UserError(f"--repeat and --run-dir are both {before}: name another --run-dir")
 
 
 def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
@@ -206,28 +223,15 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     )
     if config.side_by_side:
         name += f"-{len(config.replicas)}runs"
-    settings = {**training.as_dict(config), "cell_source": source_digest(config.cell)}
-    for here_only in ("run_dir", "resume", "resume_or_start", "accelerator"):
-        del settings[here_only]
-    for here_only in (
-        "checkpoint_every",
-        "keep",
-        "log",
-        "coordinator",
-        "processes",
-        "process_id",
-        "repeat",
-    ):
-        del settings[here_only]
-    data_settings = training.as_dict(config.data)
-    for here_only in ("data_dir", "archive"):
-        del data_settings[here_only]
-    settings["data"] = data_settings
+    resume = config.resume or config.resume_or_start
+    there = training.RunFolder.newest(name) if resume else None
+    require_apart(config.repeat, config.run_dir or there)
+    settings = without(training.as_dict(config), HERE_ONLY)
     return training.RunFolder.open(
         name,
-        {**settings, "data_sha256": data},
+        {**settings, "cell_source": source_digest(config.cell), "data_sha256": data},
         path=config.run_dir,
-        resume=config.resume or config.resume_or_start,
+        resume=resume,
         start=not config.resume,
         environment=training.surroundings(mesh),
         cell_source=cell_source(config.cell),
@@ -293,21 +297,22 @@ def lengths_of(rows: Dataset | pathlib.Path, longest: int) -> Any:
 def main(config: Config) -> None:
     """Run the experiment."""
     if config.repeat:
-        config = training.config_of(config.repeat, config)
+        config = training.config_of(config.repeat, config, HERE_ONLY)
     check(config)
     training.check_viewers(config.log)
     training.join(config.coordinator, config.processes, config.process_id)
     replicas = len(config.replicas)
     mesh = training.make_mesh(config.accelerator, config.data.batch_size, replicas)
     cell = load_cell(config.cell, config.model.hidden_size)
+    model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
+    training.require_room(replicas * count_parameters(model), mesh)
     train, evaluations = make_batches(config)
     engine, reason = engine_for(config, cell, mesh)
     models = make_models(config, cell, mesh)
-    model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
     shape = (config.data.batch_size, config.data.max_length)
     table = summary(model, jax.ShapeDtypeStruct(shape, "int32"))
     with open_run(config, mesh, [b.fingerprint for b in (train, *evaluations.values())]) as run:
-        stopping.advise(f"go on: the same command with --resume --run-dir {run.path}")
+        stopping.advise(f"go on: the same command with --resume --run-dir {quote(str(run.path))}")
         print(table)
         print(
             f"{CORPUS[config.data.data]}: {len(train)} batches an epoch in at most "

@@ -11,13 +11,14 @@ sequence the line has its number in place of the text; a model that answers at e
 of them. Models of numbers say the number.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Annotated
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,6 +36,7 @@ from lstmjax.trained import (
     read_texts,
 )
 from lstmjax.training.command import run_command
+from lstmjax.workbench.rows import finite
 
 with extra("train"):
     import tyro
@@ -59,16 +61,40 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Load the model and answer."""
+    """Load the model and answer on standard output."""
+    write(answers(config), sys.stdout)
+
+
+def write(lines: Iterable[str], to: Any) -> None:
+    """Write the answers as they come, until a reader that is gone wants no more of them.
+
+    Args:
+        lines: one an answer.
+        to: standard output, or what has taken its place; None: it is closed.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    if to is None:
+        raise StorageError("cannot write the answers: standard output is closed")
+    for line in lines:
+        try:
+            print(line, file=to, flush=True)
+        except BrokenPipeError:
+            return
+        except OSError as error:
+            raise StorageError(f"cannot write the answers: {reason(error)}") from error
+
+
+def answers(config: Config) -> Iterator[str]:
+    """A line a row."""
     if config.run is None:
         raise UserError("which model? Name the folder of its run: --run runs/<name>")
     model = load_run(config.run)
     if isinstance(model, TrainedSequences):
-        lines = of_sequences(model, config)
+        yield from of_sequences(model, config)
     else:
-        lines = of_texts(model, config)
-    for line in lines:
-        print(line)
+        yield from of_texts(model, config)
 
 
 def of_sequences(model: TrainedSequences, config: Config) -> Iterator[str]:
@@ -100,14 +126,15 @@ def texts_of(config: Config) -> Iterator[Text]:
     if config.texts:
         yield from config.texts
         return
-    if config.file is None:
-        yield from read_texts(sys.stdin.buffer.readline)
-        return
+    if config.file is None and sys.stdin is None:
+        raise UserError("nothing to predict: give texts or --file, standard input is closed")
     try:
-        with config.file.open("rb") as lines:
+        opened = config.file.open("rb") if config.file else contextlib.nullcontext(sys.stdin.buffer)
+        with opened as lines:
             yield from read_texts(lines.readline)
     except OSError as error:
-        raise StorageError(f"cannot read {config.file}: {reason(error)}") from error
+        name = config.file or "standard input"
+        raise StorageError(f"cannot read {name}: {reason(error)}") from error
 
 
 def told(
@@ -129,15 +156,16 @@ def told(
     found = np.asarray(answer)
     if not config.classes:
         if as_json:
-            return json.dumps({**what, "number": found.tolist()})
+            return json.dumps(finite({**what, "number": found.tolist()}))
         return f"{' '.join(f'{value:.6g}' for value in found.ravel())}  {name}"
     of_each = np.stack([1 - found, found], -1) if config.num_outputs == 1 else found
     steps = of_each.reshape(-1, len(config.classes))
     if as_json:
         named = [dict(zip(config.classes, row.tolist(), strict=True)) for row in steps]
-        return json.dumps({**what, "probabilities": named if of_each.ndim > 1 else named[0]})
-    said = [f"{row.max():.4f}  {config.classes[row.argmax()]:<9}" for row in steps]
-    return f"{' '.join(said)} {name}"
+        shares = named if of_each.ndim > 1 else named[0]
+        return json.dumps(finite({**what, "probabilities": shares}))
+    best = [(row.max(), printable(config.classes[row.argmax()])) for row in steps]
+    return f"{' '.join(f'{share:.4f}  {known:<9}' for share, known in best)} {name}"
 
 
 def shortened(text: str) -> str:
@@ -152,5 +180,8 @@ def shortened(text: str) -> str:
 
 
 def run() -> None:
-    """Parse the command line and run `main`."""
-    run_command({"default": Config()}, main, description=__doc__)
+    """Parse the command line and answer; `run_command` lets output fail, but here it is all."""
+    output = sys.stdout
+    run_command(
+        {"default": Config()}, lambda config: write(answers(config), output), description=__doc__
+    )

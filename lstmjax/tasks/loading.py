@@ -89,7 +89,7 @@ def _fields(spec: str) -> dict[str, object]:
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("give fields by name")
         return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(
             f"cannot read {spec!r} ({first_line(error)}): write it like adding(length=400)"
         ) from error

@@ -18,6 +18,9 @@ from lstmjax.tasks.metric import ACCURACY, MEAN_SQUARED_ERROR, Metric
 from lstmjax.training.objective import CrossEntropy, Objective, SquaredError
 from lstmjax.training.step import OptimizerConfig
 
+CLASSES_A_LABEL = 10
+"""No more classes than so many times the labels: there is an output for each, seen or not."""
+
 
 def split_rows(
     groups: Sequence[Hashable], validation: float, test: float
@@ -276,12 +279,39 @@ class SequenceFile(Rows):
             raise UserError(
                 f"{self.file}: y is {y.dtype}{[*y.shape]}, not ({rows},) or ({rows}, {steps})"
             )
-        y = y.astype(np.float32) if y.dtype.kind == "f" else y.astype(np.int32)
-        labels = y if y.ndim == 1 else [a[: len(x)] for a, x in zip(y, sequences, strict=True)]
-        for number, label in enumerate(labels):
-            if not np.isfinite(label).all() or (y.dtype.kind == "i" and np.min(label) < 0):
-                raise UserError(f"{self.file}: row {number} of y is {label}; give classes from 0")
-        return Sequences(sequences, labels)
+        labels = read_labels(self.file, y, np.array([len(row) for row in sequences]))
+        if y.ndim == 1:
+            return Sequences(sequences, labels)
+        return Sequences(
+            sequences, [own[: len(row)] for own, row in zip(labels, sequences, strict=True)]
+        )
+
+
+def read_labels(file: pathlib.Path, y: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Labels as int32 for classes or float32 for numbers.
+
+    Args:
+        file: where they are from.
+        y: a label a row, or one a step.
+        lengths: of the rows; what is behind does not count.
+
+    Raises:
+        UserError: there cannot be such a class, or a number is not finite.
+    """
+    most = CLASSES_A_LABEL * y.size
+    if y.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            labels = y.astype(np.float32)
+        wrong, remedy = ~np.isfinite(labels), "give numbers that are finite in float32"
+    else:
+        labels, wrong = y.astype(np.int32), (y < 0) | (y >= most)
+        remedy = f"number the classes from 0, here below {most:,}, or give numbers as floats"
+    if y.ndim == 2:
+        wrong &= np.arange(y.shape[1]) < lengths[:, None]
+    if wrong.any():
+        at = np.unravel_index(wrong.argmax(), y.shape)
+        raise UserError(f"{file}: row {at[0]} of y is {y[at]}: {remedy}")
+    return labels
 
 
 def read_arrays(file: pathlib.Path, needed: Sequence[str]) -> dict[str, np.ndarray]:

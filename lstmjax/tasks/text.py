@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import functools
 import io
-import json
 import math
 import pathlib
 import sys
@@ -40,6 +39,7 @@ with extra("train"):
     import tyro
 
 MAX_BYTES = 2**31
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,17 +354,11 @@ class _Table:
 @read_once
 def _table(task: TextFile) -> _Table:
     texts, labels = read_texts(task.file, task.text_column, task.label_column)
-    numbers = _as_numbers(labels)
-    if task.labels == "numbers" and numbers is None:
-        row = next(n for n, label in enumerate(labels, 1) if _number(label) is None)
-        raise UserError(f"{task.file}: row {row} has the label {labels[row - 1]!r}, not a number")
-    if numbers is not None and task.labels != "classes":
+    if task.labels != "classes" and (numbers := _as_numbers(task, labels)) is not None:
         whole = bool((numbers == np.round(numbers)).all()) and len(np.unique(numbers)) <= 20
         if task.labels == "numbers" or not whole:
             return _Table(texts, numbers.astype(np.float32), ())
-    classes = sorted(
-        set(labels), key=lambda name: (_number(name) is None, _number(name) or 0, name)
-    )
+    classes = sorted(set(labels), key=_place)
     if len(classes) < 2:
         raise UserError(f"{task.file}: all rows have the label {classes[0]!r}: nothing to learn")
     number = {name: n for n, name in enumerate(classes)}
@@ -373,14 +367,35 @@ def _table(task: TextFile) -> _Table:
 
 def _number(text: str) -> float | None:
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
 
 
-def _as_numbers(labels: tuple[str, ...]) -> np.ndarray | None:
+def _place(label: str) -> tuple[bool, float, str]:
+    """Where a class stands among the others: numbers first, by size, then names."""
+    number = _number(label)
+    if number is None or not math.isfinite(number):
+        return True, 0.0, label
+    return False, number, label
+
+
+def _as_numbers(task: TextFile, labels: tuple[str, ...]) -> np.ndarray | None:
+    """The labels as numbers; None: there are others among them.
+
+    Raises:
+        UserError: one is infinite, NaN, or too large; or none, although all have to be numbers.
+    """
     found = [_number(label) for label in labels]
+    for row, (label, number) in enumerate(zip(labels, found, strict=True), 1):
+        where = f"{task.file}: row {row} has the label {label[:60]!r}"
+        if number is None and task.labels == "numbers":
+            raise UserError(f"{where}, not a number")
+        if number is not None and not abs(number) <= LARGEST:
+            raise UserError(
+                f"{where}, a number that is not finite in float32: give another one, or, if it is "
+                "the name of a class, --labels classes"
+            )
     return None if None in found else np.array(found, np.float64)
 
 
@@ -455,7 +470,7 @@ def _json_rows(file: pathlib.Path, content: str) -> list[dict[str, Json]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = files.parse_json(line)
         except ValueError as error:
             raise UserError(f"{file}: line {number} is no JSON: {error}") from error
         if not isinstance(row, dict):

@@ -8,6 +8,7 @@ from lstmjax.training.devices import (
     make_mesh,
     quick_compilation,
     replicated,
+    require_room,
     sharded,
     simple_kernels,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "prepare_drawing",
     "quick_compilation",
     "replicated",
+    "require_room",
     "run_name",
     "sharded",
     "simple_kernels",

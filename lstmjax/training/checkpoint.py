@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import pathlib
-import shutil
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +33,7 @@ from lstmjax.training.step import Sums, TrainState
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
+_ASIDE = "damaged-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Checkpoints:
                 return
             files.make_folder(folder)
             for path in folder.glob(f".*{files.TEMPORARY}"):  # of a process that was killed
-                shutil.rmtree(path, ignore_errors=True)
+                files.discard(path)
         except OSError as error:
             raise StorageError(f"cannot write {folder}: {reason(error)}") from error
 
@@ -180,7 +181,7 @@ class Checkpoints:
 
     def _write(self, step: int, leaves: dict[str, Array | np.ndarray], position: Position) -> None:
         temporary = self._folder / f".{step}{files.TEMPORARY}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.discard(temporary)
         temporary.mkdir()
         arrays = [*leaves.values()]
         self._arrays().save(
@@ -240,7 +241,7 @@ class Checkpoints:
             except Damaged as error:
                 print(f"checkpoint {self._folder / str(step)} is damaged: {error}", file=sys.stderr)
                 self._put_aside(step)
-        if steps:
+        if steps or any(self._folder.glob(f"{_ASIDE}*")):
             raise UserError(
                 f"no checkpoint in {self._folder} is sound: put a copy of it back, or start anew "
                 "with another --run-dir"
@@ -252,9 +253,9 @@ class Checkpoints:
             files.remove_tree(self._folder / str(old))
 
     def _put_aside(self, step: int) -> None:
-        aside = self._folder / f"damaged-{step}"
+        aside = self._folder / f"{_ASIDE}{step}"
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            files.discard(aside)
             os.rename(self._folder / str(step), aside)
             files.sync_folder(self._folder)
         except OSError as error:
@@ -266,8 +267,7 @@ class Checkpoints:
             content = _read_manifest(folder)
             _compare(folder, content["leaves"], _leaves(like))
             for path in folder.rglob("*"):
-                if not os.access(path, os.R_OK):
-                    raise PermissionError(13, "Permission denied", str(path))
+                _require_readable(path)
             if content["step"] != step:
                 raise Damaged(f"it is of step {content['step']}")
             _position(content["position"])
@@ -289,7 +289,7 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         """Numbers of the steps that have a checkpoint, rising."""
         names = [path.name for path in self._folder.iterdir()]
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        return sorted(int(a) for a in names if a.isascii() and a.isdigit() and a == str(int(a)))
 
     def latest(self) -> int | None:
         """Number of steps done in the newest checkpoint."""
@@ -330,6 +330,15 @@ def _describe(leaf: Array | np.ndarray) -> _Described:
 
 def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _require_readable(path: pathlib.Path) -> None:
+    """Raise an error unless it is a file or a folder that can be read; a pipe would never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise Damaged(f"{path.name} is neither file nor folder")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(13, "Permission denied", str(path))
 
 
 def _read_manifest(folder: pathlib.Path) -> _Manifest:

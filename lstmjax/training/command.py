@@ -169,11 +169,17 @@ def require_seed(seed: int) -> None:
         raise UserError(f"--seed must lie in [0, 2^32), got {seed}")
 
 
-def require_positive(values: Mapping[str, int]) -> None:
-    """Raise `UserError` for the first of the named settings that is below 1."""
+def require_positive(values: Mapping[str, int], most: int = 2**31 - 1) -> None:
+    """Raise `UserError` for the first of the named settings that is below 1, or beyond ``most``."""
     for name, value in values.items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not 1 <= value <= most:
+            told = "at least 1" if value < 1 else f"at most {most:,}"
+            raise UserError(f"--{name.replace('_', '-')} must be {told}, got {value}")
+
+
+def require_layers(number: int) -> None:
+    """Raise `UserError` for a number of layers that is none, or takes minutes to build."""
+    require_positive({"num_layers": number}, most=1_000)
 
 
 def require_rate(learning_rate: float) -> None:

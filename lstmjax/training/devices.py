@@ -27,6 +27,25 @@ _INSTALL = {
 }
 
 
+def require_room(parameters: int, mesh: Mesh) -> None:
+    """Raise `UserError` unless a device could hold so many parameters while Adam trains them.
+
+    That is four times their size: themselves, a gradient, two moments.
+    """
+    device = next(iter(mesh.devices.flat))
+    if device.platform == "cpu":
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        room = (device.memory_stats() or {}).get("bytes_limit", 2**63)
+    needed = 4 * 4 * parameters
+    if needed > room:
+        raise UserError(
+            f"{parameters:,} parameters need {needed / 2**30:,.0f} GiB to be trained, "
+            f"{room / 2**30:,.0f} are there: lower --hidden-size, --embedding-size or what else "
+            "sets the model's size"
+        )
+
+
 def make_mesh(
     accelerator: Accelerator = "auto", rows: int | None = None, replicas: int = 1
 ) -> Mesh:

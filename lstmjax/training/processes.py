@@ -54,6 +54,7 @@ def join(coordinator: str = "", processes: int = 0, process_id: int = -1) -> Non
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
     _speak_at_the_end()
+    stopping.say(f"waiting for the other processes{f', at {coordinator}' * bool(coordinator)}\n")
     try:
         jax.distributed.initialize(
             coordinator_address=coordinator if any(given) else None,

@@ -29,13 +29,16 @@ from lstmjax.files import Json
 from lstmjax.interop import read_safetensors, write_safetensors
 from lstmjax.models import named_parameters
 from lstmjax.shown import html_picture
+from lstmjax.training import sums
 from lstmjax.training.devices import accelerator_name
 from lstmjax.training.processes import from_first
 from lstmjax.training.trackers import Trackers, Viewer, check_viewers
 
 MAX_METRICS_BYTES = 2**30
+CONFIG, COPY = "config.json", ".config.json"
 PARAMS = "params.safetensors"
 """The run folder's trained parameters, by name."""
+_MOST = 1e308
 _PACKAGES = ("lstmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -147,6 +150,11 @@ class RunFolder:
 
         def open_it() -> str:
             there = path or cls.newest(name)
+            if not _in_unicode(there):
+                raise UserError(
+                    f"the name of {there} is no Unicode here: set PYTHONUTF8=1, or name another "
+                    "--run-dir"
+                )
             if resume and not (start and not _holds_a_run(there)):
                 opened.append(cls.reopen(there, config, environment, cell_source))
             else:
@@ -211,7 +219,7 @@ class RunFolder:
             run.write("environment.json", _environment(environment))
             for name, content in cell_source.items():
                 files.publish(path / name, content)
-            run.write("config.json", config)  # last: it makes the folder a run
+            run._write_config(config)  # last: it makes the folder a run
         except OSError as error:
             run.close()
             raise _cannot_write(f"the run folder {path}", error) from error
@@ -239,9 +247,10 @@ class RunFolder:
         """
         run = cls(path)
         try:
-            before = run.config()
+            run.config()  # before a lock is made where there is no run
             run._take_lock()
             now = json.loads(json.dumps(config))
+            before = run._sound_config(now)
             if run._same_cell(before, cell_source):
                 now["cell_source"] = before["cell_source"]
             free = _free_to_differ(before, now)
@@ -259,7 +268,7 @@ class RunFolder:
                         "rate that depends on their number is from here on that of the longer run",
                         file=sys.stderr,
                     )
-                run.write("config.json", now)
+                run._write_config(now)
         except OSError as error:
             run.close()
             raise _cannot_write(f"the run folder {path}", error) from error
@@ -269,20 +278,42 @@ class RunFolder:
         return run
 
     def config(self) -> dict[str, Json]:
-        """What the run in this folder was asked for.
+        """What the run in this folder was asked for; of a damaged ``config.json`` its copy.
 
         Raises:
             UserError: there is none.
         """
         try:
-            return files.as_object(files.read_json(self.path / "config.json"))
+            return self._read_config(CONFIG)
         except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError, ValueError):
+                return self._read_config(COPY)
             remedy = "start without --resume"
             if _holds_a_run(self.path):
                 remedy = "put a copy of config.json back, or start anew with another --run-dir"
             raise UserError(
                 f"nothing to resume in {self.path}: no readable config.json; {remedy}"
             ) from error
+
+    def _read_config(self, name: str) -> dict[str, Json]:
+        return files.as_object(files.read_json(self.path / name))
+
+    def _write_config(self, config: Mapping[str, Json]) -> None:
+        self.write(COPY, config)
+        self.write(CONFIG, config)
+
+    def _sound_config(self, now: Mapping[str, Json]) -> dict[str, Json]:
+        """What the run was asked for; a damaged file is replaced by its copy, and that is said."""
+        there: dict[str, Json] | None = None
+        with contextlib.suppress(OSError, ValueError):
+            there = self._read_config(CONFIG)
+        with contextlib.suppress(OSError, ValueError):
+            copy = self._read_config(COPY)
+            if there is None or (there != copy and not differences(copy, now)):
+                print(f"{self.path / CONFIG} is damaged: its copy is taken", file=sys.stderr)
+                self.write(CONFIG, copy)
+                return copy
+        return self.config()
 
     def _same_cell(self, before: Mapping[str, Json], source: Mapping[str, bytes]) -> bool:
         """Whether the file of the cell is that of the run but for comments and layout."""
@@ -300,13 +331,21 @@ class RunFolder:
 
     def _tell_changes(self, now: Mapping[str, Json]) -> None:
         """Announce on standard error what the results depend on and what has changed since."""
-        changed = differences(self.environment(), json.loads(json.dumps(now)))
-        if changed:
+        before = self.environment()
+        changed = differences(before, json.loads(json.dumps(now)))
+        if not before:
+            print(
+                f"{self.path / 'environment.json'} cannot be read: on other devices or versions "
+                "than before the numbers are equal to rounding only",
+                file=sys.stderr,
+            )
+        elif changed:
             print(
                 f"going on in another environment ({'; '.join(changed)}): equal to rounding, no "
                 "longer bit for bit",
                 file=sys.stderr,
             )
+        if changed:
             self.write("environment.json", now)
 
     def _take_lock(self) -> None:
@@ -391,13 +430,13 @@ class RunFolder:
             files.publish_json(self.path / name, value)
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file, as a whole or not at all.
+        """Write a file of the model, as a whole or not at all, and its sum.
 
         Raises:
             StorageError: it cannot be written.
         """
         with _told(self.path / name):
-            files.publish(self.path / name, content)
+            sums.publish(self.path / name, content)
 
     def write_parameters(self, params: PyTree) -> None:
         """Write ``params.safetensors``: the parameters of a model, by name.
@@ -406,11 +445,17 @@ class RunFolder:
             StorageError: it cannot be written.
         """
         with _told(self.path / PARAMS):
-            write_safetensors(self.path / PARAMS, jax.device_get(named_parameters(params)))
+            named = jax.device_get(named_parameters(params))
+            write_safetensors(self.path / PARAMS, named, sums.publish)
 
     def read_parameters(self, like: PyTree) -> PyTree:
-        """What `write_parameters` wrote last, laid out over the devices as ``like`` is."""
-        named = read_safetensors(self.path / PARAMS)
+        """What `write_parameters` wrote last, laid out over the devices as ``like`` is.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        with sums.checked(self.path, [PARAMS]):
+            named = read_safetensors(self.path / PARAMS)
         names = iter(named_parameters(like))
         return jax.tree.map(lambda leaf: jax.device_put(named[next(names)], leaf.sharding), like)
 
@@ -437,7 +482,9 @@ class RunFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise StorageError(f"cannot read {self._metrics}: {reason(error)}") from error
+            raise StorageError(
+                f"cannot read {self._metrics}: {reason(error)}; mend that, or move it elsewhere"
+            ) from error
         except ValueError as error:
             raise UserError(f"{self._metrics} is {error}: move it elsewhere") from error
         return [record for line in lines if (record := _record(line)) is not None]
@@ -454,6 +501,8 @@ class RunFolder:
         """
         self._trackers.begins_after = step
         found = self.records()
+        if found and not step:
+            print(f"no checkpoint in {self.checkpoints}: the run begins anew", file=sys.stderr)
         lines = {r["step"]: r for r in reversed(found) if r["kind"] == "step"}
         kept = [lines[n] for n in steps if n <= step and n in lines]
         lost = sum(n <= step for n in steps) - len(kept)
@@ -591,7 +640,10 @@ def differences(before: Json, now: Json, name: str = "") -> list[str]:
             for key in keys
             for line in differences(before.get(key), now.get(key), key.replace("_", "-"))
         ]
-    return [] if before == now else [f"{name}: {_short(before)} there, {_short(now)} here"]
+    if before == now:
+        return []
+    there, here = _short(before), _short(now)
+    return [f"{name}: {there} there, {here} here" if there != here else f"{name}: others here"]
 
 
 def _free_to_differ(before: Mapping[str, Json], now: Mapping[str, Json]) -> dict[str, Json]:
@@ -627,21 +679,29 @@ def _record(line: bytes) -> Record | None:
 def _is_figure(value: Json) -> bool:
     """Whether it is a number, or of replicas a list of them, None for those that diverged."""
     if isinstance(value, list):
-        return all(type(a) in (int, float, type(None)) for a in value)
-    return type(value) in (int, float)
+        return all(a is None or _is_figure(a) for a in value)
+    return type(value) in (int, float) and -_MOST < cast(float, value) < _MOST
+
+
+def _in_unicode(path: pathlib.Path) -> bool:
+    """Whether a name can be told to TensorStore, which knows UTF-8 alone."""
+    try:
+        return bool(str(path.absolute()).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _holds_a_run(path: pathlib.Path) -> bool:
     """Whether more is there than a start that was cut short leaves."""
     try:
-        if isinstance(files.read_json(path / "config.json"), dict):
+        if isinstance(files.read_json(path / CONFIG), dict):
             return True
     except FileNotFoundError:
         pass
     except (OSError, ValueError):
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).is_file():
             return True
-    left = {files.LOCK, "config.json", "environment.json", CELL}
+    left = {files.LOCK, CONFIG, COPY, "environment.json", CELL}
     left |= {f".{name}{files.TEMPORARY}" for name in left}
     if not path.exists():
         return False

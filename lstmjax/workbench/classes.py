@@ -3,13 +3,16 @@
 import pathlib
 import textwrap
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from lstmjax import files
-from lstmjax.errors import extra
+from lstmjax.errors import extra, printable
+
+MOST = 200
+"""Classes of which there is a confusion matrix: it grows with their square, drawn and written."""
 
 
 class Classes(NamedTuple):
@@ -19,12 +22,12 @@ class Classes(NamedTuple):
         f1: of the second of two classes, or the mean over all of several (macro).
         auc: the chance that a row of a class scores higher in it than one of another class; the
             mean over all of several. NaN where a class has no rows.
-        confusion: rows by true class, then by the class that was said.
+        confusion: rows by true class, then by the class that was said; None of more than `MOST`.
     """
 
     f1: float
     auc: float
-    confusion: Int[np.ndarray, "K K"]
+    confusion: Int[np.ndarray, "K K"] | None
 
 
 def classes_of(outputs: Float[np.ndarray, "..."], labels: Int[np.ndarray, " N"]) -> Classes:
@@ -42,12 +45,16 @@ def classes_of(outputs: Float[np.ndarray, "..."], labels: Int[np.ndarray, " N"])
     two = outputs.ndim == 1
     count = 2 if two else outputs.shape[1]
     said = (outputs > 0).astype(int) if two else outputs.argmax(axis=1)
-    confusion = np.zeros((count, count), int)
-    np.add.at(confusion, (labels, said), 1)
+    confusion = None
+    if count <= MOST:
+        confusion = np.zeros((count, count), int)
+        np.add.at(confusion, (labels, said), 1)
     scores = np.stack([-outputs, outputs], axis=1) if two else outputs
     asked = [1] if two else range(count)
-    right, wrong = np.diag(confusion), confusion.sum(axis=0) + confusion.sum(axis=1)
-    f1 = 2 * right / np.maximum(wrong, 1)
+    right, there, told = (
+        np.bincount(a, minlength=count) for a in (labels[labels == said], labels, said)
+    )
+    f1 = 2 * right / np.maximum(there + told, 1)
     aucs = [area_under_curve(scores[:, k], labels == k) for k in asked]
     return Classes(float(np.mean(f1[asked])), float(np.mean(aucs)), confusion)
 
@@ -58,15 +65,15 @@ def area_under_curve(scores: Float[np.ndarray, " N"], positive: np.ndarray) -> f
     >>> area_under_curve(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False]))
     0.625
     """
-    above, below = scores[positive], np.sort(scores[~positive])
-    if not len(above) or not len(below):
+    if positive.all() or not positive.any():
         return float("nan")
+    above, below = scores[positive], np.sort(scores[~positive])
     lower = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
     return float(lower.mean() / (2 * len(below)))
 
 
 def confusion_table(confusion: Int[np.ndarray, "K K"], names: Sequence[str]) -> str:
-    """The matrix as text; no more than twelve classes are shown.
+    """The matrix as text; no more than twelve classes are shown. Of no rows there is no recall.
 
     >>> print(confusion_table(np.array([[8, 2], [1, 9]]), ["no", "yes"]))
     true \\ said  no  yes  recall
@@ -75,10 +82,11 @@ def confusion_table(confusion: Int[np.ndarray, "K K"], names: Sequence[str]) -> 
     """
     if len(names) > 12:
         return f"{len(names)} classes: the confusion matrix is in confusion.png"
-    recall = np.diag(confusion) / np.maximum(confusion.sum(axis=1), 1)
-    table = [["true \\ said", *names, "recall"]]
-    for name, row, share in zip(names, confusion, recall, strict=True):
-        table.append([name, *map(str, row), f"{100 * share:.1f} %"])
+    shown = [*map(printable, names)]
+    table = [["true \\ said", *shown, "recall"]]
+    for name, row, right in zip(shown, confusion, np.diag(confusion), strict=True):
+        share = f"{100 * right / row.sum():.1f} %" if row.any() else "–"
+        table.append([name, *map(str, row), share])
     wide = [max(len(line[n]) for line in table) for n in range(len(table[0]))]
     return "\n".join("  ".join(f"{a:>{n}}" for a, n in zip(t, wide, strict=True)) for t in table)
 
@@ -106,10 +114,12 @@ def draw_confusion(
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=8)
-    places = range(len(names))
-    axes.set_xticks(places, names, rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(places, names, fontsize=8)
+    places, shown = range(len(names)), [*map(printable, names)]
+    plain: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    axes.set_xticks(places, shown, rotation=45, ha="right", **plain)
+    axes.set_yticks(places, shown, **plain)
     axes.set(xlabel="said", ylabel="true")
-    figure.suptitle(textwrap.fill(title, int(10 * size)), fontsize=9)
+    filled = textwrap.fill(printable(title), int(10 * size))
+    figure.suptitle(filled, fontsize=9, parse_math=False)
     figure.colorbar(image, label="share of the true class")
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))

@@ -13,6 +13,7 @@ import html
 import io
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from flax import nnx
 
 from lstmjax import files, statistics
 from lstmjax.cells import CellSpec, load_cell, source_digest
-from lstmjax.errors import UserError
+from lstmjax.errors import UserError, first_line
 from lstmjax.models import count_parameters
 from lstmjax.precision import Precision
 from lstmjax.shown import html_table
@@ -332,6 +333,7 @@ def _run_unit(
     except files.Busy:
         return False
     try:
+        _put_aside_damaged(unit)
         while missing := [seed for seed in wanted if seed not in rows_of(unit)]:
             group = _unfinished(unit, missing) or _first_group(missing, at_once)
             place = f"[{units.index(unit) + 1}/{len(units)}]"
@@ -391,17 +393,64 @@ def _first_group(missing: Sequence[int], at_once: int) -> range:
 
 
 def rows_of(unit: Unit) -> dict[int, Row]:
-    """The runs of a unit that are finished, by seed."""
+    """The runs of a unit that are finished, by seed.
+
+    Raises:
+        UserError: a file that says so is damaged.
+    """
     found: dict[int, Row] = {}
     for group, folder in _groups(unit):
-        with contextlib.suppress(FileNotFoundError):
-            files.read_json(folder / DIVERGED)
-            lost = Row(0, unit.learning_rate, math.nan, {"test": math.nan}, {})
-            found |= {seed: lost._replace(seed=seed) for seed in group}
-        with contextlib.suppress(FileNotFoundError):
-            result: Any = files.read_json(folder / RESULT)
-            found |= {row["seed"]: Row(**_with_nan(row)) for row in result["replicas"]}
+        for name in _OUTCOMES:
+            found |= {row.seed: row for row in _outcome(folder / name, unit, group)}
     return dict(sorted(found.items()))
+
+
+def _put_aside_damaged(unit: Unit) -> None:
+    """Let the groups whose outcome cannot be read be run again; their checkpoints are there."""
+    for group, folder in _groups(unit):
+        for name in _OUTCOMES:
+            try:
+                _outcome(folder / name, unit, group)
+            except UserError as error:
+                print(f"{error}, from its checkpoints", flush=True)
+                os.replace(folder / name, folder / f"damaged-{name}")
+
+
+def _outcome(path: pathlib.Path, unit: Unit, group: range) -> list[Row]:
+    """What a file says of a group's runs, none if it is not there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        rows = _OUTCOMES[path.name](files.as_object(files.read_json(path)), unit)
+        if [row.seed for row in rows] != [*group]:
+            raise ValueError(f"its seeds are not {group.start} to {group.stop - 1}")
+        return rows
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        told = f"{type(error).__name__} {first_line(error)}"
+        raise UserError(f"{path} is damaged ({told[:200]}): its group is run again") from error
+
+
+def _measured(result: Mapping[str, Any], unit: Unit) -> list[Row]:
+    rows = [Row(**_with_nan(row)) for row in result["replicas"]]
+    for row in rows:
+        numbers = [row.learning_rate, row.validation, *row.test.values(), *row.figures.values()]
+        if not row.test or not all(type(a) in (int, float) for a in (row.seed, *numbers)):
+            raise ValueError(f"seed {row.seed} has no figures")
+    return rows
+
+
+def _diverged(told: Mapping[str, Any], unit: Unit) -> list[Row]:
+    return [Row(s, unit.learning_rate, math.nan, {"test": math.nan}, {}) for s in told["seeds"]]
+
+
+_OUTCOMES: Mapping[str, Callable[[Mapping[str, Any], Unit], list[Row]]] = {
+    DIVERGED: _diverged,
+    RESULT: _measured,
+}
 
 
 def _with_nan(value: Any) -> Any:

@@ -12,7 +12,13 @@ from lstmjax.precision import Precision
 from lstmjax.recurrence.choice import EngineName
 from lstmjax.tasks import Adding, Task, load_task
 from lstmjax.training import Accelerator, OptimizerConfig, Viewer
-from lstmjax.training.command import require_positive, require_rate, require_seed, require_share
+from lstmjax.training.command import (
+    require_layers,
+    require_positive,
+    require_rate,
+    require_seed,
+    require_share,
+)
 from lstmjax.workbench.rows import Replica, replicas_of
 
 
@@ -115,14 +121,17 @@ def check(config: Config) -> None:
     sizes = {
         name: value
         for name, value in vars(config.model).items()
-        if name in ("hidden_size", "embedding_size", "num_layers", "conv_width", "conv_pool")
+        if name in ("hidden_size", "embedding_size", "conv_width", "conv_pool")
     }
     counts = {name: getattr(config, name) for name in ("epochs", "batch_size", "seeds", "keep")}
-    require_positive({**counts, **sizes})
+    optional = {n: max(getattr(config.model, n, 1), 1) for n in ("conv_filters", "top_words")}
+    require_positive({**counts, **sizes, **optional})
+    require_layers(config.model.num_layers)
     require_share({n: value for n, value in vars(config.model).items() if n.startswith("dropout_")})
     require_rates([config.optimizer.learning_rate, *config.learning_rates])
     require_seed(config.seed)
     require_seed(config.seed + config.seeds - 1)
+    require_replicas(config.seeds, config.learning_rates)
     for name in ("checkpoint_every", "patience"):
         if getattr(config, name) < 0:
             flag = name.replace("_", "-")
@@ -135,6 +144,16 @@ def check(config: Config) -> None:
     clip = config.optimizer.clip_norm
     if not (clip >= 0 and math.isfinite(clip)):
         raise UserError(f"--clip-norm must be at least 0 and finite, got {clip}")
+
+
+def require_replicas(seeds: int, rates: Sequence[float], most: int = 10_000) -> None:
+    """Raise `UserError` for more runs side by side than are worth counting out."""
+    runs = seeds * max(len(rates), 1)
+    if runs > most:
+        raise UserError(
+            f"--seeds and --learning-rates make {runs:,} runs, of at most {most:,} in one program: "
+            "lower --seeds"
+        )
 
 
 def require_rates(rates: Sequence[float]) -> None:

@@ -82,25 +82,22 @@ def summarized(values: Sequence[float]) -> Summary:
 
 
 def outcome_of(metric: Metric, rows: Sequence[Row], several: bool) -> dict[str, Any]:
-    """What ``result.json`` says first: of one run its figures, of several a row each, and more."""
+    """What ``result.json`` says first: of one run its figures, of several a row each, and more.
+
+    As JSON has it: None for what is not finite.
+    """
     if not several:
-        return {
-            **rows[0].figures,
-            "metric": metric.name,
-            "value": next(iter(rows[0].test.values())),
-        }
+        (row,) = rows
+        value = next(iter(row.test.values()))
+        return finite({**row.figures, "metric": metric.name, "value": value})
     per_rate: dict[str, Any] = {}
     for rate in dict.fromkeys(row.learning_rate for row in rows):
         own = [row for row in rows if row.learning_rate == rate]
         per_rate[f"{rate:g}"] = {
-            name: finite(summarized([row.test[name] for row in own])._asdict())
-            for name in rows[0].test
-        } | {"validation": finite(summarized([row.validation for row in own])._asdict())}
-    return {
-        "metric": metric.name,
-        "replicas": [finite(row._asdict()) for row in rows],
-        "by_learning_rate": per_rate,
-    }
+            name: summarized([row.test[name] for row in own])._asdict() for name in rows[0].test
+        } | {"validation": summarized([row.validation for row in own])._asdict()}
+    replicas = [row._asdict() for row in rows]
+    return finite({"metric": metric.name, "replicas": replicas, "by_learning_rate": per_rate})
 
 
 def finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
+from shlex import quote
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from lstmjax.cells import Cell, CellSpec, load_cell, source_digest
 from lstmjax.cells.loading import cell_source
 from lstmjax.data import SideBySide, Source
 from lstmjax.errors import UserError
-from lstmjax.files import Json, as_object
+from lstmjax.files import Json
 from lstmjax.layers import Recurrent
 from lstmjax.models import SequenceConfig, count_parameters, summary
 from lstmjax.recurrence import Workload, choose_engine
@@ -31,11 +32,12 @@ from lstmjax.training.checkpoint import Checkpoints, Position
 from lstmjax.training.devices import place, sharded
 from lstmjax.training.loop import filled, means
 from lstmjax.training.objective import CrossEntropy
+from lstmjax.training.repeat import without
 from lstmjax.training.report import Figure, Record
 from lstmjax.training.step import Steps, Sums, TrainState
 from lstmjax.workbench.classes import Classes, classes_of, confusion_table, draw_confusion
 from lstmjax.workbench.config import Config, check
-from lstmjax.workbench.rows import Replica, Row, finite, outcome_of, table_of
+from lstmjax.workbench.rows import Replica, Row, outcome_of, table_of
 
 EVALUATION_BATCHES = 4
 """Times the rows of a training batch that are evaluated at once."""
@@ -56,14 +58,15 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
     task, replicas = config.sizes, config.replicas
     mesh = training.make_mesh(config.accelerator, config.batch_size, len(replicas))
     cell = cell or load_cell(config.cell, config.model.hidden_size)
-    sources = sources_of(task, config.batch_size)
     model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
+    training.require_room(len(replicas) * count_parameters(model), mesh)
+    sources = sources_of(task, config.batch_size)
     table = summary(model, jax.ShapeDtypeStruct(*shape_of(config, sources)))
     engine = engine_of(config, model, mesh, sources)
     steps = make_steps(config, cell, sources["train"], mesh)
     fingerprints = [source.fingerprint for source in sources.values()]
     with open_run(config, mesh, fingerprints) as run:
-        stopping.advise(f"go on: the same command with --resume --run-dir {run.path}")
+        stopping.advise(f"go on: the same command with --resume --run-dir {quote(str(run.path))}")
         print(table)
         print(introduction(config, sources, mesh, run.path, engine))
         describe_model(config, run)
@@ -77,8 +80,8 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
             "epoch_seconds": [record["seconds"] for record in history],
         }
         outcome = outcome_of(config.sizes.metric, rows, config.side_by_side)
-        if classes:
-            facts["confusion"] = [found.confusion.tolist() for found in classes]
+        if matrices := confusions(classes):
+            facts["confusion"] = [matrix.tolist() for matrix in matrices]
         run.write_result(config, mesh, outcome, **facts, task=config.task, epochs=history)
         run.draw_curves(f"{cell_name(config.cell)} · {config.task} · {_seeds(config)}")
         print(f"\n{table_of(task.metric, rows)}")
@@ -88,15 +91,25 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
     return rows
 
 
+def confusions(classes: Sequence[Classes]) -> list[np.ndarray]:
+    """The confusion matrices, if there are some."""
+    return [found.confusion for found in classes if found.confusion is not None]
+
+
 def tell_classes(config: Config, classes: Sequence[Classes], path: pathlib.Path) -> None:
     """Print F1, AUC and confusion matrix, of several their means and sum, and draw the matrix."""
     names, several = config.sizes.class_names, len(classes) > 1
-    matrix = np.sum([found.confusion for found in classes], axis=0)
     f1, auc = (float(np.mean([getattr(c, name) for c in classes])) for name in ("f1", "auc"))
     print(
         f"test: F1 {f1:.4f}{' (mean over classes)' if len(names) > 2 else ''}, AUC {auc:.4f}"
+        f"{' (a class has no row to test on)' if np.isnan(auc) else ''}"
         f"{', means over all runs; their confusion matrices added up:' if several else ''}"
     )
+    matrices = confusions(classes)
+    if not matrices:
+        print(f"{len(names):,} classes: too many for a confusion matrix")
+        return
+    matrix = np.sum(matrices, axis=0)
     print(confusion_table(matrix, names))
     draw_confusion(
         path / "confusion.png", f"{cell_name(config.cell)} · {config.task}", matrix, names
@@ -210,7 +223,7 @@ def learn(
         classes = classes_on(config, steps, state.params, sources["test"], mesh)
         for name in ("f1", "auc"):
             values = [getattr(found, name) for found in classes]
-            figures[f"test_{name}"] = finite(values) if several else finite(values[0])
+            figures[f"test_{name}"] = values if several else values[0]
     rows = rows_of(config, [*tests], figures, score)
     if config.side_by_side:
         leave_replicas(config, state, history, rows, run)
@@ -296,7 +309,7 @@ def leave_replicas(
             for record in run.records():
                 alone.log(_of_one(record, number))
             result = {
-                **finite(outcome_of(own.sizes.metric, [row], False)),
+                **outcome_of(own.sizes.metric, [row], False),
                 "seed": own.seed,
                 "epochs": records,
             }
@@ -351,15 +364,16 @@ def _of_one(record: Record, number: int) -> dict[str, Figure]:
     return {k: value for k, value in picked.items() if value is not None}
 
 
+HERE_ONLY = (
+    *("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every", "keep", "log"),
+    *("sizes.data_dir", "sizes.archive"),
+)
+"""What a run's numbers do not depend on."""
+
+
 def settings_of(config: Config) -> dict[str, Json]:
     """What a run's numbers depend on, for its ``config.json``."""
-    settings = training.as_dict(config)
-    for here_only in ("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every"):
-        del settings[here_only]
-    del settings["keep"], settings["log"]
-    for here_only in ("data_dir", "archive"):
-        as_object(settings["sizes"]).pop(here_only, None)
-    return settings
+    return without(training.as_dict(config), HERE_ONLY)
 
 
 def cell_name(cell: str) -> str:
