@@ -285,6 +285,33 @@ def test_odd_surroundings(environment, tmp_path, name):
     assert name == "no home" or len(done.stderr.splitlines()) == (name != "letters")
 
 
+BACKWARDS = """
+import itertools, sys, time
+begin = time.time()
+hours = itertools.count(1)
+time.time = lambda: begin - 3600 * next(hours)
+time.time_ns = lambda: int(1e9 * time.time())
+from lstmjax.commands import imdb
+from lstmjax.training.command import run_command
+run_command(imdb.RECIPES, imdb.main, "")
+"""
+
+
+def test_a_clock_that_goes_backwards(environment, whole, tmp_path):
+    """By an hour each time that it is asked, in a run that is begun, and in one that goes on."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", BACKWARDS, *FLAGS, "--run-dir", str(folder)]
+    for go_on in ([], ["--resume"]):
+        shutil.rmtree(folder / "checkpoints" / "8", ignore_errors=True)
+        done = subprocess.run(
+            [*command, *go_on], env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        assert outcome(folder) == outcome(whole)
+    words = "nothing: the run ends as it would have"
+    tell("the clock goes backwards", "an hour each time that it is asked", 2, words)
+
+
 def test_help_in_a_narrow_terminal(environment):
     done = run({**environment, "COLUMNS": "5"}, "--help")
     assert done.returncode == 0
