@@ -6,7 +6,7 @@ PINS ?= -c requirements.lock
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
-.PHONY: help demo imdb notebooks test test-fast test-slow test-random long fuzz test-aot test-newest docs bench wheel test-wheel lint format lock clean
+.PHONY: help demo imdb notebooks test test-fast test-slow test-random long fuzz fuzz-guided test-aot test-newest docs bench wheel test-wheel lint format lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -45,6 +45,11 @@ long: .venv/ready-test  ## what takes long: every crash, failing disks, verdicts
 
 fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)
+
+fuzz-guided: .venv/ready-test  ## the same guided by coverage, a minute a reader; Linux, by atheris
+	$(RUN) -m pip install --quiet --disable-pip-version-check atheris
+	for reader in archive arrays config csv jsonl metrics parameters task; do \
+		$(RUN) tests/fuzz_guided.py $$reader -max_total_time=60 $(ARGS) || exit 1; done
 
 notebooks: .venv/ready  ## execute the notebooks of docs/ anew: ARGS="tutorial comparing" those
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[notebooks]'

@@ -304,6 +304,8 @@ def test_load_names_what_is_missing(tmp_path):
         f"{leaving}:MyCell": "does not run: SystemExit",
         f"{picky}:MyCell": "cannot be built from hidden_size=4 alone: AssertionError: no",
         f"{tmp_path}/none.py:MyCell": r"no cell file .*none\.py",
+        f"{'long' * 99}.py:MyCell": r"no cell file 'longlong",
+        "nu\0l.py:MyCell": r"no cell file 'nu",
         f"{file}:Other": r"no cell 'Other' in .*\(cells there: MyCell\)",
         "Lstm": r"no cell 'Lstm' in lstmjax\.cells \(cells there: .*GRU.*, PeepholeLSTM.*\)",
         f"{broken}:MyCell": "does not run: ModuleNotFoundError.*nothing_of_that_name",

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -176,7 +177,7 @@ def run_file(path: str) -> ModuleType:
         UserError: there is none, or it does not run.
     """
     file = pathlib.Path(path)
-    if not file.is_file():
+    if not os.path.isfile(path):  # False of any name, too long or with a NUL in it
         raise UserError(f"no cell file {path!r}; give --cell as path/to/file.py:MyCell")
     module_spec = importlib.util.spec_from_file_location(f"_lstmjax_cell_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
