@@ -345,7 +345,7 @@ def asked(tmp_path):
     )
 
     def change(name="seed", value=0):
-        settings = {**without(as_dict(config), imdb.HERE_ONLY), "cell_source": None}
+        settings = {**without(as_dict(config), imdb.OF_THIS_START), "cell_source": None}
         *outer, last = name.split(".")
         part = settings
         for one in outer:
@@ -410,7 +410,7 @@ def test_what_a_run_cannot_have_been_asked_for_is_not_repeated(asked, name):
         last = name.rpartition(".")[2]
         message = f"{folder}/config.json is .*: its {name} is .*: {last} must be .*; put a copy"
         with pytest.raises(UserError, match=message) as error:
-            config_of_run(folder, imdb.RECIPES["notebook"], imdb.HERE_ONLY)
+            config_of_run(folder, imdb.RECIPES["notebook"], imdb.OF_THIS_START)
         assert len(str(error.value)) < 600
         assert "\n" not in str(error.value)
 
@@ -450,17 +450,17 @@ def test_each_start_has_its_own_flags(asked):
         ("data.data_dir", "elsewhere"),
         ("data.archive", "elsewhere"),
     ):
-        found = config_of_run(asked(name, value), like, imdb.HERE_ONLY)
+        found = config_of_run(asked(name, value), like, imdb.OF_THIS_START)
         expected = like.data if "." in name else like
         last = name.rpartition(".")[2]
         assert getattr(found.data if "." in name else found, last) == getattr(expected, last)
         assert (found.seed, found.recipe, found.run_dir) == (0, "notebook", like.run_dir)
-    found = config_of_run(asked("learning_rates", [1, 0.5]), like, imdb.HERE_ONLY)
+    found = config_of_run(asked("learning_rates", [1, 0.5]), like, imdb.OF_THIS_START)
     assert found.learning_rates == (1.0, 0.5)
     assert found.model.pooling == ("last",)
     (asked("cell_source", "0" * 64) / "cell.py").write_text("")
     with pytest.raises(UserError, match=r"cell\.py is damaged or was changed"):
-        config_of_run(asked("cell_source", "0" * 64), like, imdb.HERE_ONLY)
+        config_of_run(asked("cell_source", "0" * 64), like, imdb.OF_THIS_START)
 
 
 def test_what_memory_there_is_too_little_of():

@@ -17,7 +17,7 @@ from lstmjax.data import words_of
 from lstmjax.errors import UserError
 from lstmjax.tasks import Adding, Characters, Demo, Parity, TextFile
 from lstmjax.tasks.metric import MEAN_SQUARED_ERROR
-from lstmjax.training import NonFiniteLossError
+from lstmjax.training import NonFiniteLossError, step
 from lstmjax.training.checkpoint import Checkpoints
 from lstmjax.workbench import Replica, config_of, run, train
 from lstmjax.workbench.classes import classes_of
@@ -57,11 +57,14 @@ def close(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "seeds"), [("parity", 8), ("demo", 3), ("characters", 2)])
-def test_each_replica_is_as_its_single_run(task, seeds):
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_each_replica_is_as_its_single_run(task, seeds, in_turn, monkeypatch):
     """On eight devices: eight replicas are spread over them, otherwise the rows are.
 
+    On CPUs those of a device go one after the other, elsewhere side by side.
     Each has a run folder of its own, as the single run leaves it, with a checkpoint to go on from.
     """
+    monkeypatch.setattr(step, "on_cpu", lambda mesh: in_turn)
     several = train(config(task, seed=3, seeds=seeds, run_dir=pathlib.Path("all")))
     assert [row.seed for row in several] == [*range(3, 3 + seeds)]
     row = several[-1]

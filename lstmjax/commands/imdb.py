@@ -65,7 +65,7 @@ from lstmjax.training.command import (
 )
 from lstmjax.training.repeat import without
 from lstmjax.training.report import Figure, Record
-from lstmjax.workbench.config import RunConfig, require_replicas
+from lstmjax.workbench.config import HERE_ONLY, RunConfig, require_replicas
 from lstmjax.workbench.rows import ACCURACY, Row, outcome_of, table_of
 
 
@@ -117,11 +117,11 @@ class Config(RunConfig):
     model: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
 
 
-HERE_ONLY = (
-    *("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every", "keep", "log"),
+OF_THIS_START = (
+    *HERE_ONLY,
     *("coordinator", "processes", "process_id", "repeat", "data.data_dir", "data.archive"),
 )
-"""What a run's numbers do not depend on: each start has its own."""
+"""What a run's numbers do not depend on."""
 CORPUS = {
     "imdb": "IMDB",
     "demo": "built-in DEMO corpus (not IMDB)",
@@ -226,7 +226,7 @@ def open_run(config: Config, mesh: Mesh, data: list[str]) -> training.RunFolder:
     resume = config.resume or config.resume_or_start
     there = training.RunFolder.newest(name) if resume else None
     require_apart(config.repeat, config.run_dir or there)
-    settings = without(training.as_dict(config), HERE_ONLY)
+    settings = without(training.as_dict(config), OF_THIS_START)
     return training.RunFolder.open(
         name,
         {**settings, "cell_source": source_digest(config.cell), "data_sha256": data},
@@ -297,7 +297,7 @@ def lengths_of(rows: Dataset | pathlib.Path, longest: int) -> Any:
 def main(config: Config) -> None:
     """Run the experiment."""
     if config.repeat:
-        config = training.config_of(config.repeat, config, HERE_ONLY)
+        config = training.config_of(config.repeat, config, OF_THIS_START)
     check(config)
     training.check_viewers(config.log)
     training.join(config.coordinator, config.processes, config.process_id)

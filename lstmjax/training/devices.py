@@ -27,16 +27,20 @@ _INSTALL = {
 }
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether the devices are a CPU's."""
+    return next(iter(mesh.devices.flat)).platform == "cpu"
+
+
 def require_room(parameters: int, mesh: Mesh) -> None:
     """Raise `UserError` unless a device could hold so many parameters while Adam trains them.
 
     That is four times their size: themselves, a gradient, two moments.
     """
-    device = next(iter(mesh.devices.flat))
-    if device.platform == "cpu":
+    if on_cpu(mesh):
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
-        room = (device.memory_stats() or {}).get("bytes_limit", 2**63)
+        room = (next(iter(mesh.devices.flat)).memory_stats() or {}).get("bytes_limit", 2**63)
     needed = 4 * 4 * parameters
     if needed > room:
         raise UserError(
@@ -132,7 +136,7 @@ def quick_compilation(mesh: Mesh) -> dict[str, str]:
     where ``XLA_FLAGS`` name a level.
     """
     level = "xla_backend_optimization_level"
-    if mesh.devices.flat[0].platform != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
+    if not on_cpu(mesh) or level in os.environ.get("XLA_FLAGS", ""):
         return {}
     return {level: "1"}
 

@@ -31,6 +31,7 @@ from lstmjax.recurrence.refs import Index
 from lstmjax.training.devices import (
     BATCH,
     local_device,
+    on_cpu,
     place,
     quick_compilation,
     replicated,
@@ -268,6 +269,12 @@ class _Layout(NamedTuple):
         """``function`` of every replica; of a model alone, ``function``."""
         return jax.vmap(function, in_axes, out_axes) if self.replicas else function
 
+    def in_turn(self, function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """The same, one replica after the other, which takes the memory of one."""
+        if not self.replicas:
+            return function
+        return lambda *args: lax.map(lambda one: function(*one), args)
+
     @property
     def state_axes(self) -> TrainState:
         """Which axes of a `TrainState` are the replicas'."""
@@ -463,24 +470,18 @@ def _spread(
     def local_gradient(
         params: PyTree, batch: Batch, keys: Keys, carry: PyTree
     ) -> tuple[PyTree, Sums, PyTree]:
-        gradient_of = jax.grad(sums_of, has_aux=True)
-        if lay.replicas and mesh.devices.flat[0].platform == "cpu":
-            # A core is busy with one of them, whose arrays stay in its cache.
-            each = lax.map(lambda of: gradient_of(*of), (params, batch, keys, carry))
-        else:
-            each = lay.mapped(gradient_of)(params, batch, keys, carry)
-        gradient, (sums, carry) = each
+        # A CPU's core is busy with one of them, whose arrays then stay in its cache.
+        each = lay.in_turn if on_cpu(mesh) else lay.mapped
+        gradient_of = each(jax.grad(sums_of, has_aux=True))
+        gradient, (sums, carry) = gradient_of(params, batch, keys, carry)
         return *total((gradient, sums)), carry
 
-    def of_each(answer: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-        # Evaluation takes large batches: one model after the other takes the memory of one.
-        return lax.map(answer, params) if lay.replicas else answer(params)
-
+    # Evaluation takes large batches.
     def local_evaluation(params: PyTree, batch: Batch) -> Sums:
-        return total(of_each(lambda p: sums_of(p, batch, None, None)[1][0], params))
+        return total(lay.in_turn(lambda p: sums_of(p, batch, None, None)[1][0])(params))
 
     def local_outputs(params: PyTree, batch: Batch) -> Array:
-        return of_each(lambda p: outputs_of(p, batch, None, None)[0], params)
+        return lay.in_turn(lambda p: outputs_of(p, batch, None, None)[0])(params)
 
     # check_vma=False: with it, replicated parameters get their sum inside the time loop.
     spread = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)

@@ -21,6 +21,17 @@ from lstmjax.training.command import (
 )
 from lstmjax.workbench.rows import Replica, replicas_of
 
+HERE_ONLY = (
+    "run_dir",
+    "resume",
+    "resume_or_start",
+    "accelerator",
+    "checkpoint_every",
+    "keep",
+    "log",
+)
+"""Fields of `RunConfig` that a run's numbers do not depend on: each start has its own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:

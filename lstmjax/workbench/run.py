@@ -36,7 +36,7 @@ from lstmjax.training.repeat import without
 from lstmjax.training.report import Figure, Record
 from lstmjax.training.step import Steps, Sums, TrainState
 from lstmjax.workbench.classes import Classes, classes_of, confusion_table, draw_confusion
-from lstmjax.workbench.config import Config, check
+from lstmjax.workbench.config import HERE_ONLY, Config, check
 from lstmjax.workbench.rows import Replica, Row, outcome_of, table_of
 
 EVALUATION_BATCHES = 4
@@ -364,16 +364,10 @@ def _of_one(record: Record, number: int) -> dict[str, Figure]:
     return {k: value for k, value in picked.items() if value is not None}
 
 
-HERE_ONLY = (
-    *("run_dir", "resume", "resume_or_start", "accelerator", "checkpoint_every", "keep", "log"),
-    *("sizes.data_dir", "sizes.archive"),
-)
-"""What a run's numbers do not depend on."""
-
-
 def settings_of(config: Config) -> dict[str, Json]:
     """What a run's numbers depend on, for its ``config.json``."""
-    return without(training.as_dict(config), HERE_ONLY)
+    here_only = (*HERE_ONLY, "sizes.data_dir", "sizes.archive")
+    return without(training.as_dict(config), here_only)
 
 
 def cell_name(cell: str) -> str:
