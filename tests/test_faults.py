@@ -297,6 +297,7 @@ run_command(imdb.RECIPES, imdb.main, "")
 """
 
 
+@pytest.mark.slow
 def test_a_clock_that_goes_backwards(environment, whole, tmp_path):
     """By an hour each time that it is asked, in a run that is begun, and in one that goes on."""
     folder = tmp_path / "run"
