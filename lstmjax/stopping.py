@@ -62,6 +62,7 @@ class _Program:
     advice = ""  # how to go on, once that can be told
     folders: set[pathlib.Path] = set()  # to be removed on the way out
     waiting: Callable[[], object] = staticmethod(lambda: None)  # called while one waits
+    together = False  # whether it stops only when other processes do
 
 
 def exit_on_signals() -> None:
@@ -179,11 +180,27 @@ def _handlers(stop: Stop) -> Iterator[None]:
         put_back()
 
 
+def stop_together() -> None:
+    """From now on this process does not leave by itself what it does with others: who waits for it
+    in a collective would wait for ever. They agree on when to stop."""
+    _Program.together = True
+
+
+def check() -> None:
+    """Between two steps of what can be left at once, once a signal was noted.
+
+    Raises:
+        Stopping: it was, and no other process needs this one.
+    """
+    if _Program.stop and not _Program.together:
+        raise Stopping from None
+
+
 def wait_for(future: "Future[ResultT]") -> ResultT:
     """The result of work in another thread.
 
     Raises:
-        Stopping: a signal was noted meanwhile; the work goes on.
+        Stopping: as `check`, meanwhile; the work goes on.
     """
     while True:
         try:
@@ -191,8 +208,7 @@ def wait_for(future: "Future[ResultT]") -> ResultT:
         except TimeoutError:
             if future.done():  # its own
                 raise
-            if _Program.stop:
-                raise Stopping from None
+            check()
             _Program.waiting()
 
 

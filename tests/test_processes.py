@@ -19,6 +19,18 @@ FLAGS = (
 TOLERANCE = 2e-6  # as in test_training: sums of a few rows in another order
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """Else a test that fails costs the next one, too."""
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
+
+
 def start(environment, count, folder, *flags):
     """All processes of a run, with two devices each."""
     with socket.socket() as free:
@@ -36,6 +48,7 @@ def start(environment, count, folder, *flags):
                 command, env={**environment, **own}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         )
+        STARTED.append(processes[-1])
     return processes
 
 
@@ -81,9 +94,11 @@ def test_four_processes_train_as_one_and_one_speaks(environment, alone, tmp_path
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_saves_and_fewer_processes_go_on(environment, alone, tmp_path):
+@pytest.mark.parametrize("during", [b"0/8", b"test:"], ids=["compiling", "evaluating"])
+def test_a_signal_to_one_saves_and_fewer_processes_go_on(during, environment, alone, tmp_path):
+    """Whatever they are doing, none leaves the others waiting."""
     processes = start(environment, 2, tmp_path / "run", "--epochs", "2")
-    read_until(processes[0], b"1/8")
+    read_until(processes[0], during)
     processes[1].send_signal(signal.SIGTERM)
     out = outputs(processes)
     assert [p.returncode for p in processes] == [143, 143], out

@@ -197,18 +197,11 @@ def _logged(at: Position, step: int, batches: int) -> list[int]:
     return sorted({*range(LOG_EVERY, step + 1, LOG_EVERY), *ends})
 
 
-def evaluate(
-    steps: Steps,
-    params: PyTree,
-    batches: Source,
-    mesh: Mesh,
-    name: str = "",
-    stop: stopping.Stop | None = None,
-) -> Sums:
+def evaluate(steps: Steps, params: PyTree, batches: Source, mesh: Mesh, name: str = "") -> Sums:
     """Sums over every row of ``batches``, each row once.
 
     Raises:
-        Stopping: a signal arrived.
+        Stopping: a signal was noted; of several processes, each goes on to the end.
     """
     pending: collections.deque[Sums] = collections.deque()
     total = Sums()
@@ -216,8 +209,7 @@ def evaluate(
     whole = (filled(batch, where) for batch in batches.in_order())
     with StepBar(f"  {name}", len(batches), steps.programs, leave=False) as bar:
         for batch in on_device(whole, where, steps.prepare_evaluate):
-            if stop:
-                raise stopping.Stopping
+            stopping.check()
             pending.append(steps.evaluate(params, batch))
             done = 0
             while pending and pending[0].loss.is_ready():
@@ -325,7 +317,7 @@ class _Trainer:
         """The record of the epoch that ends at ``at``."""
         record = _record(at, int(state.step), len(self._batches), self._score)
         for name, batches in evaluations.items():
-            sums = evaluate(self._steps, state.params, batches, self._mesh, name, self._stop)
+            sums = evaluate(self._steps, state.params, batches, self._mesh, name)
             record |= means(name, sums, self._score, f"after epoch {at.epoch + 1}")
         return record
 

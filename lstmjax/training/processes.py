@@ -67,6 +67,8 @@ def join(coordinator: str = "", processes: int = 0, process_id: int = -1) -> Non
             f"the processes of this run do not find each other ({first_line(error)[:200]}): start "
             "all of them within five minutes, with the same --coordinator"
         ) from error
+    if jax.process_count() > 1:
+        stopping.stop_together()
     if jax.process_index():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the first one speaks for all
         os.environ["TQDM_DISABLE"] = "1"
