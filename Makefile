@@ -3,6 +3,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 ARGS ?=
 PINS ?= -c requirements.lock
+# The longest tests are in few files: who is done takes some of what the other still has.
+SPREAD := -n auto --maxprocesses 8 --dist worksteal
 # The newest JAX wants a newer Python than the lowest; PYENV_VERSION says which, where pyenv has it.
 NEWEST ?= PYENV_VERSION=3.13 python3.13
 
@@ -19,21 +21,21 @@ imdb: .venv/ready  ## train on IMDB, downloaded and prepared once by TFDS
 
 # Of each test a case: cells, contract, the scan beside the reference, layers, names and types.
 test-fast: .venv/ready-test  ## while one writes: a minute and a half
-	LSTMJAX_TEST_CASES=1 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone and not slow" tests/test_cells.py \
+	LSTMJAX_TEST_CASES=1 $(RUN) -m pytest $(SPREAD) -m "not alone and not slow" tests/test_cells.py \
 		tests/test_contract.py tests/test_every_cell.py tests/test_layers.py tests/test_reprs.py tests/test_types.py $(ARGS)
 
 test: .venv/ready-test  ## the tests, but for those that are slow
-	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not alone and not slow" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
+	$(RUN) -m pytest $(SPREAD) -m "not alone and not slow" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
 
-test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 200 random steps
-	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest -n auto --maxprocesses 8 -m slow $(ARGS)
-
 # Types are the shorter tests' matter: to check them is a quarter of the time here.
+test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 200 random steps
+	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest $(SPREAD) --jaxtyping-packages= -m slow $(ARGS)
+
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: two hours and a half
-	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest -n auto --maxprocesses 8 --jaxtyping-packages= \
+	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest $(SPREAD) --jaxtyping-packages= \
 		tests/test_random_steps.py $(ARGS)
-	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_kernels_cpu.py $(ARGS)
+	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest $(SPREAD) tests/test_kernels_cpu.py $(ARGS)
 
 # Machines are slow at that: one test at a time, then the page of what was found.
 long: .venv/ready-test  ## what takes long: every crash, failing disks, verdicts of known truth; writes docs/reliability.md
@@ -44,7 +46,7 @@ long: .venv/ready-test  ## what takes long: every crash, failing disks, verdicts
 	$(RUN) tests/reliability.py build/told.jsonl
 
 fuzz: .venv/ready-test  ## hostile input to every reader, more than 100,000 cases
-	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py $(ARGS)
+	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest $(SPREAD) tests/test_fuzz.py $(ARGS)
 
 fuzz-guided: .venv/ready-test  ## the same guided by coverage, a minute a reader; Linux, by atheris
 	$(RUN) -m pip install --quiet --disable-pip-version-check atheris
@@ -93,7 +95,7 @@ test-wheel: wheel  ## the wheel in an environment of its own, outside the checko
 	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/venv
 	tar -xzf dist/*.tar.gz -C build/wheel --strip-components 1 && rm -rf build/wheel/lstmjax*
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) "$$(ls dist/*.whl)[all,test]"
-	cd build/wheel && LSTMJAX_TEST_DIST=$(CURDIR)/dist LSTMJAX_TEST_CASES=1 venv/bin/python -m pytest -n auto --maxprocesses 8 \
+	cd build/wheel && LSTMJAX_TEST_DIST=$(CURDIR)/dist LSTMJAX_TEST_CASES=1 venv/bin/python -m pytest $(SPREAD) \
 		-m "not alone and not slow" tests/test_package.py tests/test_commands.py tests/test_imports.py \
 		tests/test_docs.py tests/test_cells.py tests/test_contract.py tests/test_layers.py $(ARGS)
 	build/wheel/venv/bin/lstmjax cumsum --updates 100 --run-dir build/wheel/run

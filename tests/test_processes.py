@@ -94,11 +94,13 @@ def test_four_processes_train_as_one_and_one_speaks(environment, alone, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("during", [b"0/8", b"test:"], ids=["compiling", "evaluating"])
-def test_a_signal_to_one_saves_and_fewer_processes_go_on(during, environment, alone, tmp_path):
+@pytest.mark.parametrize(("doing", "shown"), [("compile", b"0/8"), ("evaluate", b"test:")])
+def test_a_signal_to_one_saves_and_fewer_processes_go_on(
+    doing, shown, environment, alone, tmp_path
+):
     """Whatever they are doing, none leaves the others waiting."""
     processes = start(environment, 2, tmp_path / "run", "--epochs", "2")
-    read_until(processes[0], during)
+    read_until(processes[0], shown)
     processes[1].send_signal(signal.SIGTERM)
     out = outputs(processes)
     assert [p.returncode for p in processes] == [143, 143], out
@@ -107,7 +109,8 @@ def test_a_signal_to_one_saves_and_fewer_processes_go_on(during, environment, al
     ((_, errors),) = outputs([process])
     assert process.returncode == 0, errors
     words = "exit 143: stopped and saved; go on: the same command with --resume"
-    tell("of two processes, one gets SIGTERM", "the run then goes on in one", 1, words)
+    fault = f"of two processes, one gets SIGTERM while they {doing}"
+    tell(fault, "the run then goes on in one", 1, words)
     assert "devices: 4 there, 2 here; processes: 2 there, 1 here" in errors
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=TOLERANCE)
 
