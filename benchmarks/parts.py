@@ -133,6 +133,22 @@ def floor(session: Session, options: argparse.Namespace) -> Facts:
     return facts
 
 
+def lengths(session: Session, options: argparse.Namespace) -> Facts:
+    """Rows of 1 to T steps, half of a full batch, as they come, and sorted on each device."""
+    facts: Facts = {}
+    sizes = size(S | {"batch": 256}, options) | {"mode": MODES[1]}
+    columns = ("full", "as they come", "sorted")
+    for _ in session.over([sizes]):
+        jobs = [work((CPU, DERIVED), sizes | {"lengths": name}, name) for name in columns]
+        session.measure([*itertools.chain(*jobs)], seconds=20)
+    turns = {(r["contender"], r["column"]): np.array(r["turns"]) for r in session.rows}
+    for who, column in itertools.product((CPU, DERIVED), columns[1:]):
+        if (who.name, column) in turns:
+            ratio = np.median(turns[who.name, column] / turns[who.name, "full"])
+            facts[f"{who.name}: {column} / full"] = float(ratio)
+    return facts
+
+
 def train_step(session: Session, options: argparse.Namespace) -> Facts:
     """The notebook's model at 500 steps: whole training step with Adam, the time of one."""
     case = size(S, options) | {"batches": 4}
@@ -280,7 +296,7 @@ def _have_imdb(session: Session, options: argparse.Namespace) -> bool:
 
 PARTS: dict[str, Callable[[Session, argparse.Namespace], Facts]] = {
     part.__name__: part
-    for part in (recurrence, train_step, epoch, cumsum, floor, growth, to_accuracy)
+    for part in (recurrence, train_step, epoch, cumsum, floor, lengths, growth, to_accuracy)
 }
 DEFAULT = tuple(name for name in PARTS if name != "to_accuracy")
 """What runs when no part is named."""

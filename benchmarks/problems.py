@@ -37,6 +37,17 @@ def recurrence(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarra
     return cell_weights(case), x, rng.standard_normal((steps, batch, case["hidden"]), np.float32)
 
 
+def lengths(case: Case, parts: int) -> tuple[np.ndarray, ...]:
+    """Of the rows, one array ``(B,)``, if the case asks for some: from T down to 1, in each part of
+    the batch, or mixed."""
+    if case.get("lengths", "full") == "full":
+        return ()
+    falling = np.linspace(case["steps"], 1, case["batch"]).round().astype(np.int32)
+    if case["lengths"] == "sorted":
+        return (np.concatenate([falling[k::parts] for k in range(parts)]),)
+    return (np.random.default_rng(5).permutation(falling),)
+
+
 def notebook(case: Case) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Weights of the notebook's model, in Keras' order, and some batches of random ids, labels."""
     rng, rows = np.random.default_rng(2), case["batch"] * case["batches"]

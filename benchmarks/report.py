@@ -47,9 +47,12 @@ def machine() -> dict[str, Any]:
 
 
 def device_name(facts: Mapping[str, Any]) -> str:
-    """What the results of a CPU are called, ``"intel-xeon-processor-2-cores"``."""
+    """What the results of a CPU are called, ``"amd-epyc-avx2-2-cores"``: some hide which they are,
+    but not how wide their vectors are."""
     processor = re.sub(r"\((?:r|tm|c)\)|@.*", "", facts["processor"].lower())
-    return re.sub(r"[^a-z0-9]+", "-", f"{processor} {facts['cores']} cores").strip("-")
+    there = [i.rstrip("f") for i in ("avx512f", "avx2") if i in facts["instructions"]]
+    name = " ".join([processor, *there[:1], f"{facts['cores']} cores"])
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def versions() -> dict[str, str]:

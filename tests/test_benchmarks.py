@@ -322,7 +322,8 @@ def test_results_name_no_folder_and_no_host():
 
 def test_a_device_is_named_by_processor_and_cores():
     facts = {"processor": "Intel(R) Xeon(R) Platinum 8480C @ 2.00GHz", "cores": 2}
-    assert report.device_name(facts) == "intel-xeon-platinum-8480c-2-cores"
+    names = [report.device_name(facts | {"instructions": i}) for i in ([], ["avx2", "avx512f"])]
+    assert names == [f"intel-xeon-platinum-8480c{i}-2-cores" for i in ("", "-avx512")]
 
 
 # --- The profile ---------------------------------------------------------------------------------

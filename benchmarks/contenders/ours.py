@@ -61,21 +61,25 @@ def recurrence_program(
     """That program, jitted, its arguments and devices; ``settings`` are the engine's."""
     chosen = dataclasses.replace(ENGINES[engine], **settings)
     mesh, cell = make_mesh(case["batch"], devices), LSTM(case["hidden"])
+    said = problems.lengths(case, mesh.size)
+    how: dict[str, Any] = {"time_major": True, "engine": chosen, "precision": precision}
 
-    def forward(params: Any, x: Array) -> Array:
-        return unroll(cell, params, x, time_major=True, engine=chosen, precision=precision)[0]
+    def forward(params: Any, x: Array, lengths: Array | None = None) -> Array:
+        return unroll(cell, params, x, lengths=lengths, **how)[0]
 
-    def both(params: Any, x: Array, d_hs: Array) -> tuple[Array, Any, Array]:
-        last, d_params, d_x = with_gradient(forward)(params, x, d_hs)
+    def both(params: Any, x: Array, d_hs: Array, *lengths: Array) -> tuple[Array, Any, Array]:
+        known = with_gradient(lambda params, x: forward(params, x, *lengths))
+        last, d_params, d_x = known(params, x, d_hs)
         return last, lax.psum(d_params, BATCH), d_x
 
-    inputs: Any = (WHOLE, STEP_ROWS, STEP_ROWS)
+    inputs: Any = (WHOLE, STEP_ROWS, STEP_ROWS, *(ROWS for _ in said))
     if case["mode"] == "forward":
         function, inputs = spread(forward, mesh, inputs[:2], STEP_ROWS), inputs[:2]
     else:
         function = spread(both, mesh, inputs, (ROWS, WHOLE, STEP_ROWS))
     places = tuple(NamedSharding(mesh, spec) for spec in inputs)
-    return function, jax.device_put(problems.recurrence(case)[: len(inputs)], places), mesh
+    given = (*problems.recurrence(case), *said)[: len(inputs)]
+    return function, jax.device_put(given, places), mesh
 
 
 def with_gradient(forward: Callable[[Any, Any], Any]) -> Callable[..., Any]:
