@@ -162,7 +162,7 @@ class Session:
                 expected = references.setdefault(json.dumps(case), arrays)
                 self._compare(contender, column, expected, arrays)
                 row: Row = {"column": column, "contender": contender.name, "case": case}
-                row |= {"turns": []} | found
+                row |= {"turns": [], "cpu_turns": []} | found
                 ready.append((self._workers[contender.process], number, row))
         for count in itertools.count(1):
             started = time.perf_counter()
@@ -171,12 +171,17 @@ class Session:
                 time.sleep(PAUSE)
                 answer = worker.ask("measure", job=number, least=LEAST)
                 row["turns"].append(answer["seconds"] / per)
+                row["cpu_turns"].append(answer["cpu"] / per)
             each = time.perf_counter() - started
             if count >= (turns or min(max(3, round(seconds / each)), 15)):
                 break
         for worker in self._workers.values():
             worker.ask("clear")
-        rows = [row | {"seconds": statistics.median(row["turns"])} for *_, row in ready]
+        medians = {"seconds": "turns", "cpu": "cpu_turns"}
+        rows = [
+            row | {name: statistics.median(row[turns]) for name, turns in medians.items()}
+            for *_, row in ready
+        ]
         self.rows += rows
         return rows
 

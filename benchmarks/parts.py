@@ -172,7 +172,8 @@ def epoch(session: Session, options: argparse.Namespace) -> Facts:
     for _ in session.over([case]):
         session.measure(parts, turns=turns)
     for row in session.rows:
-        row["seconds"] = sum(row["turns"]) * max(1, batches / (turns * row["case"]["share"]))
+        times = max(1, batches / (turns * row["case"]["share"]))
+        row |= {"seconds": times * sum(row["turns"]), "cpu": times * sum(row["cpu_turns"])}
     compiling = {
         f"{row['contender']}: compilation and one batch a shape, s": row["first"]
         for row in session.rows

@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def table(part: Part) -> str:
+def table(part: Part, what: str = "seconds") -> str:
     """Medians in Markdown, contenders across (down, if the cases are fewer).
 
     In brackets the ratio to the first contender; what was not measured stays empty.
@@ -117,7 +117,7 @@ def table(part: Part) -> str:
     names = list(dict.fromkeys(row["contender"] for row in part["rows"]))
     cells: dict[str, dict[str, float]] = {}
     for row in part["rows"]:
-        cells.setdefault(row["column"], {})[row["contender"]] = row["seconds"]
+        cells.setdefault(row["column"], {})[row["contender"]] = row[what]
 
     def cell(line: Mapping[str, float], name: str) -> str:
         if name not in line:
@@ -140,6 +140,7 @@ def table(part: Part) -> str:
 def text(name: str, part: Part) -> str:
     """A part in Markdown: what, when, on what; its table and what follows from it."""
     facts, took = part["machine"], part["took"]
+    timed = part["rows"] and all("cpu" in row for row in part["rows"])
     packages = ", ".join(f"{package} {version}" for package, version in part["versions"].items())
     lines = [
         f"{(PARTS[name].__doc__ or '').splitlines()[0]}\n" if name in PARTS else "",
@@ -147,6 +148,7 @@ def text(name: str, part: Part) -> str:
         f"{facts['cores']} cores ({', '.join(facts['instructions'])}), {facts['memory_gib']} GiB; "
         f"Python {facts['python']}, {packages}.\n",
         f"{table(part)}\n" if part["rows"] else "",
+        f"Time of all cores together:\n\n{table(part, 'cpu')}\n" if timed else "",
         *(f"- {fact}: {value:.4g}" for fact, value in part["facts"].items()),
         *(f"- {contender} was skipped: {why}" for contender, why in part["skipped"].items()),
     ]

@@ -10,6 +10,7 @@ import importlib
 import io
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -35,11 +36,14 @@ def prepare(job: int, source: str, options: dict[str, Any], case: Case, memory: 
 
 
 def measure(job: int, least: float) -> Any:
-    """Repeat a job for ``least`` seconds, at least once; the mean of a repetition."""
+    """Repeat a job for ``least`` seconds, at least once; the mean of a repetition, of wall time and
+    of the time of all cores together, in processes that were started and have ended, too."""
     times: list[float] = []
+    before = _of_all_cores()
     while not times or sum(times) < least:
         times.append(_seconds(JOBS[job].run))
-    return {"seconds": sum(times) / len(times)}
+    cpu = (_of_all_cores() - before) / len(times)
+    return {"seconds": sum(times) / len(times), "cpu": cpu}
 
 
 def clear() -> Any:
@@ -55,6 +59,11 @@ def _seconds(run: Callable[[], Any]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def _of_all_cores() -> float:
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def pack(arrays: Mapping[str, np.ndarray]) -> str:

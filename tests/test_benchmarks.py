@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -104,7 +106,7 @@ class FakeWorker:
             check = {"y": np.array([1.0, request["options"].get("y", 2.0)])}
             return {"first": 9.0, "memory": None, "check": worker.pack(check)}
         self.clock += 1
-        return {"seconds": self.clock} if do == "measure" else {}
+        return {"seconds": self.clock, "cpu": 10 * self.clock} if do == "measure" else {}
 
     def close(self):
         FakeWorker.asked.append(("close", None))
@@ -128,9 +130,9 @@ def test_turns_are_interleaved_and_medians_taken(session):
     rows = session.measure(parts.work(who, {"steps": 2}, "c"), turns=3, per=2)
     jobs = [job for do, job in FakeWorker.asked if do == "measure"]
     assert jobs == [2, 0, 0, 2, 2, 0]  # who begins changes from turn to turn
-    assert [(row["turns"], row["seconds"]) for row in rows] == [
-        ([1, 1.5, 3], 1.5),
-        ([0.5, 2, 2.5], 2),
+    assert [(row["turns"], row["seconds"], row["cpu"]) for row in rows] == [
+        ([1, 1.5, 3], 1.5, 15),
+        ([0.5, 2, 2.5], 2, 20),
     ]
     assert session.skipped == {"absent": "not here"}
     assert session.deviations == {"lstmjax": 0, "peer": 0}
@@ -163,7 +165,15 @@ def test_workers_repeat_short_jobs(monkeypatch):
     seconds = iter([0.0, 2.0, 2.0, 3.0, 3.0, 9.0])
     monkeypatch.setitem(worker.JOBS, 7, Job(lambda: None))
     monkeypatch.setattr(worker.time, "perf_counter", lambda: next(seconds))
-    assert worker.measure(7, least=3.0) == {"seconds": 1.5}
+    used = iter([10.0, 15.0])
+    monkeypatch.setattr(worker, "_of_all_cores", lambda: next(used))
+    assert worker.measure(7, least=3.0) == {"seconds": 1.5, "cpu": 2.5}
+
+
+def test_the_time_of_all_cores_is_that_of_ended_processes_too():
+    before = worker._of_all_cores()
+    subprocess.run([sys.executable, "-c", "sum(range(10**6))"], check=True)
+    assert worker._of_all_cores() - before > 0.01
 
 
 def test_without_imdb_the_epoch_is_skipped_by_name(session, tmp_path):
