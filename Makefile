@@ -65,10 +65,12 @@ docs: .venv-docs/ready  ## the site, build/site/index.html; a dead link, or a wa
 test-aot: .venv-aot/ready  ## kernels compiled for TPU and Hopper by the real compilers, no device needed
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n auto --maxprocesses 4 tests/test_aot.py tests/test_aot_gpu.py $(ARGS)
 
-test-newest: .venv-newest/ready  ## the kernels with the newest JAX: interpreted, and compiled for Hopper
+test-newest: .venv-newest/ready  ## the kernels with the newest JAX and the oldest llvmlite
 	JAX_PLATFORMS=cpu .venv-newest/bin/python -m pytest -n auto --maxprocesses 4 tests/test_kernels_gpu.py \
 		tests/test_kernels_tpu.py tests/test_races_gpu.py tests/test_races_tpu.py tests/test_aot_gpu.py \
 		tests/test_contract.py::test_explicit_sharding $(ARGS)
+	JAX_PLATFORMS=cpu LSTMJAX_TEST_CASES=1 .venv-newest/bin/python -m pytest -n auto --maxprocesses 4 \
+		tests/test_kernels_cpu.py tests/test_cpu_emission.py tests/test_cpu_emulated.py $(ARGS)
 
 bench: .venv/ready-bench  ## side by side with what a user would take instead
 	$(RUN) -m benchmarks $(ARGS)
