@@ -140,3 +140,15 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def drawable(text: str) -> str:
+    r"""`printable`, of letters that Matplotlib's own font has: Latin, Greek and Cyrillic ones.
+
+    >>> print(drawable("gut ж \u597d"))
+    gut ж \u597d
+    """
+    return "".join(
+        c if c < "\u0530" else c.encode("ascii", "backslashreplace").decode()
+        for c in printable(text)
+    )

@@ -27,7 +27,7 @@ from jaxtyping import Float, PyTree
 from lstmjax import files
 from lstmjax.cells.base import Carry, Cell, Params, arguments
 from lstmjax.data.vocabulary import PAD, UNKNOWN
-from lstmjax.errors import StorageError, UserError, extra, printable, reason
+from lstmjax.errors import StorageError, UserError, drawable, extra, printable, reason
 from lstmjax.layers import Bidirectional, Recurrent
 from lstmjax.layers.base import Options
 from lstmjax.layers.stack import stages
@@ -347,9 +347,9 @@ def draw(found: Look, title: str) -> bytes:
         layout="constrained",
     )
     rows = figure.subplots(count + 1, 1, gridspec_kw={"height_ratios": [2, *[1] * count]})
-    filled = textwrap.fill(printable(title), int(10 * figure.get_figwidth()))
+    filled = textwrap.fill(drawable(title), int(10 * figure.get_figwidth()))
     figure.suptitle(filled, parse_math=False)
-    of = printable(found.classes[found.target])
+    of = drawable(found.classes[found.target])
     colors = ["tab:green" if c > 0 else "tab:red" for c in found.contributions]
     rows[0].bar(np.arange(len(found.words)) + 0.5, found.contributions, 0.85, color=colors)
     rows[0].axhline(0, color="black", lw=0.6)
@@ -374,7 +374,7 @@ def draw(found: Look, title: str) -> bytes:
         axes.tick_params(labelbottom=False)
     if few:
         rows[-1].set_xticks(np.arange(len(found.words)) + 0.5)
-        labels = [_drawable(word) for word in found.words]
+        labels = [_label(word) for word in found.words]
         rows[-1].set_xticklabels(labels, rotation=90, fontsize=8, parse_math=False)
     else:
         rows[-1].set_xlabel("word")
@@ -383,12 +383,8 @@ def draw(found: Look, title: str) -> bytes:
     return content.getvalue()
 
 
-def _drawable(word: str, longest: int = 18) -> str:
-    """A label that Matplotlib's own font can draw: Latin, Greek and Cyrillic as they are."""
-    text = "".join(
-        c if c < "\u0530" else c.encode("ascii", "backslashreplace").decode()
-        for c in printable(word)
-    )
+def _label(word: str, longest: int = 18) -> str:
+    text = drawable(word)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 

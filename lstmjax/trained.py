@@ -276,6 +276,12 @@ def _read(path: pathlib.Path, read: Callable[[pathlib.Path], ReadT]) -> ReadT:
     try:
         return read(path)
     except FileNotFoundError as error:
+        several = sorted(map(str, (p.parent for p in path.parent.glob(f"*/{PARAMS}"))))
+        if several:
+            raise UserError(
+                f"{path.parent} holds several runs, name one of them: {', '.join(several[:8])}"
+                f"{', ...' if len(several) > 8 else ''}"
+            ) from error
         raise UserError(
             f"no trained model in {path.parent}: it has no {path.name}; name the folder of a run "
             "of which at least one epoch has ended"

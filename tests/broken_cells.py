@@ -292,6 +292,25 @@ class OtherOrder(LSTM):
     gates = ("i", "g", "f", "o")
 
 
+class RoundGate(Base):
+    """Forgets all or nothing."""
+
+    def step(self, pre, state, params):
+        c = jnp.round(sigmoid(pre.f)) * state.c + sigmoid(pre.i) * jnp.tanh(pre.g)
+        return sigmoid(pre.o) * jnp.tanh(c), self.State(c)
+
+
+class SteppedPeephole(Base):
+    """A parameter that is rounded down before it counts."""
+
+    unit_params = {"p": 0.4}
+
+    def step(self, pre, state, params):
+        f = sigmoid(pre.f + jnp.floor(10 * params.p) * state.c)
+        c = f * state.c + sigmoid(pre.i) * jnp.tanh(pre.g)
+        return sigmoid(pre.o) * jnp.tanh(c), self.State(c)
+
+
 BROKEN: dict[type[Cell], tuple[str, str]] = {
     MixesRows: ("contract", "mixes the rows of a batch"),
     NumpyOnTraced: ("contract", "hands a traced array to NumPy"),
@@ -322,6 +341,8 @@ BROKEN: dict[type[Cell], tuple[str, str]] = {
     ForgetsWhenStreaming: ("carried", "one step at a time, the carry handed on"),
     Detached: ("gradient", "jax.lax.stop_gradient (broken_cells.py"),
     WrongDerivative: ("gradient", "custom_vjp hard"),
+    RoundGate: ("gradient", "no gradient reaches gate 'f'"),
+    SteppedPeephole: ("gradient", "no gradient reaches parameter 'p'"),
     LosesDigits: ("float32", "a difference of large numbers"),
     Overflow: ("extremes", "exp (broken_cells.py"),
     Explodes: ("long", "over 2,000 steps"),

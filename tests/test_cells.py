@@ -1,6 +1,7 @@
 """The cell contract: what a declaration does, what breaks it, and cells in a user's own file."""
 
 import dataclasses
+import inspect
 import sys
 import textwrap
 from typing import NamedTuple
@@ -288,6 +289,20 @@ def test_a_users_file_may_postpone_annotations_and_import_its_neighbours(tmp_pat
     before = list(sys.path)
     assert load_cell(f"{file}:MyCell", 6).squash == 0.5
     assert sys.path == before
+
+
+def test_neighbours_are_those_of_the_folder_and_of_now(tmp_path):
+    text = textwrap.dedent(MY_CELL).replace("squash: float = 1.0", "squash: float = SQUASH")
+    files = [tmp_path / folder / "my_cell.py" for folder in ("one", "two")]
+    for n, file in enumerate(files):
+        file.parent.mkdir()
+        write(file, "from neighbour_that_changes import SQUASH\n" + text)
+        write(file.with_name("neighbour_that_changes.py"), f"SQUASH = 0.{n}")
+    one, two = (load_cell(f"{file}:MyCell", 6) for file in files)
+    write(files[1].with_name("neighbour_that_changes.py"), "SQUASH = 0.7")
+    again = load_cell(f"{files[1]}:MyCell", 6)
+    assert [cell.squash for cell in (one, two, again)] == [0.0, 0.1, 0.7]
+    assert [inspect.getsourcefile(type(cell)) for cell in (one, two)] == [str(f) for f in files]
 
 
 def test_load_names_what_is_missing(tmp_path):

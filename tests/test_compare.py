@@ -118,6 +118,58 @@ def test_an_edited_cell_is_another_cell(monkeypatch):
         assert len(asked) == runs
 
 
+def test_a_cell_whose_neighbour_was_edited_is_another_cell(monkeypatch):
+    asked = made_up(monkeypatch, lambda config, seed: 0.5)
+    for folder in ("one", "two"):
+        pathlib.Path(folder).mkdir()
+        pathlib.Path(folder, "mine.py").write_text(
+            "from lstmjax.cells import LSTM\nfrom beside_mine import K\n"
+            "class Mine(LSTM):\n    bias_init = {'f': K}\n"
+        )
+    cells = ("one/mine.py:Mine", "two/mine.py:Mine")
+    for one, two, runs in ((1.0, 1.0, 1), (1.0, 2.0, 1), (3.0, 2.0, 1), (1.0, 2.0, 0)):
+        pathlib.Path("one/beside_mine.py").write_text(f"K = {one}\n")
+        pathlib.Path("two/beside_mine.py").write_text(f"K = {two}\n")
+        asked.clear()
+        compare(Comparing(cells=cells, seeds=1, **TINY))
+        assert len(asked) == runs
+
+
+LAST_BIT = """
+import dataclasses
+import numpy as np
+from lstmjax.tasks import Generated, Sample
+@dataclasses.dataclass(frozen=True)
+class LastBit(Generated):
+    per_step, tokens, chance = True, 2, 0.5
+    def draw(self, random, rows):
+        x = random.integers(0, 2, (rows, 6), np.int32)
+        return Sample(x, np.roll(x, {}, axis=1), np.ones(x.shape, bool))
+"""
+
+
+def test_a_task_or_data_that_were_edited_are_others(monkeypatch):
+    asked = made_up(monkeypatch, lambda config, seed: 0.5)
+    own = {**TINY, "tasks": ("bit.py:LastBit(updates=2)", "text(file='t.csv', tokenizer='t.py:f')")}
+    for delay, word, letters, runs in ((2, "a", "", 4), (3, "a", "", 2), (3, "b", "", 2),
+                                       (3, "b", "[:1]", 2), (2, "a", "", 0)):  # fmt: skip
+        pathlib.Path("bit.py").write_text(LAST_BIT.format(delay))
+        pathlib.Path("t.py").write_text(f"def f(text):\n    return text{letters}.split()\n")
+        rows = "".join(f"{word}{n} word,{n % 2}\n" for n in range(60))
+        pathlib.Path("t.csv").write_text(f"text,label\n{rows}")
+        asked.clear()
+        compare(Comparing(seeds=1, **own))
+        assert len(asked) == runs
+
+
+def test_rates_that_are_near_are_two(monkeypatch):
+    asked = made_up(monkeypatch, lambda config, seed: 0.5)
+    near = (1e-3, 1.0000002e-3, 1e-3)
+    (report,) = compare(Comparing(seeds=1, learning_rates=near, **TINY))
+    assert len(asked) == 4
+    assert len(report.entries["GRU"].tried) == 2
+
+
 def test_several_share_a_folder(monkeypatch, capsys):
     """A unit that another process is at is left to it, and looked at again at the end."""
     asked = made_up(monkeypatch, lambda config, seed: 0.5)
@@ -170,7 +222,33 @@ def test_runs_that_diverge_count_as_chance(monkeypatch):
     made_up(monkeypatch, value)
     (report,) = compare(Comparing(seeds=3, **TINY))
     assert report.values("GRU") == {0: 80.0, 1: 80.0, 2: 50.0}
-    assert "Diverged, and counted as chance: GRU seed 2" in module.markdown(report)
+    assert "Diverged, and counted as chance, 50.00 %: GRU seed 2" in module.markdown(report)
+
+
+def test_a_run_that_diverges_gains_nothing(monkeypatch):
+    """All others are worse than chance; the line of each run says what counts."""
+
+    def value(config, seed):
+        return math.nan if (config.cell, seed) == ("GRU", 2) else 0.3 - 0.01 * seed
+
+    made_up(monkeypatch, value)
+    (report,) = compare(Comparing(seeds=8, **TINY))
+    assert report.values("GRU")[2] == pytest.approx(23)
+    assert "counted as the worst of all other runs, 23.00 %" in module.markdown(report)
+    lines = csv.DictReader(pathlib.Path("runs/comparison/comparison.csv").read_text().splitlines())
+    counted = [float(line["counted"]) for line in lines if line["cell"] == "GRU"]
+    assert [100 * a for a in counted] == pytest.approx([*report.values("GRU").values()])
+
+
+@pytest.mark.parametrize("lost", ["LSTM", "GRU"])
+def test_on_a_cell_that_always_diverges_there_is_no_verdict(monkeypatch, lost):
+    made_up(monkeypatch, lambda config, seed: math.nan if config.cell == lost else 0.3)
+    cells = ("LSTM", "GRU", "SimpleRNN")
+    (report,) = compare(Comparing(cells=cells, seeds=8, **TINY))
+    assert [v.a for v in report.verdicts] == (["SimpleRNN"] if lost == "GRU" else [])
+    text = module.markdown(report)
+    assert f"No verdict on {lost}: every run diverged." in text
+    assert "| diverged |" in next(line for line in text.splitlines() if f"| {lost} |" in line)
 
 
 def test_a_cell_that_always_diverges_is_told(monkeypatch):
@@ -180,8 +258,8 @@ def test_a_cell_that_always_diverges_is_told(monkeypatch):
 
     monkeypatch.setattr(module, "train", train)
     (report,) = compare(Comparing(seeds=2, **TINY))
-    assert len(report.replaced) == 4
-    assert report.verdicts[0].mean == 0
+    assert len(report.diverged) == 4
+    assert not report.verdicts
 
 
 def test_the_figures_are_those_of_the_right_seeds(monkeypatch):

@@ -350,7 +350,18 @@ def test_sequences_that_do_not_fit_together(tmp_path):
     x, y = np.zeros((4, 3, 2)), np.arange(4)
     cases = {
         "has no array 'y'": {"x": x},
-        r"y is int64\[5\]": {"x": x, "y": np.arange(5)},
+        r"y has the shape \(5,\), not \(4,\) or \(4, 3\)": {"x": x, "y": np.arange(5)},
+        "y holds texts; give classes as integers": {"x": x, "y": np.array([*"abcd"])},
+        "x holds texts; give numbers": {"x": x.astype(str), "y": y},
+        r"x has the shape \(4, 3, 0\); give .*, none of them 0": {"x": x[..., :0], "y": y},
+        "lengths holds floats; give integers": {"x": x, "y": y, "lengths": np.ones(4)},
+        r"lengths has the shape \(3,\), not \(4,\)": {"x": x, "y": y, "lengths": [1, 1, 1]},
+        "row 0 of x is not finite in float32": {"x": x + 1e300, "y": y},
+        "all of y is 0: nothing to learn": {"x": x, "y": 0 * y},
+        "4 classes, but they are numbered up to 29: number them from 0": {
+            "x": x,
+            "y": np.array([0, 1, 2, 29]),
+        },
         "row 1 has the length 4 of 3 steps": {"x": x, "y": y, "lengths": [1, 4, 1, 1]},
         "row 0 of x is not finite": {"x": x + np.nan, "y": y},
         "row 2 of y is -1: number the classes from 0, here below 40": {
@@ -369,6 +380,30 @@ def test_sequences_that_do_not_fit_together(tmp_path):
             SequenceFile(file=tmp_path / "a.npz").rows()
     with pytest.raises(UserError, match="cannot read"):
         SequenceFile(file=tmp_path / "none.npz").rows()
+
+
+def test_truth_values_are_numbers(tmp_path):
+    x = np.eye(4, 3) > 0
+    np.savez(tmp_path / "a.npz", x=x, y=x[:, 0])
+    found = SequenceFile(file=tmp_path / "a.npz").rows()
+    np.testing.assert_array_equal(np.stack(found.sequences)[..., 0], x)
+    assert found.labels.tolist() == [1, 0, 0, 0]
+
+
+def test_rows_that_are_the_same_are_told_where_too_few_are_left(tmp_path):
+    file = tmp_path / "a.npz"
+    np.savez(file, x=np.repeat(np.eye(2, 3), 20, axis=0), y=[0, 1] * 20)
+    with pytest.raises(UserError, match=r"40 rows are too few: .*stay together: 2 different ones"):
+        SequenceFile(file=file).facts()
+
+
+def test_what_has_no_effect_is_refused(tmp_path):
+    file = tmp_path / "t.csv"
+    file.write_text("text,label\n" + "".join(f"word{n},{n / 7}\n" for n in range(40)))
+    with pytest.raises(UserError, match="--class-weights is for classes"):
+        TextFile(file=file, class_weights="balanced").objective  # noqa: B018
+    with pytest.raises(UserError, match="--freeze-embeddings without --embeddings"):
+        TextFile(file=file, freeze_embeddings=True).frozen  # noqa: B018
 
 
 def test_labels_behind_the_end_do_not_count(tmp_path):
@@ -429,7 +464,11 @@ def test_a_file_that_has_changed_is_read_anew(tmp_path, monkeypatch):
     for folder, rows in (("a", 20), ("a", 30), ("b", 40)):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
-        np.savez("sequences.npz", x=np.random.default_rng(0).normal(size=(rows, 2)), y=[1] * rows)
+        np.savez(
+            "sequences.npz",
+            x=np.random.default_rng(0).normal(size=(rows, 2)),
+            y=[0, 1] * (rows // 2),
+        )
         (tmp_path / folder / "texts.csv").write_text(
             "text,label\n" + "".join(f"word{n},{n % 2}\n" for n in range(rows))
         )

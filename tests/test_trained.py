@@ -24,6 +24,7 @@ from lstmjax.errors import UserError
 from lstmjax.export import save_exported
 from lstmjax.inspection import look
 from lstmjax.interop import read_safetensors
+from lstmjax.models import SequenceConfig
 from lstmjax.trained import ModelConfig, SequenceModelConfig, read_texts
 from lstmjax.training import RunFolder, sums
 from lstmjax.training.loop import best_epoch
@@ -483,6 +484,48 @@ def test_a_comment_in_the_cells_file_does_not_matter(tmp_path):
     (folder / "cell.py").write_text(CELL_FILE + "\n")  # no longer what the run was made with
     with pytest.raises(UserError, match="cell-source"):
         train(folder, resume=True, **options)
+
+
+def test_a_run_goes_on_with_the_same_neighbours_only(tmp_path):
+    file, beside = tmp_path / "mine.py", tmp_path / "beside_the_cell.py"
+    file.write_text("from beside_the_cell import LEAK\n" + CELL_FILE.replace("= 0.5", "= LEAK"))
+    beside.write_text("LEAK = 0.5\n")
+    options = {"cell": f"{file}:Mine", "epochs": 1}
+    folder = train(tmp_path / "r", **options)
+    beside.write_text("LEAK  =  0.5  # A comment.\n")
+    train(folder, resume=True, **options)
+    assert (folder / "beside_the_cell.py").read_text() == "LEAK = 0.5\n"
+    beside.write_text("LEAK = 0.25\n")
+    with pytest.raises(UserError, match="cell-source"):
+        train(folder, resume=True, **options)
+
+
+def test_a_run_goes_on_with_the_same_task_only(tmp_path):
+    task = tmp_path / "mine.py"
+    text = (
+        "from lstmjax.tasks import Adding\nfrom beside_the_task import LENGTH\n"
+        "class Mine(Adding):\n    def draw(self, random, rows):\n"
+        "        return Adding(length=LENGTH).draw(random, rows)\n"
+    )
+    task.write_text(text)
+    (tmp_path / "beside_the_task.py").write_text("LENGTH = 5\n")
+    made = config_of(f"{task}:Mine(length=5, updates=2, test_rows=64)")
+    tiny = {"epochs": 1, "batch_size": 8, "accelerator": "cpu", "run_dir": tmp_path / "r"}
+    config = dataclasses.replace(made, model=SequenceConfig(hidden_size=2), **tiny)
+    workbench_train(config)
+    workbench_train(dataclasses.replace(config, resume=True, epochs=2))
+    (tmp_path / "beside_the_task.py").write_text("LENGTH = 4\n")
+    with pytest.raises(UserError, match="task-sha256"):
+        workbench_train(dataclasses.replace(config, resume=True, epochs=3))
+
+
+def test_a_folder_of_several_runs_is_told(tmp_path):
+    for name in ("seed0", "seed1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "params.safetensors").write_bytes(b"")
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds several runs, name one of them: .*seed0, .*seed1"):
+        load_run(tmp_path)
 
 
 @pytest.mark.parametrize("source", [b"def (", b"x = 1\x00", b"(" * 10_000, b"\xff"])

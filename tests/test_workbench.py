@@ -20,7 +20,7 @@ from lstmjax.tasks.metric import MEAN_SQUARED_ERROR
 from lstmjax.training import NonFiniteLossError, step
 from lstmjax.training.checkpoint import Checkpoints
 from lstmjax.workbench import Replica, config_of, run, train
-from lstmjax.workbench.classes import classes_of
+from lstmjax.workbench.classes import classes_of, draw_confusion
 from lstmjax.workbench.rows import Row, outcome_of
 
 pytestmark = pytest.mark.usefixtures("as_for_users")
@@ -295,10 +295,24 @@ def test_what_diverged_is_null_in_the_result():
 def test_of_very_many_classes_there_is_no_confusion_matrix():
     outputs, labels = np.eye(50_000, dtype=np.float32)[:20], np.arange(20)
     few = classes_of(outputs[:, :40], labels)
-    assert classes_of(outputs[:, :400], labels).f1 == pytest.approx(few.f1 / 10)
+    assert classes_of(outputs[:, :400], labels).f1 == few.f1 == 1  # of those that there are
     found = classes_of(outputs, labels)
     assert few.confusion.shape == (40, 40)
     assert found.confusion is None
+
+
+def test_a_class_without_rows_does_not_count_unless_it_is_said():
+    labels = np.array([0, 0, 1, 1])
+    right = np.eye(3)[labels]
+    assert classes_of(right, labels).f1 == 1
+    assert classes_of(np.eye(3)[[0, 0, 1, 2]], labels).f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_names_in_any_script_are_drawn(tmp_path):
+    """Without a warning of the font's; and what is no text moves no cursor."""
+    names = ["好", "schön", "плохо\x1b[2J"]
+    draw_confusion(tmp_path / "confusion.png", "任务", np.eye(3, dtype=int), names)
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
 
 
 def test_f1_and_auc_by_definition():

@@ -10,15 +10,20 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
 
 from lstmjax.cells.base import Cell
 from lstmjax.cells.contract import check_contract
 from lstmjax.errors import ContractError, UserError, user_line
+from lstmjax.files import MAX_JSON_BYTES, read_bytes
 
 CELL = "cell.py"
 """What a run folder calls its copy of the file of a user's cell."""
+
+_LOADED: dict[str, str] = {}
+"""SHA-256, by name, of the modules that a user's file has imported from beside it."""
 
 
 class CellSpec(NamedTuple):
@@ -171,7 +176,7 @@ def _checked(kind: type[Cell], given: dict[str, object]) -> dict[str, object]:
 
 
 def run_file(path: str) -> ModuleType:
-    """Import a user's file; it may import its neighbours.
+    """Import a user's file; it may import its neighbours, which are imported as they are now.
 
     Raises:
         UserError: there is none, or it does not run.
@@ -179,19 +184,41 @@ def run_file(path: str) -> ModuleType:
     file = pathlib.Path(path)
     if not os.path.isfile(path):  # False of any name, too long or with a NUL in it
         raise UserError(f"no cell file {path!r}; give --cell as path/to/file.py:MyCell")
-    module_spec = importlib.util.spec_from_file_location(f"_lstmjax_cell_{file.stem}", file)
+    place = hashlib.sha256(os.fsencode(file.absolute())).hexdigest()[:8]
+    name = f"_lstmjax_cell_{file.stem}_{place}"  # files of one name in two folders are two modules
+    module_spec = importlib.util.spec_from_file_location(name, file)
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"cell file {path!r} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses look a class's module up by name
     sys.path.insert(0, str(file.parent.absolute()))
+    keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # stale within a second of it
     try:
+        beside = _neighbours(file)
+        for neighbour, digest in beside.items():
+            if _LOADED.get(neighbour, digest) != digest:  # of another folder, or from before
+                sys.modules.pop(neighbour, None)
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"cell file {path!r} does not run: {_line(error)}") from error
     finally:
+        sys.dont_write_bytecode = keep
         sys.path.remove(str(file.parent.absolute()))
+    for neighbour, digest in beside.items():
+        where = getattr(sys.modules.get(neighbour), "__file__", None)
+        if where and os.path.dirname(where) == str(file.parent.absolute()):
+            _LOADED[neighbour] = digest
     return module
+
+
+def _neighbours(file: pathlib.Path) -> dict[str, str]:
+    """The modules beside a file that it imports: SHA-256 of place and content, by name."""
+    where = os.fsencode(file.parent.absolute())
+    return {
+        name.removesuffix(".py"): hashlib.sha256(where + b"\0" + content).hexdigest()
+        for name, content in files_of(file).items()
+        if name != CELL
+    }
 
 
 def cell_source(spec: str) -> dict[str, bytes]:
@@ -204,10 +231,13 @@ def cell_source(spec: str) -> dict[str, bytes]:
         >>> cell_source("LSTM")
         {}
     """
-    file = pathlib.Path(CellSpec.parse(spec).path)
-    if not file.name:
-        return {}
-    found = {CELL: file.read_bytes()}
+    path = CellSpec.parse(spec).path
+    return files_of(pathlib.Path(path)) if path else {}
+
+
+def files_of(file: pathlib.Path) -> dict[str, bytes]:
+    """A user's file, as `CELL`, and those beside it that it imports, by name."""
+    found = {CELL: read_bytes(file, MAX_JSON_BYTES)}
     waiting = [found[CELL]]
     while waiting:
         try:
@@ -221,20 +251,32 @@ def cell_source(spec: str) -> dict[str, bytes]:
             for name in names:
                 beside = file.with_name(f"{name.partition('.')[0]}.py")
                 if beside.name not in (*found, file.name) and beside.is_file():
-                    found[beside.name] = beside.read_bytes()
+                    found[beside.name] = read_bytes(beside, MAX_JSON_BYTES)
                     waiting.append(found[beside.name])
     return found
 
 
 def source_digest(spec: str) -> str | None:
-    """SHA-256 of the file that ``spec`` names, None for a built-in cell.
+    """SHA-256 of what `cell_source` gives, None for a built-in cell.
 
     Example:
         >>> source_digest("LSTM") is None
         True
     """
     files = cell_source(spec)
-    return hashlib.sha256(files[CELL]).hexdigest() if files else None
+    return digest_of(files) if files else None
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """SHA-256 of a file alone, or of a list of several, their names and SHA-256.
+
+    >>> digest_of({"cell.py": b""}) == hashlib.sha256().hexdigest()
+    True
+    """
+    each = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    if len(each) == 1:
+        return next(iter(each.values()))
+    return hashlib.sha256(repr(sorted(each.items())).encode()).hexdigest()
 
 
 def same_program(a: bytes, b: bytes) -> bool:

@@ -25,8 +25,8 @@ from lstmjax.check.problem import (
     worst,
 )
 from lstmjax.check.report import Failure
-from lstmjax.check.structure import other
-from lstmjax.check.subject import Subject, agree, allowed, value_name
+from lstmjax.check.structure import other, untrained
+from lstmjax.check.subject import Subject, agree, allowed, listed, value_name
 from lstmjax.recurrence import CPU, Associative, Engine, PallasGPU, PallasTPU, Workload
 from lstmjax.recurrence.gpu.plain import plain_kernel
 
@@ -41,7 +41,9 @@ def gradient(subject: Subject) -> str:
     step, tolerance = (1e-5, 1e-6) if problem.dtype == "float64" else (1e-2, 5e-2)
     rng, odd = np.random.default_rng(5), []
     leaves, structure = jax.tree.flatten(problem.moving)
-    slopes = jax.tree.leaves(problem.run().gradients)
+    gradients = problem.run().gradients
+    assert gradients is not None
+    slopes = jax.tree.leaves(gradients)
     scale = max(float(np.max(np.abs(a), initial=0.0)) for a in slopes)
     for k, (name, a) in enumerate(named(problem.moving).items()):
         direction = rng.choice([-1.0, 1.0], a.shape) * rng.uniform(0.5, 1, a.shape)
@@ -58,14 +60,20 @@ def gradient(subject: Subject) -> str:
         most = tolerance * max(abs(measured), abs(said), 1e-3 * scale) + 2 * abs(measured - wider)
         if not abs(measured - said) <= most:  # where it bends, wider differences say another slope
             odd.append(f"along {name} JAX says {said:.5g}, differences say {measured:.5g}")
+    program, _ = source.fresh_trace(subject.cell, problem.features, problem.dtype)
     if odd:
-        program, _ = source.fresh_trace(subject.cell, problem.features, problem.dtype)
         more = f" (and along {len(odd) - 1} more)" if len(odd) > 1 else ""
         raise Failure(
             f"it is not that of the values: {odd[0]}{more}",
             ", ".join(source.blocked(program)) or "a jump at these numbers: where, argmax, a cast",
             "mend the derivative; if it is meant so (a straight-through estimator, say), skip this "
             "check",
+        )
+    if dead := untrained(subject.cell, gradients.params):
+        raise Failure(
+            f"no gradient reaches {listed(dead)}: training leaves it as it begins",
+            ", ".join(source.blocked(program)) or "a step function: round, sign, floor, argmax",
+            "use a function that has a derivative; if meant so (a reservoir), skip this check",
         )
     return f"JAX' gradient is that of finite differences, to {tolerance:.0e}, in {problem.dtype}"
 

@@ -1,7 +1,7 @@
 """Checks of what a cell is: its contract, its program, its parameters, its state."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -173,6 +173,23 @@ def _columns(cell: Cell) -> dict[str, tuple[str, ...]]:
         "bias": cell.biased,
         "recurrent_bias": cell.recurrent_bias_gates,
     }
+
+
+def untrained(cell: Cell, gradients: Mapping[str, PyTree]) -> list[str]:
+    """The gates and parameters whose gradient is zero throughout."""
+    units, columns = cell.hidden_size, _columns(cell)
+
+    def of_gate(gate: str) -> Iterator[Numbers]:
+        for name, gates in columns.items():
+            if name in gradients and gate in gates:
+                k = gates.index(gate)
+                yield np.asarray(gradients[name])[..., k * units : (k + 1) * units]
+
+    found = [f"gate {gate!r}" for gate in cell.gates if not any(map(np.any, of_gate(gate)))]
+    others = {n: a for n, a in gradients.items() if n not in (*columns, "units", "step")}
+    others |= {**gradients.get("units", {}), **gradients.get("step", {})}
+    idle = (n for n, a in others.items() if not any(map(np.any, jax.tree.leaves(a))))
+    return found + [f"parameter {name!r}" for name in idle]
 
 
 def _without_gate(cell: Cell, m: Moving, gate: str) -> Moving:

@@ -275,7 +275,10 @@ class Fresh:
 
     def __init__(self, task: Generated, batch_size: int, count: int, split: Split) -> None:
         if min(batch_size, count) < 1:
-            raise UserError(f"batches of {batch_size} rows, {count} of them: give at least 1")
+            raise UserError(
+                f"{count} batches of {batch_size} rows for {split}: give at least 1 (--updates, "
+                "--test-rows, --batch-size)"
+            )
         self.task, self.batch_size, self._count, self._split = task, batch_size, count, split
 
     def __repr__(self) -> str:

@@ -91,5 +91,11 @@ def _fields(spec: str) -> dict[str, object]:
         return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise UserError(
-            f"cannot read {spec!r} ({first_line(error)}): write it like adding(length=400)"
+            f"cannot read {spec!r} ({_told(error)}): write it like adding(length=400) or "
+            "text(file='reviews.csv')"
         ) from error
+
+
+def _told(error: BaseException) -> str:
+    """What is wrong; Python's own words for what is no literal name an address."""
+    return "a value is no literal" if "malformed node" in str(error) else first_line(error)

@@ -57,7 +57,11 @@ def split_rows(
     }
     for name, part in parts.items():
         if not part.any():
-            raise UserError(f"{len(group)} rows are too few: none is left for {name}")
+            alike = f" (rows that are the same stay together: {len(numbers)} different ones)"
+            raise UserError(
+                f"{len(group)} rows are too few: none is left for {name}"
+                f"{alike if len(numbers) < len(group) else ''}"
+            )
     return parts
 
 
@@ -247,7 +251,7 @@ class SequenceFile(Rows):
     """Your own sequences, from an ``.npz`` file.
 
     Its arrays: ``x``, rows times steps times features (or rows times steps); ``y``, a label a row
-    or one a step, whole numbers from 0 for classes, else numbers to predict; and ``lengths``, the
+    or one a step, integers from 0 for classes, floats for numbers to predict; and ``lengths``, the
     valid steps of each row, if they differ.
     """
 
@@ -275,9 +279,14 @@ class SequenceFile(Rows):
         arrays = read_arrays(self.file, ("x", "y"))
         y, sequences = arrays["y"], read_sequences(self.file, arrays)
         rows, steps = arrays["x"].shape[:2]
-        if y.shape not in ((rows,), (rows, steps)) or y.dtype.kind not in "fiub":
+        if y.dtype.kind not in "fiub":
             raise UserError(
-                f"{self.file}: y is {y.dtype}{[*y.shape]}, not ({rows},) or ({rows}, {steps})"
+                f"{self.file}: y holds {_kind(y)}; give classes as integers from 0, or floats to "
+                "predict"
+            )
+        if y.shape not in ((rows,), (rows, steps)):
+            raise UserError(
+                f"{self.file}: y has the shape {y.shape}, not ({rows},) or ({rows}, {steps})"
             )
         labels = read_labels(self.file, y, np.array([len(row) for row in sequences]))
         if y.ndim == 1:
@@ -311,7 +320,23 @@ def read_labels(file: pathlib.Path, y: np.ndarray, lengths: np.ndarray) -> np.nd
     if wrong.any():
         at = np.unravel_index(wrong.argmax(), y.shape)
         raise UserError(f"{file}: row {at[0]} of y is {y[at]}: {remedy}")
+    if y.dtype.kind != "f":
+        counts = (
+            np.ones_like(labels, bool) if y.ndim == 1 else np.arange(y.shape[1]) < lengths[:, None]
+        )
+        _require_classes(file, np.unique(labels[counts]))
     return labels
+
+
+def _require_classes(file: pathlib.Path, classes: np.ndarray) -> None:
+    """Raise `UserError` for classes that cannot be meant; few may have no row."""
+    if len(classes) == 1:
+        raise UserError(f"{file}: all of y is {classes[0]}: nothing to learn")
+    if classes[-1] + 1 > 2 * len(classes) + 8:
+        raise UserError(
+            f"{file}: y has {len(classes)} classes, but they are numbered up to {classes[-1]}: "
+            "number them from 0 without gaps"
+        )
 
 
 def read_arrays(file: pathlib.Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
@@ -339,18 +364,31 @@ def read_sequences(file: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> list
         UserError: the arrays do not fit together, or a row is not finite.
     """
     x = arrays["x"][..., None] if arrays["x"].ndim == 2 else arrays["x"]
-    if x.ndim != 3 or x.dtype.kind not in "fiu":
-        raise UserError(f"{file}: x is {x.dtype}{[*x.shape]}; give (rows, steps, features)")
+    if x.dtype.kind not in "fiub":
+        raise UserError(f"{file}: x holds {_kind(x)}; give numbers")
+    if x.ndim != 3 or not x.size:
+        raise UserError(
+            f"{file}: x has the shape {x.shape}; give (rows, steps, features), none of them 0"
+        )
     rows, steps = x.shape[:2]
     lengths = arrays.get("lengths", np.full(rows, steps))
-    if lengths.shape != (rows,) or lengths.dtype.kind not in "iu":
-        raise UserError(f"{file}: lengths is {lengths.dtype}{[*lengths.shape]}, not ({rows},)")
+    if lengths.dtype.kind not in "iu":
+        raise UserError(f"{file}: lengths holds {_kind(lengths)}; give integers")
+    if lengths.shape != (rows,):
+        raise UserError(f"{file}: lengths has the shape {lengths.shape}, not ({rows},)")
     wrong = (lengths < 1) | (lengths > steps)
     if wrong.any():
         row = int(wrong.argmax())
         raise UserError(f"{file}: row {row} has the length {lengths[row]} of {steps} steps")
-    found = [row[:n].astype(np.float32) for row, n in zip(x, lengths, strict=True)]
+    with np.errstate(over="ignore"):
+        found = [row[:n].astype(np.float32) for row, n in zip(x, lengths, strict=True)]
     for number, row in enumerate(found):
         if not np.isfinite(row).all():
-            raise UserError(f"{file}: row {number} of x is not finite")
+            raise UserError(f"{file}: row {number} of x is not finite in float32")
     return found
+
+
+def _kind(a: np.ndarray) -> str:
+    """What an array holds that is not what it should."""
+    kinds = {"f": "floats", "b": "booleans", "c": "complex numbers", "U": "texts", "S": "bytes"}
+    return kinds.get(a.dtype.kind, str(a.dtype))

@@ -112,6 +112,10 @@ class Text(Divided):
     @property
     def frozen(self) -> tuple[str, ...]:
         """The vectors of words, if asked for."""
+        if self.freeze_embeddings and self.embeddings is None:
+            raise UserError(
+                "--freeze-embeddings without --embeddings leaves random vectors: give both, or none"
+            )
         return ("embedding",) if self.freeze_embeddings else ()
 
     def pretrained(self, model: Any) -> None:
@@ -319,6 +323,11 @@ class TextFile(Text):
     def objective(self) -> Objective:
         """Cross-entropy, of classes weighted if asked for, or the squared error."""
         if not self.num_classes:
+            if self.class_weights != "none":
+                raise UserError(
+                    "--class-weights is for classes, and the labels are numbers: leave it out, or "
+                    "say --labels classes"
+                )
             return SquaredError()
         if self.class_weights == "none":
             return CrossEntropy()

@@ -1,7 +1,6 @@
 """Running again what a run folder holds, and telling whether the numbers are the same."""
 
 import dataclasses
-import hashlib
 import pathlib
 import reprlib
 import sys
@@ -11,6 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from lstmjax import files
 from lstmjax.cells import CellSpec
+from lstmjax.cells.loading import digest_of, files_of
 from lstmjax.errors import UserError, first_line
 from lstmjax.files import Json
 from lstmjax.training.report import CELL, CONFIG, DataclassInstance, RunFolder, differences
@@ -30,7 +30,7 @@ class _Facts:
     """What a ``config.json`` says beside the config."""
 
     cell_source: str | None = None
-    """SHA-256 of the file of a user's cell."""
+    """SHA-256 of the files of a user's cell."""
     data_sha256: tuple[str, ...] = ()
     """Of the data."""
 
@@ -77,11 +77,10 @@ def _require_cell(path: pathlib.Path, facts: _Facts) -> None:
     """Raise `UserError` where the folder's copy of a user's cell is not what the run was of."""
     if facts.cell_source is None or not path.exists():
         return
-    kept = files.read_bytes(path, files.MAX_JSON_BYTES)
-    if hashlib.sha256(kept).hexdigest() != facts.cell_source:
+    if digest_of(files_of(path)) != facts.cell_source:
         raise UserError(
-            f"{path} is damaged or was changed: its SHA-256 is not that in {CONFIG}; put a copy of "
-            "it back"
+            f"{path} is damaged or was changed, or a file beside it that it imports: its SHA-256 "
+            f"is not that in {CONFIG}; put a copy of it back"
         )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import html
 import importlib
 import importlib.metadata
@@ -23,8 +22,8 @@ from jaxtyping import PyTree
 
 from lstmjax import files
 from lstmjax.cells import CellSpec
-from lstmjax.cells.loading import CELL, same_program
-from lstmjax.errors import DISK_FAILS, StorageError, UserError, extra, printable, reason
+from lstmjax.cells.loading import CELL, digest_of, files_of, same_program
+from lstmjax.errors import DISK_FAILS, StorageError, UserError, drawable, extra, reason
 from lstmjax.files import Json
 from lstmjax.interop import read_safetensors, write_safetensors
 from lstmjax.models import named_parameters
@@ -316,11 +315,12 @@ class RunFolder:
         return self.config()
 
     def _same_cell(self, before: Mapping[str, Json], source: Mapping[str, bytes]) -> bool:
-        """Whether the file of the cell is that of the run but for comments and layout."""
+        """Whether the files of the cell are those of the run but for comments and layout."""
         with contextlib.suppress(OSError, ValueError):
-            kept = files.read_bytes(self.path / CELL, files.MAX_JSON_BYTES)
-            whole = hashlib.sha256(kept).hexdigest() == before.get("cell_source")
-            return whole and CELL in source and same_program(kept, source[CELL])
+            kept = files_of(self.path / CELL)
+            whole = digest_of(kept) == before.get("cell_source")
+            alike = (same_program(kept[name], source[name]) for name in kept)
+            return whole and kept.keys() == source.keys() and all(alike)
         return False
 
     def environment(self) -> dict[str, Json]:
@@ -586,7 +586,7 @@ def draw_curves(
 
     figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
-    figure.suptitle(printable(title), parse_math=False)
+    figure.suptitle(drawable(title), parse_math=False)
     points = {key for r in epochs for key in r if "_" in key and not key.startswith("train_")}
     splits = sorted({key.partition("_")[0] for key in points})
     colors = {split: f"C{n}" for n, split in enumerate(splits, 1)}

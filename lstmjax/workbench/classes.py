@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lstmjax import files
-from lstmjax.errors import extra, printable
+from lstmjax.errors import drawable, extra, printable
 
 MOST = 200
 """Classes of which there is a confusion matrix: it grows with their square, drawn and written."""
@@ -19,7 +19,8 @@ class Classes(NamedTuple):
     """Of one classifier on test data.
 
     Attributes:
-        f1: of the second of two classes, or the mean over all of several (macro).
+        f1: of the second of two classes; of several the mean over those that a row has or was said
+            to have (macro).
         auc: the chance that a row of a class scores higher in it than one of another class; the
             mean over all of several. NaN where a class has no rows.
         confusion: rows by true class, then by the class that was said; None of more than `MOST`.
@@ -55,8 +56,9 @@ def classes_of(outputs: Float[np.ndarray, "..."], labels: Int[np.ndarray, " N"])
         np.bincount(a, minlength=count) for a in (labels[labels == said], labels, said)
     )
     f1 = 2 * right / np.maximum(there + told, 1)
+    seen = asked if two else np.flatnonzero(there + told)
     aucs = [area_under_curve(scores[:, k], labels == k) for k in asked]
-    return Classes(float(np.mean(f1[asked])), float(np.mean(aucs)), confusion)
+    return Classes(float(np.mean(f1[seen])), float(np.mean(aucs)), confusion)
 
 
 def area_under_curve(scores: Float[np.ndarray, " N"], positive: np.ndarray) -> float:
@@ -114,12 +116,12 @@ def draw_confusion(
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=8)
-    places, shown = range(len(names)), [*map(printable, names)]
+    places, shown = range(len(names)), [*map(drawable, names)]
     plain: dict[str, Any] = {"fontsize": 8, "parse_math": False}
     axes.set_xticks(places, shown, rotation=45, ha="right", **plain)
     axes.set_yticks(places, shown, **plain)
     axes.set(xlabel="said", ylabel="true")
-    filled = textwrap.fill(printable(title), int(10 * size))
+    filled = textwrap.fill(drawable(title), int(10 * size))
     figure.suptitle(filled, fontsize=9, parse_math=False)
     figure.colorbar(image, label="share of the true class")
     files.publish(path, lambda file: figure.savefig(file, dpi=120, format="png"))

@@ -1,8 +1,9 @@
 """Comparing cells: every cell on every task with the same seeds and budget, and a verdict.
 
 The runs of one cell on one task at one learning rate are a unit. Units lie in one folder, named by
-all that their numbers depend on, the source of a user's cell included: what is finished is never
-repeated, what was killed goes on, and several processes may share the folder, a unit each.
+all that their numbers depend on, what is in the files of a user's cell, task and data included:
+what is finished is never repeated, what was killed goes on, and several processes may share the
+folder, a unit each.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ from lstmjax.training import Accelerator, NonFiniteLossError
 from lstmjax.training.command import require_positive, require_seed
 from lstmjax.workbench.config import Config, config_of, require_rates
 from lstmjax.workbench.plots import draw_comparison
-from lstmjax.workbench.rows import Row, finite, summarized
-from lstmjax.workbench.run import cell_name, make_model, settings_of, train
+from lstmjax.workbench.rows import Row, finite, rate_text, summarized
+from lstmjax.workbench.run import cell_name, make_model, settings_of, task_sources, train
 
 __all__ = [
     "Comparing",
@@ -104,7 +105,9 @@ class Unit(NamedTuple):
 
     def __str__(self) -> str:
         """How it is told of."""
-        return f"{self.task} · {cell_name(self.cell)} · learning rate {self.learning_rate:g}"
+        return (
+            f"{self.task} · {cell_name(self.cell)} · learning rate {rate_text(self.learning_rate)}"
+        )
 
 
 class Entry(NamedTuple):
@@ -128,17 +131,20 @@ class Report(NamedTuple):
         task: as it was named.
         metric: the figure that counts.
         chance: what it is without looking.
+        lost: as what a run counts that diverged: chance, or the worst of all other runs if that is
+            worse, so that none gains by it.
         entries: by the cell's name.
-        verdicts: every other cell against the first.
-        replaced: runs that diverged and count as chance: cell and seed.
+        verdicts: every other cell against the first; none of one whose runs all diverged.
+        diverged: which runs did: cell and seed.
     """
 
     task: str
     metric: Metric
     chance: float
+    lost: float
     entries: dict[str, Entry]
     verdicts: list[statistics.Comparison]
-    replaced: list[tuple[str, int]]
+    diverged: list[tuple[str, int]]
 
     def __str__(self) -> str:
         """The table, and a sentence a comparison, as Markdown."""
@@ -157,11 +163,20 @@ class Report(NamedTuple):
         table = html_table(_table(self))
         return f"<h4>{html.escape(head)}</h4>{table}<ul>{told}</ul>"
 
+    @property
+    def lost_cells(self) -> list[str]:
+        """The cells whose runs all diverged."""
+        return [
+            name
+            for name, entry in self.entries.items()
+            if all((name, seed) in self.diverged for seed in entry.rows)
+        ]
+
     def values(self, name: str) -> dict[int, float]:
-        """The metric of a cell by seed, in points where it is a share; chance where it diverged."""
+        """The metric of a cell by seed, in points where it is a share; `lost` where it diverged."""
         scale = 100.0 if self.metric.percent else 1.0
-        found = {s: next(iter(r.test.values())) for s, r in self.entries[name].rows.items()}
-        return {s: scale * (self.chance if math.isnan(v) else v) for s, v in found.items()}
+        found = {s: _figure(r) for s, r in self.entries[name].rows.items()}
+        return {s: scale * (self.lost if math.isnan(v) else v) for s, v in found.items()}
 
 
 class Reports(list[Report]):
@@ -240,13 +255,14 @@ def _units(config: Comparing, task: str, cell: str) -> Iterator[Unit]:
     model = dataclasses.replace(base.model, hidden_size=size)
     of_cell = dataclasses.replace(base, cell=cell, model=model)
     settings = {**settings_of(of_cell), "cell": cell_name(cell), "source": source_digest(cell)}
+    settings |= {"task_sources": sources} if (sources := task_sources(of_cell)) else {}
     for free in ("seed", "seeds", "learning_rates"):
         del settings[free]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     folder = config.dir / "runs" / _file_name(task) / f"{_file_name(cell_name(cell))}-{digest}"
     for rate in dict.fromkeys(config.learning_rates) or (base.optimizer.learning_rate,):
         asked = dataclasses.replace(of_cell, learning_rates=(rate,))
-        yield Unit(task, cell, rate, asked, parameters, folder / f"lr{rate:g}")
+        yield Unit(task, cell, rate, asked, parameters, folder / f"lr{rate_text(rate)}")
 
 
 def base_config(config: Comparing, task: str) -> Config:
@@ -471,16 +487,14 @@ def report_of(config: Comparing, task: str, units: Sequence[Unit], wanted: range
         name: chosen([unit for unit in own if unit.cell == cell], wanted, sizes.metric)
         for cell, name in names.items()
     }
-    replaced = [
-        (name, seed)
-        for name, entry in entries.items()
-        for seed, row in entry.rows.items()
-        if math.isnan(next(iter(row.test.values())))
-    ]
-    report = Report(task, sizes.metric, sizes.chance, entries, [], replaced)
-    if len(wanted) < 2:
+    figures = {(n, s): _figure(row) for n, e in entries.items() for s, row in e.rows.items()}
+    diverged = [run for run, figure in figures.items() if math.isnan(figure)]
+    worse = min if sizes.metric.higher_is_better else max
+    lost = worse([sizes.chance, *(f for f in figures.values() if not math.isnan(f))])
+    report = Report(task, sizes.metric, sizes.chance, lost, entries, [], diverged)
+    results = {n: report.values(n) for n in entries if n not in report.lost_cells}
+    if len(wanted) < 2 or len(results) < 2 or next(iter(entries)) not in results:
         return report
-    results = {name: report.values(name) for name in entries}
     first = next(iter(results.values()))
     target = config.target or (
         0.3 if sizes.metric.percent else abs(float(np.mean([*first.values()]))) / 100 or 1.0
@@ -492,6 +506,11 @@ def report_of(config: Comparing, task: str, units: Sequence[Unit], wanted: range
         higher_is_better=sizes.metric.higher_is_better,
     )
     return report._replace(verdicts=verdicts)
+
+
+def _figure(row: Row) -> float:
+    """What models are judged by; NaN: it diverged."""
+    return next(iter(row.test.values()))
 
 
 def chosen(units: Sequence[Unit], wanted: range, metric: Metric) -> Entry:
@@ -549,12 +568,16 @@ def _sentences(report: Report) -> Iterator[str]:
     better = "higher" if metric.higher_is_better else "lower"
     yield f"{report.task}: {head}, {better} is better; chance {metric.text(report.chance)}"
     yield from map(str, report.verdicts)
-    if report.replaced:
-        which = ", ".join(f"{name} seed {seed}" for name, seed in report.replaced)
-        yield f"Diverged, and counted as chance: {which}."
+    lost = report.lost_cells
+    if lost:
+        yield f"No verdict on {', '.join(lost)}: every run diverged."
+    if some := [run for run in report.diverged if run[0] not in lost]:
+        which = ", ".join(f"{name} seed {seed}" for name, seed in some)
+        what = "chance" if report.lost == report.chance else "the worst of all other runs"
+        yield f"Diverged, and counted as {what}, {report.metric.text(report.lost)}: {which}."
     rates = sorted({rate for entry in report.entries.values() for rate in entry.tried})
     if len(rates) > 1:
-        tried = ", ".join(f"{rate:g}" for rate in rates)
+        tried = ", ".join(map(rate_text, rates))
         yield f"Learning rates were chosen on validation data, of {tried}.{_edges(report, rates)}"
 
 
@@ -567,7 +590,7 @@ def _table(report: Report) -> list[list[str]]:
 def _columns(report: Report, name: str) -> dict[str, str]:
     """A cell's line of the table, by column."""
     entry, values = report.entries[name], [*report.values(name).values()]
-    digits = 2 if report.metric.percent else 4
+    digits, lost = 2 if report.metric.percent else 4, name in report.lost_cells
     found = summarized(values)
     low, high = (
         statistics.bca_interval(np.array(values)) if len(values) > 1 else (math.nan, math.nan)
@@ -578,10 +601,10 @@ def _columns(report: Report, name: str) -> dict[str, str]:
         "cell": name,
         "units": f"{entry.unit.config.model.hidden_size}",
         "parameters": f"{entry.unit.parameters:,}",
-        "learning rate": f"{entry.unit.learning_rate:g}",
+        "learning rate": rate_text(entry.unit.learning_rate),
         "seeds": f"{len(values)}",
-        "mean ± s.d.": f"{found.mean:.{digits}f} ± {found.sd:.{digits}f}",
-        "95 % of the mean": f"{low:.{digits}f} to {high:.{digits}f}",
+        "mean ± s.d.": "diverged" if lost else f"{found.mean:.{digits}f} ± {found.sd:.{digits}f}",
+        "95 % of the mean": "" if lost else f"{low:.{digits}f} to {high:.{digits}f}",
         **{n: report.metric.text(float(np.mean(a))) for n, a in more.items()},
     }
 
@@ -600,7 +623,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _csv(reports: Sequence[Report]) -> str:
-    """A line a run at the learning rate that was chosen."""
+    """A line a run at the learning rate that was chosen; ``counted`` is what enters the table."""
     lines = [
         {
             "task": report.task,
@@ -612,6 +635,7 @@ def _csv(reports: Sequence[Report]) -> str:
             "metric": report.metric.name,
             "validation": row.validation,
             **row.test,
+            "counted": report.lost if math.isnan(_figure(row)) else _figure(row),
         }
         for report in reports
         for name, entry in report.entries.items()
@@ -631,7 +655,7 @@ def _json(report: Report) -> dict[str, Any]:
             "units": entry.unit.config.model.hidden_size,
             "parameters": entry.unit.parameters,
             "learning_rate": entry.unit.learning_rate,
-            "validation_by_learning_rate": {f"{k:g}": v for k, v in entry.tried.items()},
+            "validation_by_learning_rate": {rate_text(k): v for k, v in entry.tried.items()},
             "runs": [finite(row._asdict()) for row in entry.rows.values()],
             "folder": str(entry.unit.folder),
         }
@@ -642,7 +666,7 @@ def _json(report: Report) -> dict[str, Any]:
         "metric": report.metric.name,
         "higher_is_better": report.metric.higher_is_better,
         "chance": report.chance,
-        "diverged": report.replaced,
+        "diverged": report.diverged,
         "cells": cells,
         "verdicts": [
             {**finite(dataclasses.asdict(verdict)), "text": str(verdict)}

@@ -36,7 +36,11 @@ def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
         names = [*report.entries]
         unit = " (%)" if report.metric.percent else ""
         for place, name in enumerate(names):
-            _points(top, place, [*report.values(name).values()])
+            if name in report.lost_cells:
+                middle = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "center"}
+                top.annotate("diverged", (place, 0.5), rotation=90, fontsize=8, **middle)
+            else:
+                _points(top, place, [*report.values(name).values()])
         chance = (100 if report.metric.percent else 1) * report.chance
         if _near(chance, [v for name in names for v in report.values(name).values()]):
             top.axhline(chance, color="0.6", lw=1, ls=":", label="chance")

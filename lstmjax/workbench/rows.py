@@ -17,6 +17,7 @@ __all__ = [
     "Summary",
     "finite",
     "outcome_of",
+    "rate_text",
     "replicas_of",
     "summarized",
     "table_of",
@@ -31,12 +32,22 @@ class Replica(NamedTuple):
 
 
 def replicas_of(seed: int, seeds: int, rates: Sequence[float]) -> tuple[Replica, ...]:
-    """Each of so many seeds, from ``seed`` on, with each learning rate.
+    """Each of so many seeds, from ``seed`` on, with each learning rate, be it named twice.
 
-    >>> [tuple(replica) for replica in replicas_of(3, 2, (0.1, 0.2))]
+    >>> [tuple(replica) for replica in replicas_of(3, 2, (0.1, 0.2, 0.1))]
     [(3, 0.1), (4, 0.1), (3, 0.2), (4, 0.2)]
     """
-    return tuple(Replica(s, rate) for rate in rates for s in range(seed, seed + seeds))
+    different = dict.fromkeys(rates)
+    return tuple(Replica(s, rate) for rate in different for s in range(seed, seed + seeds))
+
+
+def rate_text(rate: float) -> str:
+    """A learning rate as names have it: short, but never that of another one.
+
+    >>> rate_text(0.001), rate_text(1.0000002e-3)
+    ('0.001', '0.0010000002')
+    """
+    return short if float(short := f"{rate:g}") == rate else repr(rate)
 
 
 class Row(NamedTuple):
@@ -93,7 +104,7 @@ def outcome_of(metric: Metric, rows: Sequence[Row], several: bool) -> dict[str, 
     per_rate: dict[str, Any] = {}
     for rate in dict.fromkeys(row.learning_rate for row in rows):
         own = [row for row in rows if row.learning_rate == rate]
-        per_rate[f"{rate:g}"] = {
+        per_rate[rate_text(rate)] = {
             name: summarized([row.test[name] for row in own])._asdict() for name in rows[0].test
         } | {"validation": summarized([row.validation for row in own])._asdict()}
     replicas = [row._asdict() for row in rows]
@@ -120,11 +131,11 @@ def table_of(metric: Metric, rows: Sequence[Row]) -> str:
     table = [["seed", "rate", *columns]]
     for number, row in enumerate(rows):
         values = (metric.text(column[number]) for column in columns.values())
-        table.append([str(row.seed), f"{row.learning_rate:g}", *values])
+        table.append([str(row.seed), rate_text(row.learning_rate), *values])
     for rate in dict.fromkeys(row.learning_rate for row in rows) if len(rows) > 1 else ():
         own = [row.learning_rate == rate for row in rows]
         found = [summarized([*itertools.compress(c, own)]) for c in columns.values()]
-        table.append(["mean", f"{rate:g}", *(metric.text(s.mean) for s in found)])
+        table.append(["mean", rate_text(rate), *(metric.text(s.mean) for s in found)])
         table.append(["s.d.", "", *(metric.text(s.sd) for s in found)])
         bounds = (f"{metric.text(s.low)} to {metric.text(s.high)}" for s in found)
         table.append(["95 %", "", *bounds])

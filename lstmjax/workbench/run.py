@@ -1,5 +1,8 @@
 """Training on a task: one model, or many side by side in one program."""
 
+import dataclasses
+import hashlib
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +40,10 @@ from lstmjax.training.report import Figure, Record
 from lstmjax.training.step import Steps, Sums, TrainState
 from lstmjax.workbench.classes import Classes, classes_of, confusion_table, draw_confusion
 from lstmjax.workbench.config import HERE_ONLY, Config, check
-from lstmjax.workbench.rows import Replica, Row, outcome_of, table_of
+from lstmjax.workbench.rows import Replica, Row, outcome_of, rate_text, table_of
+
+_HERE_ONLY = ("data_dir", "archive")
+"""Of a task's settings: where its data are, not which."""
 
 EVALUATION_BATCHES = 4
 """Times the rows of a training batch that are evaluated at once."""
@@ -355,7 +361,7 @@ def replica_name(config: Config, replica: Replica) -> str:
     'seed1'
     """
     return f"seed{replica.seed}" + (
-        f"-lr{replica.learning_rate:g}" if len(config.learning_rates) > 1 else ""
+        f"-lr{rate_text(replica.learning_rate)}" if len({*config.learning_rates}) > 1 else ""
     )
 
 
@@ -366,8 +372,23 @@ def _of_one(record: Record, number: int) -> dict[str, Figure]:
 
 def settings_of(config: Config) -> dict[str, Json]:
     """What a run's numbers depend on, for its ``config.json``."""
-    here_only = (*HERE_ONLY, "sizes.data_dir", "sizes.archive")
+    here_only = (*HERE_ONLY, *(f"sizes.{name}" for name in _HERE_ONLY))
     return without(training.as_dict(config), here_only)
+
+
+def task_sources(config: Config) -> dict[str, Json]:
+    """SHA-256 of each file of the user's that the task's numbers come from, by the setting that
+    names it: the task's own, those it imports from beside it, data, vectors of words, a tokenizer.
+    """
+    found: dict[str, Json] = {}
+    named = {f.name: getattr(config.sizes, f.name) for f in dataclasses.fields(config.sizes)}
+    for name, value in {"task": config.task, **named}.items():
+        if isinstance(value, str) and os.path.isfile(CellSpec.parse(value).path):
+            found[f"{name}_sha256"] = source_digest(value)
+        elif isinstance(value, pathlib.Path) and value.is_file() and name not in _HERE_ONLY:
+            with open(value, "rb") as file:
+                found[f"{name}_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def cell_name(cell: str) -> str:
@@ -384,7 +405,12 @@ def open_run(config: Config, mesh: Mesh, data: Sequence[str]) -> training.RunFol
     settings = settings_of(config)
     return training.RunFolder.open(
         name,
-        {**settings, "cell_source": source_digest(config.cell), "data_sha256": [*data]},
+        {
+            **settings,
+            "cell_source": source_digest(config.cell),
+            "task_sources": task_sources(config),
+            "data_sha256": [*data],
+        },
         path=config.run_dir,
         resume=config.resume or config.resume_or_start,
         start=not config.resume,
@@ -450,5 +476,5 @@ def _seeds(config: Config) -> str:
     if config.seeds > 1:
         seeds = f"seeds {config.seed} to {config.seed + config.seeds - 1}"
     if len(config.learning_rates) > 1:
-        seeds += f", learning rates {', '.join(f'{rate:g}' for rate in config.learning_rates)}"
+        seeds += f", learning rates {', '.join(map(rate_text, config.learning_rates))}"
     return seeds
