@@ -31,20 +31,34 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-def pytest_collection_modifyitems(items):
-    """Mark as slow what `sampled` leaves out; with ``LSTMJAX_TEST_CASES``, all but so many."""
+def pytest_collection_modifyitems(config, items):
+    """Mark as slow what `sampled` leaves out; with ``LSTMJAX_TEST_CASES``, all but so many. With
+    ``LSTMJAX_TEST_SLOW_CASES``, of what it leaves out no more than so many of a test run at all."""
     cases = collections.defaultdict(list)
     first = int(os.environ.get("LSTMJAX_TEST_CASES", 0))
+    most = int(os.environ.get("LSTMJAX_TEST_SLOW_CASES", len(items)))
+    dropped = []
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
     for several in cases.values():
         sampled = several[0].get_closest_marker("sampled")
-        number = sampled.args[0] if sampled else len(several)
-        spread = (round((n + 0.5) * len(several) / number - 0.5) for n in range(number))
-        kept = {*range(first)} if first else {*spread}
-        for n, item in enumerate(several):
-            if n not in kept:
-                item.add_marker(pytest.mark.slow)
+        kept = spread(several, sampled.args[0]) if sampled else several
+        kept = several[:first] if first else kept
+        left = [item for item in several if item not in kept]
+        for item in left:
+            item.add_marker(pytest.mark.slow)
+        if sampled:
+            slow = spread(left, most)
+            dropped += [item for item in left if item not in slow]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in dropped]
+
+
+def spread(items, number):
+    """So many of them, from all over."""
+    number = min(number, len(items))
+    return [items[round((n + 0.5) * len(items) / number - 0.5)] for n in range(number)]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ ODYSSEY = Comparing(
         "characters(size=100000)",
     ),
     seeds=10,
-    learning_rates=(3e-3, 1e-2, 3e-2),
+    learning_rates=(3e-3, 1e-2, 3e-2, 1e-1),
     hidden_size=32,
     batch_size=32,
     epochs=10,
