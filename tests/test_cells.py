@@ -299,7 +299,12 @@ def test_neighbours_are_those_of_the_folder_and_of_now(tmp_path):
         write(file, "from neighbour_that_changes import SQUASH\n" + text)
         write(file.with_name("neighbour_that_changes.py"), f"SQUASH = 0.{n}")
     one, two = (load_cell(f"{file}:MyCell", 6) for file in files)
-    write(files[1].with_name("neighbour_that_changes.py"), "SQUASH = 0.7")
+    write(
+        files[1].with_name("neighbour_that_changes.py"), "from neighbours_neighbour import SQUASH"
+    )
+    write(files[1].with_name("neighbours_neighbour.py"), "SQUASH = 0.6")
+    assert load_cell(f"{files[1]}:MyCell", 6).squash == 0.6
+    write(files[1].with_name("neighbours_neighbour.py"), "SQUASH = 0.7")
     again = load_cell(f"{files[1]}:MyCell", 6)
     assert [cell.squash for cell in (one, two, again)] == [0.0, 0.1, 0.7]
     assert [inspect.getsourcefile(type(cell)) for cell in (one, two)] == [str(f) for f in files]

@@ -195,8 +195,8 @@ def run_file(path: str) -> ModuleType:
     keep, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # stale within a second of it
     try:
         beside = _neighbours(file)
-        for neighbour, digest in beside.items():
-            if _LOADED.get(neighbour, digest) != digest:  # of another folder, or from before
+        if any(_LOADED.get(name, digest) != digest for name, digest in beside.items()):
+            for neighbour in beside.keys() & _LOADED.keys():  # of another folder, or from before
                 sys.modules.pop(neighbour, None)
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
