@@ -139,6 +139,7 @@ def run(arena, function, frame):
     uc.mem_map_ptr(arena.begin, len(arena.room), unicorn.UC_PROT_ALL, arena.begin)
     stack = arena.begin + arena.take(2**16) + 2**16 - 64
     uc.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20 | 3 << 16)  # vectors are there
+    uc.reg_write(arm.UC_ARM64_REG_CP_REG, (1, 1, 3, 6, 2, 1 << 8))  # CPTR_EL3: scalable ones, too
     uc.reg_write(arm.UC_ARM64_REG_CP_REG, (1, 2, 3, 0, 0, 0))  # ZCR_EL1: and have 128 bits
     for register, value in ((arm.UC_ARM64_REG_SP, stack), (arm.UC_ARM64_REG_X0, frame),
                             (arm.UC_ARM64_REG_LR, END)):  # fmt: skip

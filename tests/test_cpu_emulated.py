@@ -19,8 +19,8 @@ CPUS = ("neoverse-n1", "apple-m1", "neoverse-v2")
 SOME = (
     "everything",
     "everything, float64",
-    "two blocks of rows, many units",
     "heads of a vector",
+    "two blocks of rows, many units",
     "rows mixed",
     "learned start, masked, reverse",
 )
