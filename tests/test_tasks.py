@@ -406,6 +406,15 @@ def test_what_has_no_effect_is_refused(tmp_path):
         TextFile(file=file, freeze_embeddings=True).frozen  # noqa: B018
 
 
+def test_what_is_no_literal_or_no_batch_is_told_by_its_flag():
+    with pytest.raises(
+        UserError, match=r"no literal\): write it like .*text\(file='reviews.csv'\)"
+    ):
+        load_task("text(file=rev.csv)")
+    with pytest.raises(UserError, match=r"0 batches of 4 rows for train: .*--updates"):
+        load_task("adding(updates=0)").train(4)
+
+
 def test_labels_behind_the_end_do_not_count(tmp_path):
     y = np.array([[0, 1, -1], [1, 2**62, 7], [1, 0, 2]])
     np.savez(tmp_path / "a.npz", x=np.zeros((3, 3)), y=y, lengths=[2, 1, 3])

@@ -18,7 +18,8 @@ else:
 
 
 def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
-    """A column a task: above every run, below its difference to the first cell's of that seed.
+    """For each task every run, and below it the difference to the first cell's of that seed; two
+    tasks side by side.
 
     Args:
         path: PNG file to write.
@@ -28,11 +29,16 @@ def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
         import matplotlib.figure
 
     most = max(len(report.entries) for report in reports)
-    width = max(4.0, 1.1 * most) * len(reports)
-    figure = matplotlib.figure.Figure(figsize=(width, 7), layout="constrained")
-    axes = figure.subplots(2, len(reports), squeeze=False, height_ratios=(3, 2))
-    for column, report in enumerate(reports):
-        top, bottom = axes[0][column], axes[1][column]
+    across = min(2, len(reports))
+    down = -(-len(reports) // across)
+    size = (max(4.0, 0.75 * most) * across, 7 * down)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(2 * down, across, squeeze=False, height_ratios=(3, 2) * down)
+    for none in axes[-2:, len(reports) % across or across :].flat:
+        none.set_visible(False)
+    for number, report in enumerate(reports):
+        row, column = divmod(number, across)
+        top, bottom = axes[2 * row : 2 * row + 2, column]
         names = [*report.entries]
         unit = " (%)" if report.metric.percent else ""
         for place, name in enumerate(names):
