@@ -131,6 +131,7 @@ class Contender(NamedTuple):
         cells: those that it has.
         make: ``Problem -> Runs``.
         needs: the package without which it is skipped.
+        late: whether all others are measured first.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Contender(NamedTuple):
     cells: tuple[str, ...]
     make: Callable[[Problem], Runs]
     needs: str = "jax"
+    late: bool = False
 
 
 @functools.lru_cache(maxsize=2)
@@ -273,9 +275,9 @@ def jax_contenders(default: str) -> Iterator[Contender]:
     for engine, cells in (("derived", tuple(CELLS)), ("scan", ("LSTM",))):
         for precision in PRECISIONS:
             make = functools.partial(lstmjax_runs, engine, precision)
-            yield Contender(f"lstmjax {engine}", precision, cells, make)
+            yield Contender(f"lstmjax {engine}", precision, cells, make, late=True)
     default = "float32" if platform() == "cpu" else default
-    yield Contender("Flax nnx.RNN", default, ("LSTM",), flax_runs, "flax")
+    yield Contender("Flax nnx.RNN", default, ("LSTM",), flax_runs, "flax", late=True)
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -431,16 +433,16 @@ class Bench(NamedTuple):
 
 
 def jobs(bench: Bench, shapes: tuple[Shape, ...]) -> Iterator[tuple[str, Shape, Contender]]:
-    """LSTM at the first shapes, then the other cells, then both at the others."""
+    """LSTM at the first shapes, then the other cells, then both at the others; fused code first."""
 
-    def turn(one: tuple[int, str]) -> tuple[bool, bool]:
-        number, name = one
-        return number >= FIRST, name != "LSTM"
+    def turn(one: tuple[int, str, Contender]) -> tuple[bool, bool, bool]:
+        number, name, contender = one
+        return contender.late, number >= FIRST, name != "LSTM"
 
-    for number, name in sorted(itertools.product(range(len(shapes)), CELLS), key=turn):
-        for contender in bench.contenders():
-            if name in contender.cells:
-                yield name, shapes[number], contender
+    every = itertools.product(range(len(shapes)), CELLS, bench.contenders())
+    for number, name, contender in sorted(every, key=turn):
+        if name in contender.cells:
+            yield name, shapes[number], contender
 
 
 TINY = Shape(5, 3, 8, 4)

@@ -135,7 +135,7 @@ def contenders() -> Iterator[Contender]:
     for mode in ("bfloat16", "tf32", "float32"):
         make = functools.partial(torch_runs, mode)
         yield Contender("PyTorch cuDNN", mode, ("LSTM", "GRU"), make, "torch")
-    yield Contender("jax.experimental.rnn", "float32", ("LSTM",), cudnn_runs)
+    yield Contender("jax.experimental.rnn", "float32", ("LSTM",), cudnn_runs, late=True)
     yield from jax_contenders("tf32")
 
 

@@ -55,6 +55,9 @@ class Item(NamedTuple):
 
 Items = Mapping[str, Item]
 
+KEPT = ("accelerator", "devices", "versions", "epochs", "seconds")
+"""Of a training run's result."""
+
 
 # --- What is checked -----------------------------------------------------------------------------
 
@@ -179,7 +182,8 @@ def _train(engine: str, options: tuple[str, ...]) -> dict[str, Any]:
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if re.search(r"\w", line)]
             raise RuntimeError(said[-1][:200] if said else f"exit status {done.returncode}")
-        return {"result": json.loads((run / "result.json").read_text())}
+        result = json.loads((run / "result.json").read_text())
+        return {"result": {name: result[name] for name in KEPT}}
 
 
 # --- Running -------------------------------------------------------------------------------------

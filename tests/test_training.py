@@ -116,6 +116,45 @@ def losses(devices, make_steps=make_steps):
     return found
 
 
+EVERYWHERE = dataclasses.replace(
+    CONFIG, dropout_words=0.3, conv_filters=3, pooling=("max", "mean", "last"), bidirectional=True
+)
+
+
+@pytest.mark.parametrize(
+    ("cell", "config"),
+    [(LSTM(5), CONFIG), (LSTM(5), EVERYWHERE), (Noisy(5), CONFIG)],
+    ids=["before and after", "everywhere", "in the cell"],
+)
+def test_what_is_drawn_and_learned_does_not_depend_on_padding(cell, config):
+    model = Classifier(cell, config, engine="scan", rngs=nnx.Rngs(0))
+    optimizer = training.make_optimizer(training.OptimizerConfig(learning_rate=1e-2), 100)
+    functions = training.make_steps(model, optimizer, make_mesh(1))
+    several, found = batches(), []
+    one = several.in_one_shape()
+    assert (one.shapes, one.fingerprint) == (((8, 12),), several.fingerprint)
+    for source in (several, one):
+        state = functions.init()
+        for batch in source.epoch(0, 0):
+            state, sums = functions.train(state, batch, jax.random.key(3))
+            found.append(float(sums.loss / sums.rows))
+    half = len(found) // 2
+    np.testing.assert_allclose(found[half:], found[:half], rtol=2e-6)
+    params = functions.init().params
+    evaluated = [functions.evaluate(params, next(rows.in_order())) for rows in (several, one)]
+    np.testing.assert_allclose(*(float(sums.loss) for sums in evaluated), rtol=2e-6)
+
+
+def test_on_an_accelerator_all_batches_have_one_shape(monkeypatch):
+    several, mesh = batches(), make_mesh(1)
+    assert training.padded_for(mesh, several) is several
+    monkeypatch.setattr(devices, "on_cpu", lambda mesh: False)
+    one = training.padded_for(mesh, several)
+    assert one.shapes == ((8, 12),)
+    rows = [[batch.lengths.tolist() for batch in source.epoch(0, 1)] for source in (several, one)]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_the_loss_curve_does_not_depend_on_the_number_of_devices(devices):

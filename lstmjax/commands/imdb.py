@@ -307,6 +307,8 @@ def main(config: Config) -> None:
     model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
     training.require_room(replicas * count_parameters(model), mesh)
     train, evaluations = make_batches(config)
+    train = training.padded_for(mesh, train)
+    evaluations = {name: training.padded_for(mesh, rows) for name, rows in evaluations.items()}
     engine, reason = engine_for(config, cell, mesh)
     models = make_models(config, cell, mesh)
     shape = (config.data.batch_size, config.data.max_length)

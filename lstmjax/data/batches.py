@@ -122,7 +122,7 @@ class Batches:
         rows: int,
     ) -> None:
         self.batch_size = batch_size
-        self.boundaries = tuple(int(length) for length in boundaries)
+        self.boundaries = self._padded_to = tuple(int(length) for length in boundaries)
         self.padding = padding
         self._part = slice(None)
         self._per_step = False
@@ -153,13 +153,22 @@ class Batches:
         shared._part = slice(part * size, (part + 1) * size)
         return shared
 
+    def in_one_shape(self) -> "Batches":
+        """The same batches in the same order, each padded to the longest length.
+
+        One program runs them all, which takes less time where steps are fast and compiling is not.
+        """
+        padded = copy.copy(self)
+        padded._padded_to = self.boundaries[-1:]
+        return padded
+
     def __len__(self) -> int:
         return -(-(len(self._lengths) - 1) // self.batch_size)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """All (batch, steps) that can occur."""
-        return tuple((self.batch_size, steps) for steps in self.boundaries)
+        return tuple((self.batch_size, steps) for steps in self._padded_to)
 
     @property
     def padding_share(self) -> float:
@@ -220,7 +229,7 @@ class Batches:
         return np.concatenate([rows[:first], filler, rows[first:]]).reshape(-1, self.batch_size)
 
     def _steps(self, rows: Int[np.ndarray, " batch"]) -> int:
-        return self.boundaries[np.searchsorted(self.boundaries, self._lengths[rows].max())]
+        return self._padded_to[np.searchsorted(self._padded_to, self._lengths[rows].max())]
 
     def _batch(self, rows: Int[np.ndarray, " batch"]) -> Batch:
         steps = self._steps(rows)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import jax
 import numpy as np
@@ -11,10 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from lstmjax.cores import usable_cores
+from lstmjax.data import Batches, Source
 from lstmjax.errors import UserError
 
 Accelerator = Literal["auto", "cpu", "gpu", "tpu"]
 """What a run is asked to use; auto is the best there is."""
+
+AnySource = TypeVar("AnySource", bound=Source)
 
 BATCH = "batch"
 """Name of the mesh axis over which the rows of a batch are spread."""
@@ -30,6 +33,17 @@ _INSTALL = {
 def on_cpu(mesh: Mesh) -> bool:
     """Whether the devices are a CPU's."""
     return next(iter(mesh.devices.flat)).platform == "cpu"
+
+
+def padded_for(mesh: Mesh, source: AnySource) -> AnySource:
+    """The batches, all of one shape where that takes less time: on a GPU or TPU.
+
+    There a fused kernel needs some microseconds for a step of padding, and its compiler many
+    seconds for another length. What is learned is the same, up to rounding.
+    """
+    if on_cpu(mesh) or not isinstance(source, Batches):
+        return source
+    return cast(AnySource, source.in_one_shape())
 
 
 def require_room(parameters: int, mesh: Mesh) -> None:

@@ -66,7 +66,10 @@ def train(config: Config, cell: Cell | None = None) -> list[Row]:
     cell = cell or load_cell(config.cell, config.model.hidden_size)
     model = nnx.eval_shape(lambda: make_model(config, cell, config.seed))
     training.require_room(len(replicas) * count_parameters(model), mesh)
-    sources = sources_of(task, config.batch_size)
+    sources = {
+        name: training.padded_for(mesh, source)
+        for name, source in sources_of(task, config.batch_size).items()
+    }
     table = summary(model, jax.ShapeDtypeStruct(*shape_of(config, sources)))
     engine = engine_of(config, model, mesh, sources)
     steps = make_steps(config, cell, sources["train"], mesh)
