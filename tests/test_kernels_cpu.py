@@ -1232,6 +1232,36 @@ def test_where_no_function_can_be_made_another_engine_runs(missing, monkeypatch)
         cpu_engine._missing.cache_clear()
 
 
+def test_what_the_compiler_fails_at_is_tried_again(monkeypatch):
+    case = Case(LSTM(14), flags=("mask",))  # of a size that nothing else has
+    assert choose_engine(case.cell, WORK)[0] == CPU()
+    monkeypatch.setattr(cpu_calls, "compile_text", refuse)
+    with pytest.raises(OSError, match="no executable memory"):
+        solve("cpu", case)
+    monkeypatch.undo()
+    compare(case, solve("cpu", case), expected(case))
+
+
+def test_a_kernel_is_compiled_beside_what_is_traced_and_only_where_it_is_needed(monkeypatch):
+    threads, compile_text = [], cpu_calls.compile_text
+
+    def seen(text, machine):
+        threads.append(threading.current_thread().name)
+        return compile_text(text, machine)
+
+    monkeypatch.setattr(cpu_calls, "compile_text", seen)
+    cell = LSTM(22)
+    params, x = cell.init(jax.random.key(0), 3), jnp.sin(jnp.arange(24.0)).reshape(2, 4, 3)
+
+    def value(params, x):
+        return (unroll(cell, params, x, engine="cpu")[0] ** 2).sum()
+
+    for function, kernels in ((jax.grad(value, (0, 1)), 2), (value, 3)):  # value: keeps nothing
+        jax.jit(function)(params, x)
+        assert len(threads) == kernels
+    assert all(name.startswith("lstmjax_cpu") for name in threads)
+
+
 def test_the_library_imports_without_llvmlite():
     program = "import sys; sys.modules['llvmlite'] = None; import lstmjax.recurrence as r; " + (
         "from lstmjax.cells import LSTM; "

@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -27,7 +28,7 @@ from lstmjax.recurrence.cpu.builder import PTR, Builder
 from lstmjax.recurrence.cpu.entry import VERSION, emit_nothing
 from lstmjax.recurrence.cpu.forward import emit_forward
 from lstmjax.recurrence.cpu.machine import Machine, compile_text, load_object
-from lstmjax.recurrence.cpu.objects import kept_object
+from lstmjax.recurrence.cpu.objects import keep_object, object_path, read_object
 from lstmjax.recurrence.cpu.plain import plain_kernel
 from lstmjax.recurrence.cpu.plan import Job, Layout, Operand
 from lstmjax.recurrence.cpu.rows import row_jaxpr
@@ -47,8 +48,20 @@ _FEWEST = 16
 _LEAST = 10**7
 """Multiplications of a worker: a fifth of a millisecond."""
 
+
+class _Loaded(NamedTuple):
+    """The address of a function, and how many numbers a worker of it needs room for."""
+
+    address: int
+    memory: int
+
+
 _LOCK = threading.Lock()
 _TARGETS: dict[str, Target] = {}
+_BEGUN: dict[str, "Future[_Loaded]"] = {}
+_COMPILER = ThreadPoolExecutor(1, "lstmjax_cpu")
+"""LLVM works in a thread of its own, beside what is traced meanwhile; one, as llvmlite lets no two
+in."""
 
 
 @functools.cache
@@ -90,14 +103,26 @@ def check_calls(version: tuple[int, int] = VERSION) -> None:
     module, machine = ir.Module("lstmjax"), Machine.host()
     check = ir.Function(module, ir.FunctionType(PTR, [PTR]), "check")
     emit_nothing(Builder(machine, "float32", check), version)
-    _register(compile_text(str(module), machine), "check", lambda at: f"lstmjax_cpu_check_{at}")
+    address = load_object(compile_text(str(module), machine), ["check"])["check"]
+    _register(address, f"lstmjax_cpu_check_{address}")
 
 
-def _register(code: bytes, function: str, name: Callable[[int], str]) -> None:
-    """Load an object, and tell XLA by which name to call a function of it."""
-    address = load_object(code, [function])[function]
+def _register(address: int, name: str) -> None:
+    """Tell XLA by which name to call a function."""
     jax.devices("cpu")  # else a refusal is seen only with the first program
-    jax.ffi.register_ffi_target(name(address), jax.ffi.pycapsule(address), platform="cpu")
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
+
+
+def _compiled(path: pathlib.Path | None, text: str, memory: int, machine: Machine) -> _Loaded:
+    """Machine code of a module, loaded, and kept on disk with the room that it needs."""
+    code = memory.to_bytes(8, "little") + compile_text(text, machine)
+    if path is not None:
+        keep_object(path, code)
+    return _loaded(code)
+
+
+def _loaded(code: bytes) -> _Loaded:
+    return _Loaded(load_object(code[8:], ["kernel"])["kernel"], int.from_bytes(code[:8], "little"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,33 +156,50 @@ class Kernel:
         layout = self.layout
         return layout.backward_results() if self.back else layout.forward_results()
 
-    @functools.cached_property
-    def target(self) -> Target:
-        """What XLA calls, compiled and loaded.
+    @property
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (of equal kernels, which a call makes anew)
+    def name(self) -> str:
+        """What XLA calls it by.
 
         The persistent cache of programs keeps its name and nothing else of it: so that names what
         is in the kernel, not the occasion on which it was made.
         """
-        name = f"lstmjax_cpu_{self._digest()}"
+        return f"lstmjax_cpu_{self._digest()}"
+
+    def begin(self) -> "Future[_Loaded]":
+        """Have it read or compiled, and loaded, beside what is traced meanwhile.
+
+        What has failed is begun again.
+        """
         with _LOCK:
-            if name not in _TARGETS:
-                found = kept_object(name, self._make)
-                memory, code = int.from_bytes(found[:8], "little"), found[8:]
-                _register(code, "kernel", lambda at: name)
+            begun = _BEGUN.get(self.name)
+            if begun is None or (begun.done() and begun.exception()):
+                begun = _BEGUN[self.name] = self._begun()
+            return begun
+
+    def _begun(self) -> "Future[_Loaded]":
+        path = object_path(self.name)
+        found = None if path is None else read_object(path)
+        if found is not None:
+            return _COMPILER.submit(_loaded, found)
+        return _COMPILER.submit(_compiled, path, *self.emitted(), self.machine)
+
+    @functools.cached_property
+    def target(self) -> Target:
+        """What XLA calls, compiled and loaded."""
+        loaded = self.begin().result()
+        with _LOCK:
+            if self.name not in _TARGETS:
+                _register(loaded.address, self.name)
                 _keep_memory()
-                _TARGETS[name] = Target(name, memory)
-        return _TARGETS[name]
+                _TARGETS[self.name] = Target(self.name, loaded.memory)
+            return _TARGETS[self.name]
 
     def emitted(self) -> tuple[str, int]:
         """The function, ``kernel``, in LLVM's language, and how many numbers it needs room for."""
         module = ir.Module("lstmjax")
         memory = (emit_backward if self.back else emit_forward)(module, "kernel", self.layout)
         return str(module), memory
-
-    def _make(self) -> bytes:
-        """That number, and an object file."""
-        text, memory = self.emitted()
-        return memory.to_bytes(8, "little") + compile_text(text, self.machine)
 
     def _digest(self) -> str:
         """Of all that the function depends on."""
@@ -175,6 +217,8 @@ class Kernel:
 
     def __call__(self, operands: dict[str, Array]) -> dict[str, Array]:
         """Results by name, from arguments by name."""
+        if self.back or self.job.saving:  # the others JAX traces also where it needs none
+            self.begin()
         args = [operands[a.name] for a in self.arguments]
         outs = _mappable(self, (False,) * len(args))(*args)
         return dict(zip((a.name for a in self.results), outs, strict=True))

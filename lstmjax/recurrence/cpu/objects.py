@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable
 
 import jax
 
@@ -19,31 +18,35 @@ _MAX_OBJECT = 2**24
 _DIGEST = hashlib.sha256().digest_size
 
 
-def kept_object(name: str, make: Callable[[], bytes]) -> bytes:
-    """An object file: from ``kernels`` in `lstmjax.cache.cache_folder`, else made and put there.
+def object_path(name: str) -> pathlib.Path | None:
+    """Where an object file is kept, or will be; None where there is no safe place.
 
     What is read there is executed: so nobody but the user may own the folder or write to it, and
-    each file says what its checksum is. Where that is not so, or the folder cannot be used, or
-    JAX' own cache is off (``JAX_ENABLE_COMPILATION_CACHE=0``), the object is made.
+    each file says what its checksum is. Nor is there one if JAX' own cache is off
+    (``JAX_ENABLE_COMPILATION_CACHE=0``).
 
     Args:
         name: says all that the object depends on.
-        make: makes it.
     """
     folder = _folder()
-    if folder is None:
-        return make()
-    path = folder / f"{name}.o"
+    return None if folder is None else folder / f"{name}.o"
+
+
+def read_object(path: pathlib.Path) -> bytes | None:
+    """The object kept there, if it is there, and whole."""
     with contextlib.suppress(OSError, ValueError):
         found = read_bytes(path, _MAX_OBJECT)
         digest, code = found[:_DIGEST], found[_DIGEST:]
         if hashlib.sha256(code).digest() == digest:
             return code
-    code = make()
+    return None
+
+
+def keep_object(path: pathlib.Path, code: bytes) -> None:
+    """Put an object there; if that cannot be, it is made again next time."""
     with contextlib.suppress(OSError):
         publish(path, hashlib.sha256(code).digest() + code)
-        drop_oldest(folder, MAX_BYTES)
-    return code
+        drop_oldest(path.parent, MAX_BYTES)
 
 
 def _folder() -> pathlib.Path | None:
