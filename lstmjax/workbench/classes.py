@@ -1,5 +1,6 @@
 """What accuracy does not say of a classifier: F1, AUC, and the confusion matrix."""
 
+import math
 import pathlib
 import textwrap
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def classes_of(outputs: Float[np.ndarray, "..."], labels: Int[np.ndarray, " N"])
     )
     f1 = 2 * right / np.maximum(there + told, 1)
     seen = asked if two else np.flatnonzero(there + told)
-    aucs = [area_under_curve(scores[:, k], labels == k) for k in asked]
+    whole = there[asked].all()  # else there is none of a class, hence none of all
+    aucs = [area_under_curve(scores[:, k], labels == k) for k in asked if whole] or [math.nan]
     return Classes(float(np.mean(f1[seen])), float(np.mean(aucs)), confusion)
 
 
