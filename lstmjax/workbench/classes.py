@@ -58,9 +58,10 @@ def classes_of(outputs: Float[np.ndarray, "..."], labels: Int[np.ndarray, " N"])
     )
     f1 = 2 * right / np.maximum(there + told, 1)
     seen = asked if two else np.flatnonzero(there + told)
-    whole = there[asked].all()  # else there is none of a class, hence none of all
-    aucs = [area_under_curve(scores[:, k], labels == k) for k in asked if whole] or [math.nan]
-    return Classes(float(np.mean(f1[seen])), float(np.mean(aucs)), confusion)
+    auc = math.nan  # as there is none of a class without rows
+    if there[asked].all():
+        auc = float(np.mean([area_under_curve(scores[:, k], labels == k) for k in asked]))
+    return Classes(float(np.mean(f1[seen])), auc, confusion)
 
 
 def area_under_curve(scores: Float[np.ndarray, " N"], positive: np.ndarray) -> float:

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,8 +49,9 @@ def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
                 _points(top, place, [*report.values(name).values()])
         chance = (100 if report.metric.percent else 1) * report.chance
         if _near(chance, [v for name in names for v in report.values(name).values()]):
-            top.axhline(chance, color="0.6", lw=1, ls=":", label="chance")
-            top.legend(loc="best", fontsize=8)
+            top.axhline(chance, color="0.6", lw=1, ls=":")
+            beside: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            top.annotate("chance", (1, chance), (3, 0), va="center", fontsize=8, **beside)
         better = "higher" if report.metric.higher_is_better else "lower"
         top.set(title=report.task, ylabel=f"{report.metric.name}{unit}, {better} is better")
         for verdict in report.verdicts:
@@ -66,7 +67,7 @@ def draw_comparison(path: pathlib.Path, reports: Sequence[Report]) -> None:
                     fontsize=8,
                 )
         bottom.axhline(0, color="0.4", lw=1)
-        bottom.set(ylabel=f"minus {names[0]}, same seed{unit and ' (points)'}")
+        bottom.set(ylabel=f"minus {names[0]},\nsame seed{unit and ' (points)'}")
         if report.metric.percent:
             top.set_ylim(max(-2, top.get_ylim()[0]), min(102, top.get_ylim()[1]))
         for axis in (top, bottom):
