@@ -47,6 +47,18 @@ def test_results_are_kept_row_by_row(bench, tmp_path, monkeypatch, capsys):
     assert str(path) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bench", [gpu.BENCH, tpu.BENCH], ids=["gpu", "tpu"])
+def test_what_is_fused_is_measured_before_the_rest(bench):
+    todo = [*device.jobs(bench, bench.shapes)]
+    late = [contender.late for _, _, contender in todo]
+    assert late == sorted(late)
+    assert set(late) == {False, True}
+    assert {"lstmjax kernel"} <= {who.name for _, _, who in todo if not who.late}
+    fused = [(shape, name) for name, shape, who in todo if not who.late]
+    first = fused.index((bench.shapes[0], "GRU"))
+    assert {name for _, name in fused[:first]} == {"LSTM", "PeepholeLSTM"}
+
+
 @pytest.mark.parametrize("module", [gpu, tpu], ids=["gpu", "tpu"])
 def test_without_a_device_nothing_is_measured(module, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # of the process that is asked for a TPU

@@ -8,12 +8,13 @@ LSTM(20) with an output at every step and one dense layer shared by all steps; 1
 fresh sequence each, all of them inside one compiled program; then accuracy on 10,000 fresh
 sequences and a table of expected against predicted. The recipes differ in the learning rate alone.
 
-Expect, over seeds 0 to 4 on two x86-64 cores with AVX-512 (jax 0.10.2), a per-step accuracy of
+Expect, over seeds 0 to 4 on two x86-64 cores (jax 0.10.2; AVX2, the same with AVX-512), a per-step
+accuracy of
 
     default     98.21 %  (97.20-98.57)
     notebook    93.89 %  (93.69-94.19)
 
-A first run took 4.0 to 4.9 s from start to end there, most of it start-up and compilation (to 7.4 s
+A first run took 4.0 to 4.9 s from start to end with AVX-512, most of it start-up and compilation (to 7.4 s
 while others slowed the machine down); a second one, its program compiled already, 3.4 to 4.0 s.
 """
 
