@@ -14,8 +14,9 @@ accuracy of
     default     98.21 %  (97.20-98.57)
     notebook    93.89 %  (93.69-94.19)
 
-A first run took 4.0 to 4.9 s from start to end with AVX-512, most of it start-up and compilation (to 7.4 s
-while others slowed the machine down); a second one, its program compiled already, 3.4 to 4.0 s.
+A first run took 4.0 to 4.9 s from start to end with AVX-512, most of it start-up and compilation
+(to 7.4 s while others slowed the machine down); a second one, its program compiled already, 3.4 to
+4.0 s.
 """
 
 import dataclasses

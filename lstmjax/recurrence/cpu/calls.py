@@ -48,17 +48,8 @@ _FEWEST = 16
 _LEAST = 10**7
 """Multiplications of a worker: a fifth of a millisecond."""
 
-
-class _Loaded(NamedTuple):
-    """The address of a function, and how many numbers a worker of it needs room for."""
-
-    address: int
-    memory: int
-
-
 _LOCK = threading.Lock()
-_TARGETS: dict[str, Target] = {}
-_BEGUN: dict[str, "Future[_Loaded]"] = {}
+_BEGUN: dict[str, "Future[Target]"] = {}
 _COMPILER = ThreadPoolExecutor(1, "lstmjax_cpu")
 """LLVM works in a thread of its own, beside what is traced meanwhile; one, as llvmlite lets no two
 in."""
@@ -113,16 +104,21 @@ def _register(address: int, name: str) -> None:
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform="cpu")
 
 
-def _compiled(path: pathlib.Path | None, text: str, memory: int, machine: Machine) -> _Loaded:
-    """Machine code of a module, loaded, and kept on disk with the room that it needs."""
+def _compile(
+    name: str, path: pathlib.Path | None, text: str, memory: int, machine: Machine
+) -> Target:
+    """Make a kernel of its text, and keep its object with the room that it needs."""
     code = memory.to_bytes(8, "little") + compile_text(text, machine)
     if path is not None:
         keep_object(path, code)
-    return _loaded(code)
+    return _load(name, code)
 
 
-def _loaded(code: bytes) -> _Loaded:
-    return _Loaded(load_object(code[8:], ["kernel"])["kernel"], int.from_bytes(code[:8], "little"))
+def _load(name: str, code: bytes) -> Target:
+    """Make a kernel of what was kept."""
+    _register(load_object(code[8:], ["kernel"])["kernel"], name)
+    _keep_memory()
+    return Target(name, int.from_bytes(code[:8], "little"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +162,7 @@ class Kernel:
         """
         return f"lstmjax_cpu_{self._digest()}"
 
-    def begin(self) -> "Future[_Loaded]":
+    def begin(self) -> "Future[Target]":
         """Have it read or compiled, and loaded, beside what is traced meanwhile.
 
         What has failed is begun again.
@@ -177,23 +173,17 @@ class Kernel:
                 begun = _BEGUN[self.name] = self._begun()
             return begun
 
-    def _begun(self) -> "Future[_Loaded]":
+    def _begun(self) -> "Future[Target]":
         path = object_path(self.name)
         found = None if path is None else read_object(path)
         if found is not None:
-            return _COMPILER.submit(_loaded, found)
-        return _COMPILER.submit(_compiled, path, *self.emitted(), self.machine)
+            return _COMPILER.submit(_load, self.name, found)
+        return _COMPILER.submit(_compile, self.name, path, *self.emitted(), self.machine)
 
-    @functools.cached_property
+    @property
     def target(self) -> Target:
         """What XLA calls, compiled and loaded."""
-        loaded = self.begin().result()
-        with _LOCK:
-            if self.name not in _TARGETS:
-                _register(loaded.address, self.name)
-                _keep_memory()
-                _TARGETS[self.name] = Target(self.name, loaded.memory)
-            return _TARGETS[self.name]
+        return self.begin().result()
 
     def emitted(self) -> tuple[str, int]:
         """The function, ``kernel``, in LLVM's language, and how many numbers it needs room for."""
@@ -256,8 +246,9 @@ def _abstract(*args: jax.core.ShapedArray, kernel: Kernel) -> list[jax.core.Shap
 
 
 def _call(*args: Array, kernel: Kernel) -> list[Array]:
-    own = jax.ShapeDtypeStruct((kernel.workers(args), kernel.target.memory), kernel.job.dtype)
-    return list(jax.ffi.ffi_call(kernel.target.name, [*kernel.shapes(args), own])(*args))[:-1]
+    name, memory = kernel.target
+    own = jax.ShapeDtypeStruct((kernel.workers(args), memory), kernel.job.dtype)
+    return list(jax.ffi.ffi_call(name, [*kernel.shapes(args), own])(*args))[:-1]
 
 
 def _plain(*args: Array, kernel: Kernel) -> list[Array]:
