@@ -13,7 +13,6 @@ from fractions import Fraction
 import llvmlite.ir as ir
 import numpy as np
 from jax import lax
-from scipy import special
 
 from lstmjax.recurrence.cpu.builder import FUSED, I1, I32, I64, REALS, Builder
 
@@ -92,6 +91,8 @@ _ERFC_MIDDLE = 3.75
 
 def _erfc_ratio(t: np.ndarray) -> np.ndarray:
     """(1 + 2 x) exp(x^2) erfc(x) for t = (x - 3.75) / (x + 3.75): Shepherd and Laframboise 1981."""
+    from scipy import special  # which takes a seventh of a second, and no recurrence but this
+
     x = _ERFC_MIDDLE * (1 + t) / (1 - t)
     return (1 + 2 * x) * special.erfcx(x)
 
