@@ -28,13 +28,12 @@ test: .venv/ready-test  ## the tests, but for those that are slow
 	$(RUN) -m pytest $(SPREAD) -m "not alone and not slow" $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]  # 5: none
 	$(RUN) -m pytest -m alone $(ARGS) || [ $$? = 5 -a "$(ARGS)" ]
 
-# Types are the shorter tests' matter: to check them is a quarter of the time here.
+# Shapes and types are the shorter tests' matter: to check them takes time.
 test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 200 random steps
-	LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest $(SPREAD) --jaxtyping-packages= -m slow $(ARGS)
+	LSTMJAX_TEST_TYPES=0 LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest $(SPREAD) -m slow $(ARGS)
 
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: two hours and a half
-	LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest $(SPREAD) --jaxtyping-packages= \
-		tests/test_random_steps.py $(ARGS)
+	LSTMJAX_TEST_TYPES=0 LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest $(SPREAD) tests/test_random_steps.py $(ARGS)
 	LSTMJAX_TEST_LONG=1 $(RUN) -m pytest $(SPREAD) tests/test_kernels_cpu.py $(ARGS)
 
 # Machines are slow at that: one test at a time, then the page of what was found.

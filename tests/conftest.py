@@ -2,6 +2,8 @@
 
 import collections
 import os
+import pathlib
+import re
 import signal
 
 import jax
@@ -29,6 +31,24 @@ jax.config.update("jax_enable_compilation_cache", False)  # nothing from another
 jax.devices()  # starts JAX, so that no test can change the number of devices for the others
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def with_shapes():
+    """The modules whose functions say of which shapes arrays are, by name.
+
+    There shapes and types are checked at every call; types alone are mypy's matter: most calls are
+    small ones inside the library, and to check all was a quarter of the time.
+    """
+    root = pathlib.Path(__file__).parent.parent
+    for path in sorted((root / "lstmjax").rglob("*.py")):
+        if re.search(
+            r"\b(Bool|Float|Int|Key|Num|Shaped|UInt)\d*\[", path.read_text(encoding="utf-8")
+        ):
+            yield ".".join(path.relative_to(root).with_suffix("").parts)
+
+
+if os.environ.get("LSTMJAX_TEST_TYPES") != "0":
+    jaxtyping.install_import_hook([*with_shapes()], "typechecks.outermost")
 
 
 def pytest_collection_modifyitems(config, items):

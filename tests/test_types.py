@@ -1,12 +1,14 @@
 """What an editor and mypy know of the package and of a user's own cell (`py.typed`)."""
 
 import inspect
+import os
 import pathlib
 import re
 from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,7 +17,7 @@ from jax import Array
 import lstmjax
 from lstmjax.cells import LSTM, Cell
 from lstmjax.errors import ContractError
-from lstmjax.layers import Bidirectional, Recurrent, Stack
+from lstmjax.layers import Bidirectional, Recurrent, Stack, last_valid
 from lstmjax.recurrence import ENGINES, unroll
 from lstmjax.recurrence.choice import EngineName
 
@@ -229,6 +231,12 @@ def test_the_signature_of_a_layer_names_what_it_hands_on():
     assert "reverse" not in inspect.signature(Bidirectional).parameters
     made = Stack(LSTM(3), 2, rngs=nnx.Rngs(0))
     assert [*inspect.signature(made).parameters][:3] == ["x", "initial", "lengths"]
+
+
+@pytest.mark.skipif(os.environ.get("LSTMJAX_TEST_TYPES") == "0", reason="they are not checked")
+def test_shapes_are_checked_under_test():
+    with pytest.raises(jaxtyping.TypeCheckError, match="last_valid"):
+        last_valid(jnp.ones((2, 3, 4)), mask=jnp.ones((2, 3)))
 
 
 def test_it_is_marked_as_typed():
