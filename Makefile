@@ -30,7 +30,7 @@ test: .venv/ready-test  ## the tests, but for those that are slow
 
 # Shapes and types are the shorter tests' matter: to check them takes time.
 test-slow: .venv/ready-test  ## the others: more cases of the same, long runs, 200 random steps
-	LSTMJAX_TEST_TYPES=0 LSTMJAX_RANDOM_STEPS=200 $(RUN) -m pytest $(SPREAD) -m slow $(ARGS)
+	LSTMJAX_TEST_TYPES=0 LSTMJAX_RANDOM_STEPS=$${LSTMJAX_RANDOM_STEPS:-200} $(RUN) -m pytest $(SPREAD) -m slow $(ARGS)
 
 test-random: .venv/ready-test  ## engines against the plain scan on 5,000 random steps: two hours and a half
 	LSTMJAX_TEST_TYPES=0 LSTMJAX_RANDOM_STEPS=5000 $(RUN) -m pytest $(SPREAD) tests/test_random_steps.py $(ARGS)

@@ -3,8 +3,12 @@
 import ctypes
 import os
 
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
+_MMAP_MAX, _TOP_PAD, _TRIM_THRESHOLD = -4, -2, -1
 """Options of malloc.h."""
+
+_HEAPS = 2**27
+"""Bytes that glibc wants at hand: more than there are in a heap of the threads, so that it unmaps
+none of these, which else go back whole, whatever the threshold."""
 
 _KEPT: list[bool] = []
 """Something is in it once all is kept."""
@@ -26,12 +30,12 @@ def keep_freed_memory(most: int | None = None) -> bool:
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
     if most is None:
-        options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+        options = {_MMAP_MAX: 0, _TOP_PAD: _HEAPS, _TRIM_THRESHOLD: -1}
         _KEPT.append(True)
     elif _KEPT:
         return True
     elif {"MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return False
     else:
-        options = {_MMAP_MAX: 0, _TRIM_THRESHOLD: most}
+        options = {_MMAP_MAX: 0, _TOP_PAD: _HEAPS, _TRIM_THRESHOLD: most}
     return all(mallopt(option, value) for option, value in options.items())

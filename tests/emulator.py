@@ -18,16 +18,13 @@ from unicorn import arm64_const as arm
 from lstmjax.recurrence.cpu.machine import compile_text
 
 PAGE, ROOM = mmap.PAGESIZE, 2**26
-ALLOCATED, TABLE_OF_SYMBOLS, RELOCATIONS, ZEROS = 2, 2, 4, 8
+ALLOCATED, TABLE_OF_SYMBOLS, RELOCATIONS = 2, 2, 4
 TYPES = {"bool": 1, "int32": 4, "int64": 5, "float32": 11, "float64": 12}
 END = 0x1000
 """Where the function returns to: nothing is there."""
 
-OUTSIDE = {
-    # mov x3, x0; more: cbz x2, done; strb w1, [x3], 1; sub x2, x2, 1; b more; done: ret
-    "memset": (0xB4000082_AA0003E3, 0xD1000442_38001461, 0xD65F03C0_17FFFFFD),
-    "madvise": (0xD65F03C0_52800000,),  # mov w0, 0; ret
-}
+# mov x3, x0; more: cbz x2, done; strb w1, [x3], 1; sub x2, x2, 1; b more; done: ret
+OUTSIDE = {"memset": (0xB4000082_AA0003E3, 0xD1000442_38001461, 0xD65F03C0_17FFFFFD)}
 """What the C library has, as machine code; what a second worker would call is not there."""
 
 
@@ -62,11 +59,10 @@ def link(code, arena):
     size, count = struct.unpack_from("<HH", code, 58)
     sections = [struct.unpack_from("<IIQQQQIIQQ", code, table + size * k) for k in range(count)]
     places = {}
-    for number, (_, kind, flags, _, at, length, *_, align, _) in enumerate(sections):
+    for number, (_, _, flags, _, at, length, *_, align, _) in enumerate(sections):
         if flags & ALLOCATED:
             free = arena.take(length, max(align, 1))
-            if kind != ZEROS:  # which they are
-                arena.room[free : free + length] = code[at : at + length]
+            arena.room[free : free + length] = code[at : at + length]
             places[number] = arena.begin + free
     (symbols,) = (s for s in sections if s[1] == TABLE_OF_SYMBOLS)
     names, found, by_name = sections[symbols[6]][4], [], {}

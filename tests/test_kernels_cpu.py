@@ -954,21 +954,6 @@ class Threads:
         assert self.errors == [11] * (self.asked if self.come == "never" else 0)
 
 
-def machine_code(kernel):
-    """Its address, and how many numbers of memory a worker needs."""
-    text, memory = kernel.emitted()
-    return load_object(compile_text(text, kernel.machine), ["kernel"])["kernel"], memory
-
-
-def call_code(code, arguments, results, come="never"):
-    """Call machine code as XLA does, with as many workers as the last result has rows."""
-    sides, threads = (buffers(arguments), buffers(results)), Threads(come)
-    frame = Frame(ctypes.sizeof(Frame), None, ctypes.addressof(threads.api), 7, 3, *sides)
-    assert ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(code)(ctypes.addressof(frame)) is None
-    threads.end()
-    assert threads.asked == len(results[-1]) - 1
-
-
 def call_guarded(kernel, steps, batch, rng, workers=1, come="now"):
     """Call machine code: arguments stay as they were, results are numbers; gives the results."""
     front, dtype = bool(rng.integers(2)), kernel.job.dtype
@@ -981,13 +966,19 @@ def call_guarded(kernel, steps, batch, rng, workers=1, come="now"):
 
     given = [argument(a) for a in kernel.arguments]
     arguments = [guarded(a, front) for a in given]
-    code, memory = machine_code(kernel)
+    text, memory = kernel.emitted()
     results = [
         guarded(np.full(a.sizes(steps, batch), np.nan, dtype).view(a.dtype(dtype)), front)
         for a in kernel.results
     ]
     results.append(guarded(np.full((workers, memory), np.nan, dtype), front))
-    call_code(code, arguments, results, come)
+    code = load_object(compile_text(text, kernel.machine), ["kernel"])["kernel"]
+    sides = buffers(arguments), buffers(results)
+    threads = Threads(come)
+    frame = Frame(ctypes.sizeof(Frame), None, ctypes.addressof(threads.api), 7, 3, *sides)
+    assert ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(code)(ctypes.addressof(frame)) is None
+    threads.end()
+    assert threads.asked == workers - 1
     for a, b, operand in zip(arguments, given, kernel.arguments, strict=True):
         np.testing.assert_array_equal(a, b, operand.name)
     for a, operand in zip(results[:-1], kernel.results, strict=True):
@@ -1059,59 +1050,6 @@ def test_workers_find_the_same_whoever_they_are(back):
             else:
                 terms = recurrence_terms(37, 5, 4, 5, 2, gradient=True)
                 assert_close(a, b, reduction=terms, what=f"{way} {operand.name}")
-
-
-def flags_of_memory(address):
-    """What Linux knows of it: VmFlags of proc(5)."""
-    inside = False
-    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    raise AssertionError("no such memory")
-
-
-@pytest.mark.skipif(
-    not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages"
-)
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("back", [False, True])
-def test_large_results_are_wanted_in_huge_pages(back, workers):
-    """Those, and not a byte beside them, also where other numbers have been there before."""
-    case = Case(LSTM(40), features=40)
-    made = job(case.cell, case, saving=True)
-    kernel = Kernel(made._replace(wanted=("x",)) if back else made, back, Machine.host())
-    rng, steps, batch, dtype = np.random.default_rng(5), 150, 200, kernel.job.dtype
-    shapes = [(a.sizes(steps, batch), a.dtype(dtype)) for a in kernel.arguments]
-    arguments = [(0.3 * rng.normal(size=a)).astype("float32").view(t) for a, t in shapes]
-    code, memory = machine_code(kernel)
-    shapes = [(a.sizes(steps, batch), a.dtype(dtype)) for a in kernel.results]
-    shapes.append(((workers, memory), dtype))
-    small = [np.full(shape, 9, dtype) for shape, dtype in shapes]
-    call_code(code, arguments, small)
-
-    between, page, filled = 10_048, 2**21, 0xA5
-    sizes = [4 * int(np.prod(shape)) + between for shape, _ in shapes]
-    room = mmap.mmap(-1, sum(sizes) + between)
-    room.write(bytes([filled]) * len(room))
-    places = np.cumsum([between, *sizes[:-1]])
-    results = [
-        np.ndarray(shape, dtype, room, place)
-        for (shape, dtype), place in zip(shapes, places, strict=True)
-    ]
-    assert max(a.nbytes for a in results) > 2 * page
-    for _ in range(2):
-        call_code(code, arguments, results)
-        for a, b, operand in zip(results, small, kernel.results, strict=False):
-            if operand.kind != "bits":  # parts are never written
-                np.testing.assert_array_equal(a, b, operand.name)
-        for place in np.cumsum([0, *sizes]):
-            assert set(room[place : place + between]) == {filled}
-    for a in results:
-        first = -(-a.ctypes.data // page) * page
-        if first + page <= a.ctypes.data + a.nbytes:
-            assert "hg" in flags_of_memory(first)
 
 
 UNREAD = """

@@ -282,16 +282,23 @@ import numpy as np
 from lstmjax.memory import keep_freed_memory
 if not keep_freed_memory():
     raise SystemExit("no glibc")
-for turn in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.empty(2**26, np.uint8).fill(1)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def fill():
+    for turn in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.empty({size}, np.uint8).fill(1)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+{how}
 """
+IN_A_THREAD = "import threading; t = threading.Thread(target=fill); t.start(); t.join()"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_freed_memory_is_kept():
-    command = [sys.executable, "-c", PAGES_ANEW]
+@pytest.mark.parametrize(("how", "size"), [("fill()", 2**26), (IN_A_THREAD, 48 * 2**20)])
+def test_freed_memory_is_kept(how, size):
+    """Also that of a thread, whose heaps have 64 MB."""
+    command = [sys.executable, "-c", PAGES_ANEW.format(how=how, size=size)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     first, second = map(int, done.stdout.split())
     assert second < first / 10

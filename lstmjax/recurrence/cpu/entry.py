@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import llvmlite.ir as ir
-import numpy as np
 
 from lstmjax.recurrence.cpu.builder import I1, I8, I32, I64, NULL, PTR, VOID, Builder, Known
 from lstmjax.recurrence.cpu.plan import Operand
@@ -85,9 +84,7 @@ def emit_entry(
     (frame,) = e.function.args
     _answer_metadata(e, frame)
     _check(e, frame, buffers)
-    call = read_call(e, frame, buffers)
-    _want_huge_pages(e, call, buffers)
-    workers = e.whole(call.workers)
+    workers = e.whole(read_call(e, frame, buffers).workers)
     with e.b.if_else(e.equal(workers, 1)) as (alone, together):
         with alone:
             e.b.call(work, [frame, I64(0)])
@@ -175,50 +172,6 @@ def _ask(e: Builder, frame: ir.Value, what: int, *values: ir.Value) -> ir.Value:
         e.b.store(value, e.byte(room, 8 * k))
     asked = ir.FunctionType(PTR, [PTR]).as_pointer()
     return e.b.call(e.field(e.field(frame, _API), what, asked), [room])
-
-
-# --- Memory --------------------------------------------------------------------------------------
-
-
-_PAGE, _FRAMES = 2**21, 2**16
-"""Bytes of a huge page, on most machines, and how many of them are told apart."""
-
-_FORGET, _HUGE = 4, 14
-"""MADV_DONTNEED and MADV_HUGEPAGE of Linux' mman.h."""
-
-
-def _want_huge_pages(e: Builder, call: Call, buffers: Buffers) -> None:
-    """Let Linux hold large results in huge pages.
-
-    They are streams of megabytes: in small pages every 4 KB of them wait for another translation.
-    A page is huge if it was wanted so when it was first written to; so what lies here from before,
-    which nobody will read, is given back once. It is advice: whether it was taken, nobody asks.
-    """
-    if "linux" not in e.machine.triple:
-        return
-    kind = ir.ArrayType(I8, _FRAMES)
-    seen = ir.GlobalVariable(e.module, kind, "seen")
-    seen.initializer, seen.linkage = ir.Constant(kind, None), "internal"
-    advise = ir.Function(e.module, ir.FunctionType(I32, [PTR, I64, I32]), "madvise")
-    known = {"T": call.steps, "T+1": e.add(call.steps, 1), "B": call.batch, "W": call.workers}
-    for operand in buffers.results:
-        size: Known = np.dtype(operand.dtype(buffers.dtype)).itemsize
-        for n in operand.shape:
-            size = e.mul(size, known[n] if isinstance(n, str) else n)
-        if isinstance(size, int) and size < _PAGE:
-            continue
-        start = e.b.ptrtoint(call.places[operand.name], I64)
-        first = e.div(e.add(start, _PAGE - 1), _PAGE)
-        last = e.div(e.add(start, size), _PAGE)
-        with e.when(e.less(first, last)):
-            place, length = e.b.inttoptr(e.mul(first, _PAGE), PTR), e.mul(e.sub(last, first), _PAGE)
-            e.b.call(advise, [place, length, I32(_HUGE)])
-        with e.loop(last, start=first) as frame:
-            mark = e.b.gep(seen, [I64(0), e.b.and_(frame, I64(_FRAMES - 1))], inbounds=True)
-            with e.when(e.b.icmp_signed("==", e.b.load(mark, typ=I8), I8(0))):
-                e.b.store(I8(1), mark)
-                page = e.b.inttoptr(e.mul(frame, _PAGE), PTR)
-                e.b.call(advise, [page, I64(_PAGE), I32(_FORGET)])
 
 
 # --- Threads -------------------------------------------------------------------------------------
