@@ -30,12 +30,11 @@ def keep_freed_memory(most: int | None = None) -> bool:
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
     if most is None:
-        options = {_MMAP_MAX: 0, _TOP_PAD: _HEAPS, _TRIM_THRESHOLD: -1}
         _KEPT.append(True)
     elif _KEPT:
         return True
     elif {"MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         return False
-    else:
-        options = {_MMAP_MAX: 0, _TOP_PAD: _HEAPS, _TRIM_THRESHOLD: most}
+    threshold = -1 if most is None else most
+    options = {_MMAP_MAX: 0, _TOP_PAD: _HEAPS, _TRIM_THRESHOLD: threshold}
     return all(mallopt(option, value) for option, value in options.items())

@@ -91,7 +91,7 @@ _ERFC_MIDDLE = 3.75
 
 def _erfc_ratio(t: np.ndarray) -> np.ndarray:
     """(1 + 2 x) exp(x^2) erfc(x) for t = (x - 3.75) / (x + 3.75): Shepherd and Laframboise 1981."""
-    from scipy import special  # which takes a seventh of a second, and no recurrence but this
+    from scipy import special  # slow to import, and nothing else here needs it
 
     x = _ERFC_MIDDLE * (1 + t) / (1 - t)
     return (1 + 2 * x) * special.erfcx(x)
