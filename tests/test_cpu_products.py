@@ -117,6 +117,29 @@ def check(left, weights, before, after):
     assert (abs(after - (old + left @ weights)) <= most).all()
 
 
+@pytest.mark.parametrize("kind", ["host", "short"])
+def test_products_of_packed_blocks(kind):
+    """Each block of rows of the left side by itself, the terms of the sum one after the other."""
+    machine, depth = machines()[kind], DEPTH + 3
+    random = np.random.default_rng(zlib.crc32(kind.encode()))
+    for vectors in range(1, machine.vectors + 1):
+        most, width = machine.tile_rows(vectors), vectors * machine.lanes("float32")
+        room = most + 1
+        function = compiled(machine, "float32", vectors, Strides(1, room, width, depth * room))
+        for rows in (1, most, most + 1, 5 * most + 2):
+            left = random.normal(size=(rows, depth)).astype(np.float32)
+            weights = random.normal(size=(depth, width)).astype(np.float32)
+            blocks = math.ceil(rows / most)
+            packed = guarded(blocks * depth * room, "float32")
+            for block, place in enumerate(packed.reshape(blocks, depth, room)):
+                some = left[rows * block // blocks : rows * (block + 1) // blocks].T
+                place[:, : some.shape[1]] = some
+            out = guarded(rows * width, "float32").reshape(rows, width)
+            places = [a.ctypes.data for a in (packed, weights, out)]
+            function["new"](*places, width, rows, depth)
+            check(left, weights, np.zeros_like(out), out)
+
+
 def test_terms_add_up_before_they_meet_what_is_there():
     machine, eps = Machine.host(), np.finfo(np.float32).eps
     width = machine.lanes("float32")

@@ -7,7 +7,7 @@ import llvmlite.ir as ir
 from lstmjax.recurrence.cpu.builder import I32, I64, Known
 from lstmjax.recurrence.cpu.kernel import Kernel, Units
 from lstmjax.recurrence.cpu.plan import CHUNK, ROWS, Kind, Layout
-from lstmjax.recurrence.cpu.products import Strides
+from lstmjax.recurrence.cpu.products import Strides, row_block
 from lstmjax.recurrence.cpu.rows import Write
 from lstmjax.recurrence.layout import up
 
@@ -29,7 +29,7 @@ class _Backward(Kernel):
         layout, step = self.layout, self.job.step
         from_h = sum(len(kind.blocks) for kind in layout.kinds if "h" in kind.sees)
         from_x = up(layout.features, layout.lanes) * _seeing_x(layout)
-        room, tile = 0, max(layout.panel, layout.padded * layout.by_row)
+        room, tile = 0, max(layout.most * layout.lanes, layout.padded * layout.by_row)
         if layout.by_row:
             self.rows = self.by_row(step.backward)
             self.seen = None if step.recur_back is None else self.by_row(step.recur_back)
@@ -41,7 +41,7 @@ class _Backward(Kernel):
             "kernel back": from_x * ("x" in self.job.wanted),
             "d pre": 2 * ROWS * layout.pre_pitch,
             "tile": ROWS * tile,
-            "chunk rows": CHUNK * layout.pitch,
+            "chunk rows": layout.packed[1] * CHUNK * layout.block_columns,
             "chunk d pre": CHUNK * layout.columns,
             "d carry": (1 + layout.states) * ROWS * layout.padded,
             "d weights": layout.weight_rows * layout.columns,
@@ -112,7 +112,7 @@ class _Backward(Kernel):
         for kind in layout.kinds:
             if "h" in kind.sees:
                 self._pack_recurrent(kind)
-            if layout.panels(kind) * layout.most > len(kind.blocks) * layout.vectors:
+            if layout.panels(kind) * layout.chunk_vectors > len(kind.blocks) * layout.vectors:
                 last = kind.panels_before + layout.panels(kind) - 1
                 end = e.at(self.reads["chunk d pre"], last * CHUNK * layout.panel)
                 e.fill(end, CHUNK * layout.panel)
@@ -287,8 +287,7 @@ class _Backward(Kernel):
 
     def _enter(self, s: Known, row0: Known, rows: Known) -> None:
         """The left sides of the step's rows, into the chunk."""
-        e, layout = self.e, self.layout
-        count = layout.h_at - layout.x_at + layout.units
+        e = self.e
         self.slots_before = self._before()
         with e.loop(rows) as r:
             row = e.add(row0, r)
@@ -296,24 +295,37 @@ class _Backward(Kernel):
                 self.zero(self.place(name, s, row, width), width)
             if self.job.masked:
                 with e.when(self.is_valid(s, row)):
-                    self._take(s, row, r, count)
+                    self._take(s, row, r)
             else:
-                self._take(s, row, r, count)
+                self._take(s, row, r)
 
     def _before(self) -> ir.Value:
         place = self.e.room(I64)
         self.e.b.store(self.e.b.load(self.slots, typ=I64), place)
         return place
 
-    def _take(self, s: Known, row: Known, r: Known, count: int) -> None:
+    def _take(self, s: Known, row: Known, r: Known) -> None:
         e, layout = self.e, self.layout
         slot = e.b.load(self.slots, typ=I64)
         if self.job.masked:
             e.b.store(slot, e.b.gep(self.slot_of, [e.whole(r)], source_etype=I64))
         source = self.kept("rows", s, row, layout.pitch)
-        target = e.at(self.reads["chunk rows"], e.mul(slot, layout.pitch))
-        e.copy(e.at(target, layout.x_at), e.at(source, layout.x_at), count)
+        columns = layout.block_columns
+        some = ir.VectorType(e.real, columns)
+        for piece, first in layout.packed[0].items():
+            blocks = layout.blocks_of(piece.size)
+            with e.loop(layout.repeats(piece)) as group, e.loop(blocks) as k:
+                begin = e.add(e.mul(group, piece.size), row_block(e, piece.size, blocks, k))
+                block = e.add(e.mul(group, blocks), k, first)
+                target = e.at(self._block(block), e.mul(slot, columns))
+                # Behind the last number of all rows there is another step's.
+                e.store(e.load(e.at(source, piece.at, begin), some), target)
         e.b.store(e.add(slot, 1), self.slots)
+
+    def _block(self, number: Known) -> ir.Value:
+        """A block of columns of the chunk's left sides."""
+        size = CHUNK * self.layout.block_columns
+        return self.e.at(self.reads["chunk rows"], self.e.mul(number, size))
 
     def _chain(
         self, s: Known, row0: Known, rows: Known, valid: tuple[ir.Value, ir.Value], units: Units
@@ -466,7 +478,8 @@ class _Backward(Kernel):
                 kind, q, at = places[number]
                 value = e.only(value, lanes)
                 e.store(value, e.at(d_row, at))
-                e.store(value, self._in_chunk(kind, units, q, slot))
+                number = e.add(e.mul(e.div(units.first, lanes_), len(kind.blocks)), q)
+                e.store(value, self._in_chunk(kind, number, slot))
             for k, value in enumerate(d_old):
                 e.store(value, e.at(self._d_carry(k, r), u))
             for given, value in zip(self.parameters, d_constants, strict=True):
@@ -516,11 +529,7 @@ class _Backward(Kernel):
             value = e.only(value, lanes)
             e.store(value, e.at(place, e.mul(first, blocks), j * layout.lanes))
             q = e.add(e.mul(e.div(first, layout.lanes), blocks), j)
-            panel = e.div(q, layout.most)
-            column = e.sub(q, e.mul(panel, layout.most))
-            line = e.add(e.mul(e.add(panel, kind.panels_before), CHUNK), slot)
-            at = e.add(e.mul(line, layout.panel), e.mul(column, layout.lanes))
-            e.store(value, e.at(self.reads["chunk d pre"], at))
+            e.store(value, self._in_chunk(kind, q, slot))
 
         return write
 
@@ -544,14 +553,13 @@ class _Backward(Kernel):
                 found.append(self.write(place, whole=False))
         return found
 
-    def _in_chunk(self, kind: Kind, units: Units, q: int, slot: Known) -> ir.Value:
-        """Where the chunk has the q-th vector of a kind's pre-activations of some units."""
+    def _in_chunk(self, kind: Kind, q: Known, slot: Known) -> ir.Value:
+        """Where the chunk has the q-th vector of a kind's pre-activations."""
         e, layout = self.e, self.layout
-        ahead, place = divmod(q, layout.most)
-        panel = e.div(e.mul(units.first, len(kind.blocks)), layout.panel)
-        panel = e.add(panel, kind.panels_before + ahead)
-        line = e.add(e.mul(panel, CHUNK), slot)
-        at = e.add(e.mul(line, layout.panel), place * layout.lanes)
+        panel = e.div(q, layout.chunk_vectors)
+        column = e.sub(q, e.mul(panel, layout.chunk_vectors))
+        line = e.add(e.mul(e.add(panel, kind.panels_before), CHUNK), slot)
+        at = e.add(e.mul(line, layout.panel), e.mul(column, layout.lanes))
         return e.at(self.reads["chunk d pre"], at)
 
     def _add_inputs(
@@ -618,8 +626,8 @@ class _Backward(Kernel):
         """The chunk's share in the gradients of the weights: ``[x | 1 | h]^T d pre``."""
         e, layout = self.e, self.layout
         slots = e.b.load(self.slots, typ=I64)
-        strides = Strides(1, layout.pitch, layout.panel)
-        vectors = layout.most
+        columns, vectors = layout.block_columns, layout.chunk_vectors
+        strides = Strides(1, columns, layout.panel, CHUNK * columns)
         for kind in layout.kinds:
             with e.loop(layout.panels(kind)) as p:
                 panel = e.add(p, kind.panels_before)
@@ -627,8 +635,11 @@ class _Backward(Kernel):
                 out = e.at(self.reads["d weights"], e.mul(panel, layout.panel))
                 unit = e.mul(e.div(e.mul(p, vectors), len(kind.blocks)), layout.lanes)
                 for piece in layout.pieces(kind):
-                    group = self.own_group(unit) if piece.grouped else 0
-                    left = e.at(self.reads["chunk rows"], piece.at, group)
+                    block: Known = layout.packed[0][piece.in_chunk]
+                    if piece.grouped:
+                        group = e.div(unit, layout.width)
+                        block = e.add(block, e.mul(group, layout.blocks_of(piece.size)))
+                    left = self._block(block)
                     into = e.at(out, (piece.at - layout.x_at) * layout.columns)
                     self.products.panel(
                         e, left, weights, into, layout.columns, piece.size, slots, vectors,

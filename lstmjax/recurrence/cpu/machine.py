@@ -14,7 +14,7 @@ class Machine:
 
     Attributes:
         bits: of a vector register.
-        rows: of the tile of sums that a product keeps in registers.
+        rows: of the tile of sums that a product keeps in registers, where it is widest.
         vectors: of columns of that tile.
         cpu: its name, as LLVM knows it.
         features: what it has, likewise.
@@ -37,6 +37,24 @@ class Machine:
             (8, 4)
         """
         return self.bits // {"float32": 32, "float64": 64}[dtype]
+
+    def tile_rows(self, vectors: int) -> int:
+        """Rows of a tile of so many vectors: what is narrower is taller, up to eight.
+
+        Example:
+            >>> machine = Machine(256, 4, 3, "haswell", "+avx2,+fma", "x86_64-unknown-linux-gnu")
+            >>> [machine.tile_rows(vectors) for vectors in (1, 2, 3)]
+            [8, 6, 4]
+        """
+        return min(8, self.rows * self.vectors // vectors)
+
+    @property
+    def gradient_vectors(self) -> int:
+        """Of the tile of the products that sum over rows of the batch.
+
+        Their left side is packed for it, so 6 x 2 is faster there than 4 x 3, elsewhere slower.
+        """
+        return 2 if self.vectors == 3 else self.vectors
 
     @classmethod
     @functools.cache

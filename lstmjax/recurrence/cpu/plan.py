@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -131,6 +132,11 @@ class Piece(NamedTuple):
     first: int
     grouped: bool
 
+    @property
+    def in_chunk(self) -> "Piece":
+        """The same for all kinds that see these numbers."""
+        return self._replace(first=0)
+
 
 class Group(NamedTuple):
     """Equal groups of neighbouring vectors of units: ``number`` of them from ``first`` on."""
@@ -196,10 +202,17 @@ class Layout:
     @property
     def most(self) -> int:
         """Vectors of a panel: none has units of two groups of heads."""
+        return self._within_groups(self.machine.vectors)
+
+    @property
+    def chunk_vectors(self) -> int:
+        """The same of the gradients of weights, which are products over chunks."""
+        return self._within_groups(self.machine.gradient_vectors)
+
+    def _within_groups(self, most: int) -> int:
         if self.dense:
-            return self.machine.vectors
-        some = range(1, self.machine.vectors + 1)
-        return max(n for n in some if self.width // self.lanes % n == 0)
+            return most
+        return max(n for n in range(1, most + 1) if self.width // self.lanes % n == 0)
 
     # A row of the left side
 
@@ -242,7 +255,7 @@ class Layout:
             if blocks:
                 kinds.append(Kind(sees, tuple(blocks), before, panels))
                 before += len(blocks)
-                panels += -(-len(blocks) * self.vectors // self.most)
+                panels += -(-len(blocks) * self.vectors // self.chunk_vectors)
         return tuple(kinds)
 
     @property
@@ -262,8 +275,8 @@ class Layout:
 
     @property
     def panel(self) -> int:
-        """Columns of a panel."""
-        return self.most * self.lanes
+        """Columns of a panel of a chunk."""
+        return self.chunk_vectors * self.lanes
 
     @property
     def columns(self) -> int:
@@ -273,7 +286,7 @@ class Layout:
 
     def panels(self, kind: Kind) -> int:
         """Of a kind's columns."""
-        return -(-len(kind.blocks) * self.vectors // self.most)
+        return -(-len(kind.blocks) * self.vectors // self.chunk_vectors)
 
     def pieces(self, kind: Kind) -> list[Piece]:
         """What it sees of a row of the left side."""
@@ -282,6 +295,34 @@ class Layout:
         if self.dense or not width:
             return [Piece(at, count + width, 0, False)]
         return [Piece(at, count, 0, False), Piece(self.h_at, width, count, True)]
+
+    @functools.cached_property
+    def packed(self) -> tuple[dict[Piece, int], int]:
+        """In how manieth block of a chunk's left sides each piece begins, and all blocks.
+
+        There pieces are cut into blocks of columns as tall as a tile, each a product's left side
+        that is read from the first number to the last.
+        """
+        found, blocks = {}, 0
+        for kind in self.kinds:
+            for piece in self.pieces(kind):
+                if piece.in_chunk not in found:
+                    found[piece.in_chunk] = blocks
+                    blocks += self.blocks_of(piece.size) * self.repeats(piece)
+        return found, blocks
+
+    def repeats(self, piece: Piece) -> int:
+        """Groups that have such a piece."""
+        return self.units // self.width if piece.grouped else 1
+
+    def blocks_of(self, columns: int) -> int:
+        """Blocks that so many columns of a chunk are cut into."""
+        return -(-columns // self.machine.tile_rows(self.chunk_vectors))
+
+    @property
+    def block_columns(self) -> int:
+        """Room for columns in a block: a power of two."""
+        return 1 << (self.machine.tile_rows(self.chunk_vectors) - 1).bit_length()
 
     def depth(self, kind: Kind) -> int:
         """Rows of its weights."""
@@ -309,9 +350,10 @@ class Layout:
         return self.most // math.gcd(self.most, *counts)
 
     def split(self, vectors: int) -> list[tuple[int, int]]:
-        """(first vector, vectors) of the panels of so many vectors."""
-        most = self.most
-        return [(v, min(most, vectors - v)) for v in range(0, vectors, most)]
+        """(first vector, vectors) of the panels of so many vectors, of about one size."""
+        panels = -(-vectors // self.most)
+        ends = [vectors * n // max(panels, 1) for n in range(panels + 1)]
+        return [(v, end - v) for v, end in itertools.pairwise(ends)]
 
     @functools.cached_property
     def by_row(self) -> bool:

@@ -22,11 +22,19 @@ class Strides:
         row: from one row of the left side to the next.
         step: from one term of the sum to the next, in the left side.
         panel: likewise in the weights.
+        block: from one block of rows (`row_block`) of the left side to the next, where each of
+            them is packed by itself; else 0.
     """
 
     row: int
     step: int
     panel: int
+    block: int = 0
+
+
+def row_block(e: Builder, rows: Known, blocks: Known, number: Known) -> Known:
+    """The first row of one of so many blocks, of about one size."""
+    return e.div(e.mul(rows, number), blocks)
 
 
 class Products:
@@ -53,8 +61,13 @@ class Products:
         ``left(r, k)`` is ``left[r * strides.row + k * strides.step]``, ``weights[k, :]`` are so
         many vectors from ``weights[k * strides.panel]`` on, ``out[r, :]`` from ``out[r * pitch]``.
         """
+        most = self.machine.tile_rows(vectors)
+        sizes = tuple(range(1, most + 1))
+        if isinstance(rows, int) and rows:
+            blocks = -(-rows // most)
+            sizes = tuple(sorted({rows // blocks, -(-rows // blocks)}))
         numbers = [e.whole(n) for n in (pitch, rows, depth, int(adding))]
-        e.b.call(self._panel(vectors, strides), [left, weights, out, *numbers])
+        e.b.call(self._panel(vectors, strides, sizes), [left, weights, out, *numbers])
 
     def _begin(self, name: str) -> tuple[ir.Function, Builder]:
         """A function of ``(left, weights, out, pitch, rows, depth, adding)``."""
@@ -64,13 +77,13 @@ class Products:
         f.attributes.add("noinline")  # a tile fills all registers
         return f, Builder(self.machine, self.dtype, f)
 
-    def _panel(self, vectors: int, strides: Strides) -> ir.Function:
-        """Parts of the sum, of about one length; in them blocks of rows, of about one size."""
-        name = f"panel_{self.dtype}_{vectors}_{strides.row}_{strides.step}_{strides.panel}"
+    def _panel(self, vectors: int, strides: Strides, sizes: tuple[int, ...]) -> ir.Function:
+        """Parts of the sum, of about one length; in them blocks of rows, of one of the sizes."""
+        name = _name("panel", *sizes, self.dtype, vectors, *dataclasses.astuple(strides))
         if name in self.module.globals:
             return self.module.globals[name]
-        most = self.machine.rows
-        tiles = {n: self._tile(n, vectors, strides) for n in range(1, most + 1)}
+        most = self.machine.tile_rows(vectors)
+        tiles = {n: self._tile(n, vectors, strides) for n in sizes}
         f, e = self._begin(name)
         left, weights, out, pitch, rows, depth, adding = f.args
         parts = e.maximum(e.div(e.add(depth, DEPTH - 1), DEPTH), 1)
@@ -82,15 +95,16 @@ class Products:
             at_left = e.at(left, e.mul(term, strides.step))
             at_weights = e.at(weights, e.mul(term, strides.panel))
             with e.fold(blocks, [I64(0)]) as (block, (row,), below):
-                end = e.div(e.mul(rows, e.add(block, 1)), blocks)
-                below.append(end)
-                from_left = e.at(at_left, e.mul(row, strides.row))
+                end = row_block(e, rows, blocks, e.add(block, 1))
+                below.append(e.whole(end))
+                place = e.mul(block, strides.block) if strides.block else e.mul(row, strides.row)
+                from_left = e.at(at_left, place)
                 to_out = e.at(out, e.mul(row, pitch))
                 size, done = e.sub(end, row), f.append_basic_block("done")
-                sizes = e.b.switch(size, done)
+                cases = e.b.switch(size, done)
                 for n, tile in tiles.items():
                     case = f.append_basic_block(f"rows{n}")
-                    sizes.add_case(n, case)
+                    cases.add_case(n, case)
                     e.b.position_at_end(case)
                     e.b.call(tile, [from_left, at_weights, to_out, pitch, size, terms, more])
                     e.b.branch(done)
@@ -100,7 +114,7 @@ class Products:
 
     def _tile(self, rows: int, vectors: int, strides: Strides) -> ir.Function:
         """A sum in registers for each of so many rows and vectors."""
-        name = f"tile_{rows}_{self.dtype}_{vectors}_{strides.row}_{strides.step}_{strides.panel}"
+        name = _name("tile", rows, self.dtype, vectors, *dataclasses.astuple(strides))
         if name in self.module.globals:
             return self.module.globals[name]
         f, e = self._begin(name)
@@ -125,3 +139,7 @@ class Products:
                     e.store(e.b.fadd(e.load(p), s), p)
         e.b.ret_void()
         return f
+
+
+def _name(*parts: object) -> str:
+    return "_".join(map(str, parts))
