@@ -29,7 +29,10 @@ ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # compilation is measured, too
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-UNSET = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "OMP_NUM_THREADS", "KERAS_BACKEND")
+UNSET = (
+    *("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "OMP_NUM_THREADS", "KERAS_BACKEND"),
+    *("MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"),
+)
 """Variables that are taken away: everybody runs with the defaults."""
 LEAST = 0.1
 """Seconds that a turn lasts at least; shorter runs are repeated within it."""

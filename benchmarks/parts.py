@@ -22,6 +22,7 @@ from benchmarks.contenders import (
     DERIVED,
     LARGE,
     LINEN,
+    ONE_HEAP,
     SCAN,
     STEPS,
     TORCH,
@@ -88,14 +89,17 @@ def recurrence(session: Session, options: argparse.Namespace) -> Facts:
         case = size(sizes, options) | {"mode": mode}
         column = heading(case)
         who = [c for c in contenders.RECURRENCE if sizes == S or "one device" not in c.name]
+        who = [c for c in who if c != ONE_HEAP or mode == MODES[1]]
         session.measure(work(who, case, column), seconds=10 if sizes == S else 2.5)
         facts |= against_peers(session.rows, column)
-        ours = (median(session.rows, who, column) for who in (CPU, DERIVED, BFLOAT16))
-        function, exact, fast = ours
+        ours = (median(session.rows, who, column) for who in (CPU, ONE_HEAP, DERIVED, BFLOAT16))
+        function, kept, exact, fast = ours
         if exact and fast:
             facts[f"{column}: bfloat16 / float32"] = fast / exact
         if exact and function:
             facts[f"{column}: cpu / derived"] = function / exact
+        if exact and kept:
+            facts[f"{column}: cpu, one heap / derived"] = kept / exact
     return facts
 
 

@@ -58,6 +58,7 @@ class Contender(NamedTuple):
 
 PROCESSES: dict[str, dict[str, str]] = {
     "lstmjax": {},  # one CPU device a core, as training.make_mesh sets it up
+    "lstmjax, one heap": {"MALLOC_ARENA_MAX": "1"},  # docs/kernels_cpu.md
     "jax": {},  # JAX as it comes: one CPU device that uses all cores
     "torch": {},
     "keras-tensorflow": {"KERAS_BACKEND": "tensorflow"},
@@ -88,6 +89,7 @@ def _keras(function: str, note: str = "", slow: tuple[str, ...] = (), **options:
 
 
 CPU = _ours("lstmjax cpu", engine="cpu")
+ONE_HEAP = _ours("lstmjax cpu, one heap", "lstmjax, one heap", engine="cpu")
 DERIVED = _ours("lstmjax derived", engine="derived")
 SCAN = _ours("lstmjax scan", engine="scan")
 PLAIN = _ours("lstmjax plain scan", engine="scan", recompute=False)
@@ -97,7 +99,7 @@ BFLOAT16 = _ours(
 LINEN = Contender("Flax linen RNN", "jax", "jax_peers:linen", "flax")
 TORCH = Contender("PyTorch nn.LSTM", "torch", "torch_peers:recurrence", "torch")
 RECURRENCE = (
-    *(CPU, DERIVED, SCAN, PLAIN, BFLOAT16),
+    *(CPU, ONE_HEAP, DERIVED, SCAN, PLAIN, BFLOAT16),
     _ours("lstmjax cpu, one device", "jax", engine="cpu", devices=1),
     _ours("lstmjax derived, one device", "jax", engine="derived", devices=1),
     _ours("lstmjax plain scan, one device", "jax", engine="scan", recompute=False, devices=1),
