@@ -80,6 +80,13 @@ def spread(items, number):
     return [items[round((n + 0.5) * len(items) / number - 0.5)] for n in range(number)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgets_what_was_compiled():
+    """What a file has compiled no other one runs: it would stay, gigabytes of it."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def no_type_checks():
     """As for users, who run without jaxtyping's checks: the library's own errors must speak."""

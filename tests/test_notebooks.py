@@ -35,7 +35,7 @@ def test_its_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.slow
+@pytest.mark.sampled(0)
 def test_its_code_runs(page, tmp_path):
     """In a process of its own, since it may choose its devices; warnings are errors."""
     (tmp_path / "notebook.py").write_text(program(page))

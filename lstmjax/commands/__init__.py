@@ -11,7 +11,6 @@ from importlib.util import find_spec
 
 from lstmjax import stopping
 from lstmjax.errors import UserError
-from lstmjax.memory import use_one_heap
 
 COMMANDS = {
     "train": "train a cell on a task: adding, copying, parity, digits, your own texts ...",
@@ -55,8 +54,10 @@ def main() -> None:
 def run(name: str) -> None:
     """Import the command of this name, and run it with the flags in ``sys.argv``.
 
-    From the first line on, a signal ends the process as it should, while importing, too.
+    A signal ends the process as it should from the start, while importing, too.
     """
+    from lstmjax.memory import use_one_heap
+
     if find_spec("llvmlite") and not any(word in arg for arg in sys.argv for word in _NO_KERNELS):
         use_one_heap()  # before there are threads
     stopping.exit_on_signals()
