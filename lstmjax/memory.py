@@ -44,6 +44,11 @@ def use_one_heap() -> bool:
     On one heap they wait for each other if they ask for many small blocks, as those of the derived
     engine do. Who has said how many heaps there shall be, by ``MALLOC_ARENA_MAX`` or
     ``GLIBC_TUNABLES`` in the environment, has so many.
+
+    Example:
+        First in a program, before JAX has made its own threads:
+
+        >>> kept = use_one_heap()
     """
     if {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
         return False
