@@ -2,9 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Mapping
 
-_ARENA_MAX, _MMAP_MAX, _TOP_PAD, _TRIM_THRESHOLD = -8, -4, -2, -1
+_MMAP_MAX, _TOP_PAD, _TRIM_THRESHOLD = -4, -2, -1
 """Options of malloc.h."""
 
 _HEAPS = 2**27
@@ -26,6 +25,10 @@ def keep_freed_memory(most: int | None = None) -> bool:
             said how in the environment (``MALLOC_TRIM_THRESHOLD_``, ``GLIBC_TUNABLES``), has it
             that way instead.
     """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
     if most is None:
         _KEPT.append(True)
     elif _KEPT:
@@ -34,31 +37,4 @@ def keep_freed_memory(most: int | None = None) -> bool:
         return False
     threshold = -1 if most is None else most
     options = {_MMAP_MAX: 0, _TOP_PAD: _HEAPS, _TRIM_THRESHOLD: threshold}
-    return _set(options)
-
-
-def use_one_heap() -> bool:
-    """Let threads that are still to come take memory from the first one's heap; whether it will be.
-
-    From heaps of their own they would get no block over 64 MB that glibc keeps when it is freed.
-    On one heap they wait for each other if they ask for many small blocks, as those of the derived
-    engine do. Who has said how many heaps there shall be, by ``MALLOC_ARENA_MAX`` or
-    ``GLIBC_TUNABLES`` in the environment, has so many.
-
-    Example:
-        First in a program, before JAX has made its own threads:
-
-        >>> kept = use_one_heap()
-    """
-    if {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
-        return False
-    return _set({_ARENA_MAX: 1})
-
-
-def _set(options: Mapping[int, int]) -> bool:
-    """Tell malloc; False where it is not glibc's."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
     return all(mallopt(option, value) for option, value in options.items())

@@ -7,7 +7,6 @@ call the same. Nothing slow is imported before the command is known.
 import difflib
 import importlib
 import sys
-from importlib.util import find_spec
 
 from lstmjax import stopping
 from lstmjax.errors import UserError
@@ -25,9 +24,6 @@ COMMANDS = {
     "aot": "compile a cell for a TPU or GPU that need not be there",
 }
 """Each command, and what it is for."""
-
-_NO_KERNELS = ("derived", "scan", "bfloat16")
-"""Flags' values with which the CPU engine does not run, for which one heap is made."""
 
 
 def main() -> None:
@@ -54,12 +50,8 @@ def main() -> None:
 def run(name: str) -> None:
     """Import the command of this name, and run it with the flags in ``sys.argv``.
 
-    A signal ends the process as it should from the start, while importing, too.
+    From the first line on, a signal ends the process as it should, while importing, too.
     """
-    from lstmjax.memory import use_one_heap
-
-    if find_spec("llvmlite") and not any(word in arg for arg in sys.argv for word in _NO_KERNELS):
-        use_one_heap()  # before there are threads
     stopping.exit_on_signals()
     try:
         command = importlib.import_module(f"lstmjax.commands.{name}")
