@@ -452,13 +452,14 @@ class _Backward(Kernel):
         pre_row, d_row = self.kept("pre", s, row, layout.numbers), self._d_pre(s, r)
         for vector in range(units.size):
             lanes, u = self.lanes(units, vector), e.add(units.first, vector * lanes_)
-            places: dict[int, tuple[Kind, int, Known]] = {}
+            places: dict[int, tuple[Kind, Known, Known]] = {}
             for kind in layout.kinds:
                 count = len(kind.blocks)
                 begin = e.add(kind.before * layout.padded, e.mul(units.first, count))
                 for j, block in enumerate(kind.blocks):
                     q = vector * count + j
-                    places[block.place] = kind, q, e.add(begin, q * lanes_)
+                    in_kind = e.add(e.mul(e.div(units.first, lanes_), count), q)
+                    places[block.place] = kind, in_kind, e.add(begin, q * lanes_)
             pre = [e.load(e.at(pre_row, places[k][2])) for k in range(layout.blocks)]
             h = e.load(e.at(self._old_h(s, row), u)) if cell.uses_h else e.splat(0.0)
             states = [e.load(e.at(self._old_state(k, s, row), u)) for k in range(layout.states)]
@@ -478,8 +479,7 @@ class _Backward(Kernel):
                 kind, q, at = places[number]
                 value = e.only(value, lanes)
                 e.store(value, e.at(d_row, at))
-                number = e.add(e.mul(e.div(units.first, lanes_), len(kind.blocks)), q)
-                e.store(value, self._in_chunk(kind, number, slot))
+                e.store(value, self._in_chunk(kind, q, slot))
             for k, value in enumerate(d_old):
                 e.store(value, e.at(self._d_carry(k, r), u))
             for given, value in zip(self.parameters, d_constants, strict=True):

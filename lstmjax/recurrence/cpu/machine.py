@@ -48,6 +48,16 @@ class Machine:
         """
         return min(8, self.rows * self.vectors // vectors)
 
+    def row_blocks(self, rows: int, vectors: int) -> int:
+        """Blocks, none taller than the tile, that so many rows are cut into.
+
+        Example:
+            >>> machine = Machine(256, 4, 3, "haswell", "+avx2,+fma", "x86_64-unknown-linux-gnu")
+            >>> machine.row_blocks(133, 2)
+            23
+        """
+        return -(-rows // self.tile_rows(vectors))
+
     @property
     def gradient_vectors(self) -> int:
         """Of the tile of the products that sum over rows of the batch.

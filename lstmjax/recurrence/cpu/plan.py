@@ -298,7 +298,7 @@ class Layout:
 
     @functools.cached_property
     def packed(self) -> tuple[dict[Piece, int], int]:
-        """In how manieth block of a chunk's left sides each piece begins, and all blocks.
+        """At which block of a chunk's left sides each piece begins, and how many there are.
 
         There pieces are cut into blocks of columns as tall as a tile, each a product's left side
         that is read from the first number to the last.
@@ -317,7 +317,7 @@ class Layout:
 
     def blocks_of(self, columns: int) -> int:
         """Blocks that so many columns of a chunk are cut into."""
-        return -(-columns // self.machine.tile_rows(self.chunk_vectors))
+        return self.machine.row_blocks(columns, self.chunk_vectors)
 
     @property
     def block_columns(self) -> int:

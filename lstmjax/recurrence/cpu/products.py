@@ -61,10 +61,9 @@ class Products:
         ``left(r, k)`` is ``left[r * strides.row + k * strides.step]``, ``weights[k, :]`` are so
         many vectors from ``weights[k * strides.panel]`` on, ``out[r, :]`` from ``out[r * pitch]``.
         """
-        most = self.machine.tile_rows(vectors)
-        sizes = tuple(range(1, most + 1))
+        sizes = tuple(range(1, self.machine.tile_rows(vectors) + 1))
         if isinstance(rows, int) and rows:
-            blocks = -(-rows // most)
+            blocks = self.machine.row_blocks(rows, vectors)
             sizes = tuple(sorted({rows // blocks, -(-rows // blocks)}))
         numbers = [e.whole(n) for n in (pitch, rows, depth, int(adding))]
         e.b.call(self._panel(vectors, strides, sizes), [left, weights, out, *numbers])
